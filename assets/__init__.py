@@ -1,0 +1,1 @@
+"""What ships with the library: sample pictures and the trained default tokenizer with its recipe and log."""

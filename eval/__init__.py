@@ -1,0 +1,1 @@
+"""Measure tokenizers and token reducers: reconstruction, FID, VLM accuracy and speed."""

@@ -1,0 +1,1 @@
+"""Image and codebook metrics, each equal to the field's reference tool."""

@@ -1,0 +1,182 @@
+"""Find and read weights: hub, folder or file; safetensors or weights-only pickle; strict about every key."""
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import written_aside
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A weights file on this machine and the config.json that came with it, if any."""
+
+    weights: Path
+    config: dict[str, Any] | None
+
+
+def locate(source: str | Path) -> Located:
+    """A local folder (config.json + weights) or weights file. Raises FileNotFoundError saying what is missing."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [path / name for name in WEIGHTS_NAMES if (path / name).is_file()]
+        found += sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p not in found)
+        if not found:
+            raise FileNotFoundError(
+                f"{path} holds no weights; expected {' or '.join(WEIGHTS_NAMES)}, or one file ending in "
+                f"{', '.join(SUFFIXES)}"
+            )
+        if len(found) > 1 and found[0].name not in WEIGHTS_NAMES:
+            raise ValueError(f"{path} holds several weights files ({', '.join(p.name for p in found)}); name one")
+        return Located(found[0], read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file or folder {path}; give a weights file ({', '.join(SUFFIXES)}) or its folder")
+    beside = path.parent / CONFIG_NAME
+    # A config.json belongs to the conventional file names beside it, not to any file that shares the folder.
+    return Located(path, read_config(beside) if path.name in WEIGHTS_NAMES and beside.is_file() else None)
+
+
+def fetch(
+    repo: str,
+    file: str | None = None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Located:
+    """Weights and config.json of a hub repository, from the local cache when they are there.
+
+    Raises FileNotFoundError naming the repository, the file and the option that takes a local path when the hub
+    cannot be reached and nothing is cached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def get(name: str) -> Path:
+        return Path(
+            hf_hub_download(
+                repo, name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+        )
+
+    names = [file] if file else list(WEIGHTS_NAMES)
+    weights = problem = None
+    for name in names:
+        try:
+            weights = get(name)
+            break
+        except Exception as error:  # the client raises many kinds for "no network", "no such repository", "gated"
+            problem = error
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break  # the hub was not asked, or refused: another file name will not help
+    if weights is None:
+        raise FileNotFoundError(
+            f"could not get {' or '.join(names)} of the hub repository {repo!r}: it is not in the local cache and "
+            f"the hub did not give it ({type(problem).__name__}). Download the file on a machine with internet and "
+            f"pass its path: load(..., weights='path/to/{names[0]}')"
+        ) from problem
+    try:
+        config = read_config(get(CONFIG_NAME))
+    except Exception:  # raw weight repositories have no config; the architecture is then read off the keys
+        config = None
+    return Located(weights, config)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json as a dictionary; ValueError if it is not one."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; a configuration is a JSON object")
+    return config
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by key, on the CPU.
+
+    Safetensors, or a pickle restricted to tensors and plain containers (never arbitrary objects). Wrappers such as
+    {"state_dict": …}, {"model": …} or {"model_state_dict": …} are opened. Raises ValueError for truncated,
+    corrupt or unsafe files.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}; give a weights file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); fetch it again"
+            ) from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated zip, foreign pickle, forbidden global: torch raises many kinds
+        raise ValueError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). It is "
+            "truncated, or a pickle with more than weights in it, which is refused because unpickling runs code; "
+            "convert it to safetensors where you trust it."
+        ) from error
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); found {type(state).__name__}")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_strictly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    ignore: Iterable[str] = (),
+    source: str | Path = "the checkpoint",
+) -> None:
+    """Put `state` into `module`, floating tensors cast to `dtype`; a ValueError lists every key that does not fit.
+
+    Keys matching a pattern of `ignore` may be in the checkpoint without being in the model.
+    """
+    wanted = module.state_dict()
+    extra = {k for k in state if k not in wanted and not any(fnmatch.fnmatch(k, pattern) for pattern in ignore)}
+    problems = [f"missing    {key} {list(value.shape)}" for key, value in wanted.items() if key not in state]
+    problems += [f"unexpected {key} {list(state[key].shape)}" for key in sorted(extra)]
+    problems += [
+        f"misshapen  {key}: checkpoint {list(state[key].shape)}, model {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} does not fit this {type(module).__name__} ({len(problems)} keys). Check that the name or "
+            "config is that of these weights.\n  " + "\n  ".join(problems)
+        )
+    cast = {
+        key: state[key].to(dtype) if dtype and state[key].is_floating_point() else state[key] for key in wanted
+    }
+    module.load_state_dict(cast, strict=True, assign=True)
+
+
+def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write config.json and model.safetensors into `folder`, each aside first and then renamed."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    with written_aside(folder / WEIGHTS_NAMES[0]) as path:
+        save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, path, metadata={"format": "pt"})
+    with written_aside(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Tokenizer families, one file each."""

@@ -1,0 +1,194 @@
+"""vistok-mini: the shipped default, a small ordered tokenizer composed of the library's own parts.
+
+128×128 pixels → up to 64 tokens of 16 bits, of which any prefix decodes. A ViT with latent tokens reads the image,
+finite scalar quantization makes each latent an index, a transformer decodes straight to pixels (the 1D layout of
+TiTok, arXiv 2406.07550; FSQ, arXiv 2309.15505; ordered by nested dropout, Rippel et al. 2014, arXiv 1402.0915).
+Beside both transformers runs a linear path over a thumbnail of the image: alone it is a transform code, and with it
+the transformers only learn what a linear code cannot do. `fit_linear_path` starts it from principal components.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.transformer import Transformer
+from ..quantizers import FiniteScalarQuantizer, Quantized
+from ..registry import Entry, register, register_family
+from ..tokenizer import Tokenizer, TrainingOutput
+
+
+@dataclass(frozen=True)
+class MiniConfig:
+    """Sizes of an ordered FSQ tokenizer; the defaults are vistok-mini."""
+
+    image_size: int = 128
+    patch_size: int = 16
+    thumbnail_size: int = 32
+    levels: tuple[tuple[int, tuple[int, ...]], ...] = (
+        (4, (64, 32, 32)),
+        (16, (16, 16, 16, 16)),
+        (20, (16, 8, 8, 8, 8)),
+        (24, (4, 4, 4, 4, 4, 4, 4, 4)),
+    )
+    """(tokens, levels of each channel) from the first tokens to the last; early tokens carry fewer, finer numbers."""
+    width: int = 256
+    encoder_depth: int = 3
+    decoder_depth: int = 3
+    heads: int = 8
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens at full length."""
+        return sum(count for count, _ in self.levels)
+
+    def level_table(self) -> list[list[int]]:
+        """Levels [K, D] for the quantizer, unused channels filled with 1."""
+        channels = max(len(row) for _, row in self.levels)
+        return [[*row, *[1] * (channels - len(row))] for count, row in self.levels for _ in range(count)]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple((count, tuple(row)) for count, row in self.levels))
+        for name in ("patch_size", "thumbnail_size"):
+            if self.image_size % getattr(self, name):
+                raise ValueError(f"image_size {self.image_size} is not a multiple of {name} {getattr(self, name)}")
+
+
+class MiniEncoder(nn.Module):
+    """Images [B, 3, H, W] → latents [B, K, D]: a ViT over patches and K latent tokens, plus the linear path."""
+
+    def __init__(self, config: MiniConfig, used: Tensor) -> None:
+        super().__init__()
+        width, channels = config.width, used.shape[1]
+        grid = (config.image_size // config.patch_size) ** 2
+        self.thumbnail_size = config.thumbnail_size
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn(grid + config.num_tokens, width))
+        self.transformer = Transformer(width, config.encoder_depth, config.heads)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, channels)
+        self.linear_path = nn.Linear(3 * config.thumbnail_size**2, int(used.sum()))
+        self.register_buffer("used", used.flatten().nonzero().flatten(), persistent=False)
+        self.num_tokens = config.num_tokens
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] → [B, K, D]."""
+        images = images - 0.5
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, HW/p², width]
+        x = F.pad(patches, (0, 0, 0, self.num_tokens)) + self.position
+        x = self.transformer(x, rows=slice(-self.num_tokens, None))
+        thumbnail = F.adaptive_avg_pool2d(images, self.thumbnail_size).flatten(1)
+        x = self.head(self.norm(x))  # [B, K, D]
+        return x.flatten(1).index_add(1, self.used, self.linear_path(thumbnail).to(x.dtype)).view_as(x)
+
+
+class MiniDecoder(nn.Module):
+    """Latents [B, K, D] → images: a transformer over latents and one query a patch, plus the linear path."""
+
+    def __init__(self, config: MiniConfig, used: Tensor) -> None:
+        super().__init__()
+        width, channels = config.width, used.shape[1]
+        self.patch_size, self.side = config.patch_size, config.image_size // config.patch_size
+        self.thumbnail_size, self.image_size = config.thumbnail_size, config.image_size
+        self.embed = nn.Linear(channels, width)
+        self.absent = nn.Parameter(0.02 * torch.randn(width))
+        self.position = nn.Parameter(0.02 * torch.randn(self.side**2 + config.num_tokens, width))
+        self.transformer = Transformer(width, config.decoder_depth, config.heads)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 3 * config.patch_size**2)
+        self.linear_path = nn.Linear(int(used.sum()), 3 * config.thumbnail_size**2)
+        self.register_buffer("used", used.flatten().nonzero().flatten(), persistent=False)
+
+    def forward(self, latents: Tensor, present: Tensor) -> Tensor:
+        """Latents [B, K, D] and which of them are there, bool [B, K] → [B, 3, H, W], not clamped."""
+        present = present.unsqueeze(-1)
+        x = torch.where(present, self.embed(latents), self.absent.to(latents.dtype))
+        x = F.pad(x, (0, 0, self.side**2, 0)) + self.position  # [B, patches + K, width]
+        x = self.head(self.norm(self.transformer(x, rows=slice(self.side**2))))
+        x = x.unflatten(1, (self.side, self.side)).unflatten(3, (3, self.patch_size, self.patch_size))
+        detail = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, 3, H, W]
+        coarse = self.linear_path((latents * present).flatten(1)[:, self.used]).unflatten(1, (3, self.thumbnail_size, -1))
+        coarse = F.interpolate(coarse, self.image_size, mode="bilinear", antialias=False)
+        return 0.5 + coarse + detail
+
+
+@register_family("mini")
+class MiniTokenizer(Tokenizer):
+    """Ordered FSQ tokenizer; see the module."""
+
+    config_class = MiniConfig
+    ordered = True
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__(config)
+        self.image_size, self.num_tokens = config.image_size, config.num_tokens
+        self.quantizer = FiniteScalarQuantizer(config.level_table())
+        self.encoder = MiniEncoder(config, self.quantizer.used)
+        self.decoder = MiniDecoder(config, self.quantizer.used)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        # The transformers start silent, so that training begins at the linear code.
+        nn.init.zeros_(self.encoder.head.weight)
+        nn.init.zeros_(self.decoder.head.weight)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] → [B, K, D]."""
+        return self.encoder(images)
+
+    def pixels(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Latents [B, k, D] with k up to K, of which each image has the first `lengths` [B] → [B, 3, H, W]."""
+        batch, count, _ = latents.shape
+        if lengths is None:
+            lengths = torch.full((batch,), count, device=latents.device)
+        present = torch.arange(self.num_tokens, device=latents.device) < lengths.unsqueeze(1)
+        return self.decoder(F.pad(latents, (0, 0, 0, self.num_tokens - count)), present)
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> TrainingOutput:
+        """Training pass; `lengths` [B] keeps only the first tokens of each image (nested dropout)."""
+        quantized: Quantized = self.quantizer(self.latents(images))
+        return TrainingOutput(self.pixels(quantized.latents, lengths), quantized.codes, quantized.losses)
+
+    @torch.no_grad()
+    def fit_linear_path(self, images: Tensor) -> None:
+        """Start the linear path as the principal-component code of `images` [N, 3, H, W] in [0, 1].
+
+        Components go to tokens in order of variance, each scaled to lose least in its channel's quantization; the way
+        back is ridge regression from the quantized codes. With the transformers silent this
+        alone is an ordered transform code. N should be several times the number of channels (368 by default).
+        """
+        encoder, decoder = self.encoder, self.decoder
+        thumbnails = F.adaptive_avg_pool2d(images, encoder.thumbnail_size).flatten(1) - 0.5
+        mean = thumbnails.mean(0)
+        centred = thumbnails - mean
+        components = torch.linalg.eigh(centred.T @ centred / len(centred)).eigenvectors
+        components = components.flip(1)[:, : len(encoder.used)]
+        scores = centred @ components
+        scores /= (deviations := scores.std(0).clamp_min(1e-4))
+        scale = self._best_scale(scores) / deviations
+        encoder.linear_path.weight.copy_((components * scale).T)
+        encoder.linear_path.bias.copy_(-(mean @ components) * scale)
+        batches = (self.quantizer(self.latents(batch)).latents for batch in images.split(256))
+        codes = torch.cat([batch.flatten(1)[:, encoder.used] for batch in batches])
+        centre = codes.mean(0)
+        gram = (codes - centre).T @ (codes - centre)
+        gram.diagonal().add_(1e-3 * len(codes))
+        weight = torch.linalg.solve(gram, (codes - centre).T @ centred).T
+        decoder.linear_path.weight.copy_(weight)
+        decoder.linear_path.bias.copy_(mean - weight @ centre)
+
+    def _best_scale(self, scores: Tensor) -> Tensor:
+        """For unit-variance scores [N, used] the factor a channel at which its codes tell most about them, [used]."""
+        used = self.encoder.used
+        candidates = torch.linspace(0.2, 1.2, 21)
+        informative = []
+        for factor in candidates:
+            latents = scores.new_zeros(len(scores), self.quantizer.used.numel())
+            latents[:, used] = scores * factor
+            codes = self.quantizer(latents.view(len(scores), self.num_tokens, -1)).latents.flatten(1)[:, used]
+            codes = codes - codes.mean(0)
+            informative.append((codes * scores).mean(0).square() / codes.square().mean(0).clamp_min(1e-8))
+        return candidates.to(scores)[torch.stack(informative).argmax(0)]

@@ -1,0 +1,84 @@
+"""Pre-norm transformer blocks on `scaled_dot_product_attention`, in the CLIP/TiTok key layout."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter layout of `torch.nn.MultiheadAttention`.
+
+    Keys are `in_proj_weight` [3D, D] (query, key, value in that order), `in_proj_bias` and `out_proj.*`, so
+    checkpoints written with the torch module load as they are. Batch-first throughout.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not a multiple of {heads} heads; choose heads that divide the width")
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """Attend over all of x [B, N, D]; return only the `rows` asked for (all by default)."""
+        batch, length, dim = x.shape
+        if rows is None:
+            query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            # Rows nobody reads need keys and values but no queries.
+            query = F.linear(x[:, rows], self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+            key, value = F.linear(x, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  [B, h, N, d]
+        out = F.scaled_dot_product_attention(split(query), split(key), split(value))
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, erf GELU, linear; keys `c_fc` and `c_proj`."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(dim, hidden)
+        self.c_proj = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: `x += attn(ln_1(x)); x += mlp(ln_2(x))`."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.ln_2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """[B, N, D] → [B, N, D], or only the `rows` of it."""
+        attended = self.attn(self.ln_1(x), rows)
+        x = (x if rows is None else x[:, rows]) + attended
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.ModuleList):
+    """A stack of blocks; `rows` names the rows of the result that the caller keeps.
+
+    The last block then computes queries and MLP for those rows alone, with the values unchanged.
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__(Block(dim, heads, mlp_ratio) for _ in range(depth))
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """[B, N, D] → [B, N or len(rows), D]."""
+        last = len(self) - 1
+        for depth, block in enumerate(self):
+            x = block(x, rows if depth == last else None)
+        return x

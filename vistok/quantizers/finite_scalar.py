@@ -1,0 +1,81 @@
+"""Finite scalar quantization: each channel rounds to a few levels, and the code is their mixed-radix number."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Quantized, Quantizer
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """FSQ (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023, arXiv 2309.15505).
+
+    `levels` gives the number of values of each of the D channels; the codebook size is their product. It may also be
+    one such row a token [K, D], all with the same product, so that tokens that carry more energy round more finely; a
+    channel with one level is not used. Latents are unbounded floats; decoded latents lie on a grid in [-1, 1]. No
+    parameters, no losses.
+    """
+
+    def __init__(self, levels: Sequence[int] | Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        table = torch.tensor(levels, dtype=torch.int64)
+        if table.ndim not in (1, 2) or not table.numel() or table.min() < 1:
+            raise ValueError(f"levels={levels!r}: give one row of positive counts, or one such row a token")
+        sizes = table.prod(-1).unique()
+        if len(sizes) > 1:
+            raise ValueError(f"tokens have codebooks of sizes {sizes.tolist()}; every row must have the same product")
+        self.codebook_sizes = (int(sizes[0]),)
+        radix = table.cumprod(-1) // table
+        self.register_buffer("_levels", table, persistent=False)
+        self.register_buffer("_radix", radix, persistent=False)
+
+    @property
+    def used(self) -> Tensor:
+        """Which channels carry anything: bool [D] or [K, D]."""
+        return self._levels > 1
+
+    def _rows(self, table: Tensor, count: int) -> Tensor:
+        """The table for the first `count` tokens."""
+        if table.ndim == 1:
+            return table
+        if count > len(table):
+            raise ValueError(f"{count} tokens were given; this quantizer has levels for {len(table)}")
+        return table[:count]
+
+    def _digits(self, latents: Tensor) -> Tensor:
+        """Signed integer digits as floats, bounded as in section 3.1 of the paper, with a straight-through gradient."""
+        if latents.shape[-1] != self._levels.shape[-1]:
+            raise ValueError(f"latents have {latents.shape[-1]} channels; the levels need {self._levels.shape[-1]}")
+        latents = latents.float() if latents.dtype.itemsize < 4 else latents  # half precision misplaces boundaries
+        levels = self._rows(self._levels, latents.shape[-2] if latents.ndim > 1 else 1)
+        half = ((levels - 1) * (1 + 1e-3) / 2).to(latents.dtype)
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0).to(latents.dtype)  # even counts sit half a step off centre
+        shift = (offset / half.clamp_min(0.5)).atanh()
+        bounded = (latents + shift).tanh() * half - offset
+        return bounded + (bounded.round() - bounded).detach()
+
+    def _codes(self, digits: Tensor) -> Tensor:
+        count = digits.shape[-2] if digits.ndim > 1 else 1
+        unsigned = digits.detach().round().long() + self._rows(self._levels, count) // 2
+        return (unsigned * self._rows(self._radix, count)).sum(-1)
+
+    def _half_width(self, count: int) -> Tensor:
+        return (self._rows(self._levels, count) // 2).clamp_min(1)
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Latents [B, K, D] → indices int64 [B, K], in 0 … prod(levels) - 1."""
+        return self._codes(self._digits(latents.detach()))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Indices int64 [B, K] → grid points float32 [B, K, D] in [-1, 1]."""
+        count = codes.shape[-1] if codes.ndim else 1
+        levels = self._rows(self._levels, count)
+        digits = codes.unsqueeze(-1) // self._rows(self._radix, count) % levels - levels // 2
+        return digits / self._half_width(count)
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Straight-through rounding; `losses` is empty."""
+        digits = self._digits(latents)
+        half_width = self._half_width(digits.shape[-2] if digits.ndim > 1 else 1)
+        return Quantized((digits / half_width).to(latents.dtype), self._codes(digits))

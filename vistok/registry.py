@@ -1,0 +1,132 @@
+"""Names: family → class, and published checkpoint → family, configuration, weights, licence and paper figures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+T = TypeVar("T", bound=type)
+
+# One module a family; `vistok.models.<module>` registers its class and rows when imported.
+FAMILY_MODULES = ("mini",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published (or shipped) checkpoint.
+
+    `repo` is the hub repository, `file` the weights in it; `license` is that of the weights; `figures` are the
+    paper's own numbers, `parameters` millions of them.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any]
+    repo: str | None
+    license: str
+    paper: str
+    parameters: float
+    file: str = "model.safetensors"
+    figures: dict[str, float] = field(default_factory=dict)
+    notes: str = ""
+
+
+_FAMILIES: dict[str, "type[Tokenizer]"] = {}
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register_family(name: str) -> Callable[[T], T]:
+    """Class decorator: make a Tokenizer subclass known as `name`."""
+
+    def add(cls: T) -> T:
+        cls.family = name
+        _FAMILIES[name] = cls
+        return cls
+
+    return add
+
+
+def register(*entries: Entry) -> None:
+    """Add rows to the table behind `vistok list`."""
+    for entry in entries:
+        if entry.name in _ENTRIES:
+            raise ValueError(f"tokenizer {entry.name!r} is registered twice")
+        _ENTRIES[entry.name] = entry
+
+
+def _import_families() -> None:
+    for module in FAMILY_MODULES:
+        import_module(f"vistok.models.{module}")
+
+
+def entries() -> dict[str, Entry]:
+    """All registry rows by name, in registration order."""
+    _import_families()
+    return dict(_ENTRIES)
+
+
+def list_tokenizers() -> list[str]:
+    """Names that `load` and `create` know."""
+    return list(entries())
+
+
+def families() -> "dict[str, type[Tokenizer]]":
+    """Family name → Tokenizer class."""
+    _import_families()
+    return dict(_FAMILIES)
+
+
+def create(name_or_family: str, **config: Any) -> "Tokenizer":
+    """Build a tokenizer with fresh weights.
+
+    A registry name gives the published configuration, changed by `config`; a family name takes the whole
+    configuration, either as the family's own fields or in the original's nested form
+    (`create("titok", **json.load(open("config.json")))`). The state dict has the published checkpoint's keys.
+    Raises ValueError for names, fields and values that do not exist.
+    """
+    known = entries()
+    if name_or_family in known:
+        entry = known[name_or_family]
+        return families()[entry.family].create(**{**entry.config, **config})
+    if name_or_family in families():
+        return families()[name_or_family].create(**config)
+    raise ValueError(unknown_name(name_or_family))
+
+
+def unknown_name(name: str) -> str:
+    """The message for a name that is neither in the registry nor a family."""
+    import difflib
+
+    close = difflib.get_close_matches(name, [*entries(), *families()], n=3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    return (
+        f"unknown tokenizer {name!r}.{hint} `vistok list` shows the names; a hub repository (owner/name), "
+        "a folder or a weights file is also accepted."
+    )
+
+
+def load(
+    source: "str | Path",
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    weights: "str | Path | None" = None,
+    **options: Any,
+) -> "Tokenizer":
+    """Load a tokenizer with its weights, in eval mode.
+
+    `source`: a registry name (`vistok list`), a hub repository id, a folder with config.json and model.safetensors,
+    or one weights file (.safetensors, or a weights-only pickle .bin/.pt/.pth). `weights` replaces the registry's
+    hub file by a local file or folder. Further options: `config` (for a file without one), `revision`, `cache_dir`,
+    `local_files_only`.
+
+    Raises FileNotFoundError when weights are neither local nor cached and the hub cannot be reached, and ValueError
+    listing every missing, unexpected or misshapen key.
+    """
+    from .tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(source, device=device, dtype=dtype, weights=weights, **options)

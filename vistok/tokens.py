@@ -1,0 +1,565 @@
+"""`Tokens`: what an encoder hands to a decoder, and its packed form on disk.
+
+The packed form, version 1 (integers are LEB128 varints unless a width is named):
+
+    "VTOK" | version: 1 byte | bytes that follow | header | payload | CRC32 of all before it: 4 bytes
+
+    header   flags: 1 byte (bits 0-1 kind, 2 Q axis, 3 lengths, 4 tokenizer's name, 5-6 dtype of latents)
+             B | K | D, or Q and the Q codebook sizes | the name's byte count and UTF-8
+             lengths, each packed at K.bit_length() bits
+    payload  the tokens of all images in order, padding left out; indices at ceil(log2(codebook size)) bits
+             each, most significant bit first, one codebook after the other; bits at one bit each; latents as
+             raw numbers (these and the CRC32 little-endian)
+"""
+
+import dataclasses
+import operator
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MAGIC = b"VTOK"
+_VERSION = 1
+_KINDS = ("indices", "bits", "latents")
+_LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_HAS_CODEBOOK_AXIS, _HAS_LENGTHS, _HAS_TOKENIZER = 4, 8, 16
+_CHUNK = 1 << 16  # tokens packed at a time; a multiple of 8, so that every chunk ends on a whole byte
+_FREE_ELEMENTS = 1 << 28  # a file may unpack to this many numbers whatever its size; see _check_expansion
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens:
+    """The tokens of B images, up to K each; exactly one of the first three fields is set.
+
+    `indices` int64 [B, K] or [B, K, Q] (Q codebooks, each index in 0..codebook_sizes[q]-1); `bits` bool
+    [B, K, D]; `latents` float16, bfloat16, float32 or float64 [B, K, D]. `lengths` int64 [B], each in 0..K,
+    says how many tokens belong to each image; None means all K. Entries past an image's length are set to
+    zero. `codebook_sizes` has one size per codebook and goes with `indices` only.
+
+    Construction checks dtypes, shapes and devices (ValueError, or TypeError for what is no tensor at all) but
+    reads no values, so that it never waits for an accelerator; `validate` and `to_bytes` check the values.
+
+        tokens = Tokens(indices=torch.randint(4096, (8, 32)), codebook_sizes=(4096,), tokenizer="titok-l32")
+        tokens.save("eight.vtok")            # 8 * 32 * 12 bits, and 27 bytes around them
+        Tokens.load("eight.vtok") == tokens  # True
+    """
+
+    indices: Tensor | None = None
+    bits: Tensor | None = None
+    latents: Tensor | None = None
+    lengths: Tensor | None = None
+    tokenizer: str | None = None
+    codebook_sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check dtypes, shapes and devices, and set the padding to zero."""
+        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"Tokens takes exactly one of {', '.join(_KINDS)}; got {' and '.join(given) or 'none'}"
+            )
+        for name in (*given, "lengths"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"Tokens takes {name} as a torch.Tensor; got {type(value).__name__}")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            raise TypeError(
+                f"Tokens takes the tokenizer's name as a str; got {type(self.tokenizer).__name__}"
+            )
+        self._check_data()
+        if self.codebook_sizes is not None:
+            object.__setattr__(self, "codebook_sizes", self._checked_codebook_sizes(self.codebook_sizes))
+        if self.lengths is not None:
+            self._check_lengths()
+            padding = torch.arange(self.num_tokens, device=self.device) >= self.lengths[:, None]  # [B, K]
+            padding = padding.reshape(*padding.shape, *[1] * (self._data.ndim - 2))
+            object.__setattr__(self, self._kind, self._data.masked_fill(padding, 0))
+
+    def _check_data(self) -> None:
+        kind, data = self._kind, self._data
+        dtypes = {"indices": (torch.int64,), "bits": (torch.bool,), "latents": _LATENT_DTYPES}[kind]
+        if data.dtype not in dtypes:
+            accepted = ", ".join(map(str, dtypes))
+            raise ValueError(
+                f"Tokens takes {kind} as {accepted}; got {data.dtype}: convert with .to({dtypes[-1]})"
+            )
+        ranks, layout = ((2, 3), "[B, K] or [B, K, Q]") if kind == "indices" else ((3,), "[B, K, D]")
+        if data.ndim not in ranks or 0 in data.shape[2:]:
+            raise ValueError(
+                f"Tokens takes {kind} as {layout}, the last axis not empty; got {list(data.shape)}"
+            )
+
+    def _check_lengths(self) -> None:
+        if self.lengths.dtype != torch.int64 or self.lengths.shape != (len(self),):
+            got = f"{self.lengths.dtype} {list(self.lengths.shape)}"
+            raise ValueError(f"Tokens takes lengths as int64 [B], here [{len(self)}]; got {got}")
+        if self.lengths.device != self.device:
+            raise ValueError(
+                f"lengths are on {self.lengths.device}, {self._kind} on {self.device}: move one of them"
+            )
+
+    def _checked_codebook_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        if self._kind != "indices":
+            raise ValueError(
+                f"codebook_sizes describe indices; these Tokens hold {self._kind}: leave them out"
+            )
+        if not isinstance(sizes, (tuple, list)):
+            raise TypeError(f"Tokens takes codebook_sizes as a tuple, one size per codebook; got {sizes!r}")
+        sizes = tuple(operator.index(size) for size in sizes)
+        if len(sizes) != self._width or not all(1 <= size <= 2**63 for size in sizes):
+            raise ValueError(
+                f"Tokens takes a codebook size per codebook, {self._width} here, in 1..2**63; got {sizes}"
+            )
+        return sizes
+
+    @property
+    def _kind(self) -> str:
+        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
+
+    @property
+    def _data(self) -> Tensor:
+        return getattr(self, self._kind)
+
+    @property
+    def _width(self) -> int:
+        """Q codebooks, or D bits or channels."""
+        return self._data.shape[2] if self._data.ndim == 3 else 1
+
+    def _with(self, data: Tensor, lengths: Tensor | None) -> "Tokens":
+        return dataclasses.replace(self, **{self._kind: data}, lengths=lengths)
+
+    def _full_lengths(self) -> Tensor:
+        if self.lengths is not None:
+            return self.lengths
+        return torch.full((len(self),), self.num_tokens, device=self.device)
+
+    def _signature(self) -> dict[str, object]:
+        """What two Tokens must share to be joined or equal."""
+        return {
+            "kind": self._kind,
+            "dtype": self._data.dtype,
+            "shape of a token": list(self._data.shape[2:]),
+            "codebook_sizes": self.codebook_sizes,
+            "tokenizer": self.tokenizer,
+        }
+
+    @property
+    def num_tokens(self) -> int:
+        """K, the room for tokens per image; an image with a length has that many of them."""
+        return self._data.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self._data.device
+
+    @property
+    def bits_per_image(self) -> Tensor:
+        """Payload bits of every image, int64 [B], before `to_bytes` rounds their sum up to a byte.
+
+        A token costs ceil(log2(size)) bits summed over its codebooks, D for bits, D times the dtype's width
+        for latents. ValueError for indices without codebook_sizes.
+        """
+        return self._full_lengths() * self._bits_per_token()
+
+    def _bits_per_token(self) -> int:
+        if self._kind == "indices":
+            return sum(_index_widths(self._require_codebook_sizes()))
+        return self._width * (1 if self._kind == "bits" else 8 * self._data.element_size())
+
+    def _require_codebook_sizes(self) -> tuple[int, ...]:
+        if self.codebook_sizes is None:
+            raise ValueError(
+                "these Tokens have no codebook_sizes, so the width of an index is unknown: "
+                "build them with codebook_sizes=(size, ...), one per codebook"
+            )
+        return self.codebook_sizes
+
+    def __len__(self) -> int:
+        """B, the number of images."""
+        return self._data.shape[0]
+
+    def __getitem__(
+        self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray
+    ) -> "Tokens":
+        """Pick images; the batch axis stays, so `tokens[3]` is a batch of one, and so does K."""
+        rows = _batch_index(index, len(self))
+        return self._with(self._data[rows], None if self.lengths is None else self.lengths[rows])
+
+    def __iter__(self) -> Iterator["Tokens"]:
+        """One image at a time, each a batch of one."""
+        return (self[image] for image in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        """Same values, shape, dtype, tokenizer and codebook sizes, on any device.
+
+        Padding counts for nothing; lengths that are all K equal no lengths; latents compare bit for bit, so
+        that a NaN equals itself.
+        """
+        if not isinstance(other, Tokens):
+            return NotImplemented
+        if self._signature() != other._signature() or self._data.shape != other._data.shape:
+            return False
+        return torch.equal(
+            _as_integers(self._data), _as_integers(other._data).to(self.device)
+        ) and torch.equal(self._full_lengths(), other._full_lengths().to(self.device))
+
+    def __repr__(self) -> str:
+        """Kind, shape and origin, without the values."""
+        parts = [f"{self._kind}={str(self._data.dtype).removeprefix('torch.')} {list(self._data.shape)}"]
+        if self.lengths is not None:
+            parts.append("lengths=int64 " + str(list(self.lengths.shape)))
+        parts += [
+            f"{name}={value!r}"
+            for name, value in (("tokenizer", self.tokenizer), ("codebook_sizes", self.codebook_sizes))
+            if value is not None
+        ]
+        return f"Tokens({', '.join(parts)}, device={str(self.device)!r})"
+
+    @staticmethod
+    def cat(parts: Iterable["Tokens"]) -> "Tokens":
+        """Join batches, image after image.
+
+        Where K differs, the shorter are padded and lengths are set. ValueError for an empty list and for
+        parts that differ in kind, dtype, D or Q, codebook sizes, tokenizer or device.
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("Tokens.cat got no Tokens: it takes at least one")
+        expected = {**parts[0]._signature(), "device": parts[0].device}
+        for position, part in enumerate(parts):
+            found = {**part._signature(), "device": part.device}
+            for name, value in found.items():
+                if value != expected[name]:
+                    raise ValueError(
+                        f"Tokens.cat takes parts of one {name}: part 0 has {expected[name]}, "
+                        f"part {position} {value}"
+                    )
+        num_tokens = max(part.num_tokens for part in parts)
+        ragged = any(part.lengths is not None or part.num_tokens != num_tokens for part in parts)
+        data = torch.cat([_pad_tokens(part._data, num_tokens) for part in parts])
+        return parts[0]._with(data, torch.cat([part._full_lengths() for part in parts]) if ragged else None)
+
+    def prefix(self, k: int) -> "Tokens":
+        """Keep the first k tokens of every image, k in 1..K; shorter images keep all of theirs."""
+        k = operator.index(k)
+        if not 1 <= k <= self.num_tokens:
+            raise ValueError(f"prefix takes k in 1..{self.num_tokens}, the tokens an image has here; got {k}")
+        return self._with(self._data[:, :k], None if self.lengths is None else self.lengths.clamp(max=k))
+
+    def to(self, target: torch.device | str | int | torch.dtype) -> "Tokens":
+        """Move to a device, or convert latents to a dtype."""
+        if isinstance(target, torch.dtype):
+            if self._kind != "latents":
+                raise ValueError(f"only latents change dtype; these Tokens hold {self._kind}, got {target}")
+            return self._with(self._data.to(target), self.lengths)
+        return self._with(self._data.to(target), None if self.lengths is None else self.lengths.to(target))
+
+    def validate(self) -> None:
+        """Check the values: lengths in 0..K, indices in 0..codebook_size-1. ValueError names an offender."""
+        if self.lengths is not None:
+            _check_range(self.lengths, self.num_tokens, "length", f"{self.num_tokens} tokens an image")
+        if self._kind == "indices":
+            indices = self._data.reshape(len(self), self.num_tokens, self._width)
+            for q in range(self._width):
+                size = 2**63 if self.codebook_sizes is None else self.codebook_sizes[q]
+                _check_range(indices[..., q], size - 1, "index", f"codebook {q} of size {size}")
+
+    def to_bytes(self) -> bytes:
+        """Pack without loss, each index at ceil(log2(codebook_size)) bits; the layout heads this file.
+
+        The payload is ceil(sum(bits_per_image) / 8) bytes; the rest is some 26 bytes for one image. It is a
+        ValueError for indices without codebook_sizes or with a value outside its codebook.
+        """
+        kind = self._kind
+        widths = _index_widths(self._require_codebook_sizes()) if kind == "indices" else ()
+        self.validate()
+        data = self._data.detach().cpu()
+        flags = _KINDS.index(kind)
+        header = bytearray(1)
+        header += _varint(len(self)) + _varint(self.num_tokens) + _varint(self._width)
+        header += b"".join(map(_varint, self.codebook_sizes or ()))
+        if kind == "indices" and data.ndim == 3:
+            flags |= _HAS_CODEBOOK_AXIS
+        if kind == "latents":
+            flags |= _LATENT_DTYPES.index(data.dtype) << 5
+        if self.tokenizer is not None:
+            flags |= _HAS_TOKENIZER
+            name = self.tokenizer.encode()
+            header += _varint(len(name)) + name
+        if self.lengths is None:
+            data = data.flatten(0, 1)  # [N, ...], N tokens in all
+        else:
+            flags |= _HAS_LENGTHS
+            lengths = self.lengths.cpu()
+            header += _pack(lengths[:, None].numpy(), [self.num_tokens.bit_length()])
+            data = data[torch.arange(self.num_tokens) < lengths[:, None]]
+        header[0] = flags
+        if kind == "indices":
+            payload = _pack(data.reshape(-1, self._width).numpy(), widths)
+        elif kind == "bits":
+            payload = np.packbits(data.numpy()).tobytes()
+        else:
+            payload = _little_endian(_as_integers(data).numpy()).tobytes()
+        body = b"".join([_MAGIC, bytes([_VERSION]), _varint(len(header) + len(payload) + 4), header, payload])
+        return body + zlib.crc32(body).to_bytes(4, "little")
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> "Tokens":
+        """Unpack what `to_bytes` packed, on the CPU.
+
+        ValueError for anything else: no token file, a newer version, truncated, trailing bytes, a checksum
+        that does not match. The checksum is verified before any size in the header is believed.
+        """
+        reader = _Reader(_checked_body(np.frombuffer(bytes(data), np.uint8)))
+        flags = reader.byte()
+        kind_number, dtype_number = flags & 3, flags >> 5
+        if kind_number >= len(_KINDS) or dtype_number >= len(_LATENT_DTYPES):
+            raise ValueError(f"corrupt vistok token file: unknown flags {flags:#04x}")
+        kind, dtype = _KINDS[kind_number], _LATENT_DTYPES[dtype_number]
+        batch, num_tokens, width = reader.varint(), reader.varint(), reader.varint()
+        sizes = tuple(reader.varint() for _ in range(width)) if kind == "indices" else None
+        if sizes is not None and not all(1 <= size <= 2**63 for size in sizes):
+            raise ValueError(f"corrupt vistok token file: codebook sizes {sizes} are outside 1..2**63")
+        tokenizer = reader.take(reader.varint()).tobytes().decode() if flags & _HAS_TOKENIZER else None
+        _check_expansion(max(batch, 1) * max(num_tokens, 1) * width, len(reader.data))
+        lengths, count = None, batch * num_tokens
+        if flags & _HAS_LENGTHS:
+            bits = num_tokens.bit_length()
+            lengths = _unpack(reader.take((batch * bits + 7) // 8), batch, [bits])[:, 0]
+            _check_range(torch.from_numpy(lengths), num_tokens, "length", f"{num_tokens} tokens an image")
+            count = int(lengths.sum())
+
+        values = _read_payload(reader, kind, count, sizes or [2] * width, dtype)
+        if lengths is not None:
+            padded = np.zeros((batch, num_tokens, width), values.dtype)
+            padded[np.arange(num_tokens) < lengths[:, None]] = values
+            values = padded
+        has_last_axis = kind != "indices" or flags & _HAS_CODEBOOK_AXIS
+        tensor = torch.from_numpy(values.reshape(batch, num_tokens, *([width] if has_last_axis else [])))
+        tokens = cls(
+            **{kind: tensor.view(dtype) if kind == "latents" else tensor},
+            lengths=None if lengths is None else torch.from_numpy(lengths),
+            tokenizer=tokenizer,
+            codebook_sizes=sizes,
+        )
+        tokens.validate()
+        return tokens
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_bytes` to a file, whole or not at all (aside in the same folder, then moved)."""
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"cannot save {path}: the folder {path.parent} does not exist; make it first"
+            )
+        data = self.to_bytes()
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            aside.write_bytes(data)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokens":
+        """Read a file that `save` wrote, onto the CPU. FileNotFoundError, or ValueError as `from_bytes`."""
+        data = Path(path).read_bytes()
+        try:
+            return cls.from_bytes(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _batch_index(
+    index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray, size: int
+) -> slice | Tensor:
+    """What picks rows of a batch of `size`, for torch, keeping the batch axis."""
+    if isinstance(index, slice):
+        rows = range(size)[index]
+        return index if rows.step > 0 else torch.tensor(list(rows), dtype=torch.int64)
+    if isinstance(index, (list, np.ndarray)) or (isinstance(index, Tensor) and index.ndim):
+        picked = torch.as_tensor(index) if len(index) else torch.zeros(0, dtype=torch.int64)
+        if picked.ndim != 1 or picked.is_floating_point():
+            raise TypeError(
+                f"Tokens are indexed by integers or a mask over images; got {picked.dtype} {index!r}"
+            )
+        return picked if picked.dtype == torch.bool else picked.long()
+    try:
+        image = operator.index(index)
+    except TypeError:
+        raise TypeError(
+            f"Tokens are indexed by an int, a slice, a list or a 1D tensor; got {index!r}"
+        ) from None
+    if not -size <= image < size:
+        raise IndexError(f"image {image} of a batch of {size}")
+    return slice(image % size, image % size + 1)
+
+
+def _pad_tokens(data: Tensor, num_tokens: int) -> Tensor:
+    missing = num_tokens - data.shape[1]
+    return torch.cat([data, data.new_zeros(len(data), missing, *data.shape[2:])], dim=1) if missing else data
+
+
+def _as_integers(data: Tensor) -> Tensor:
+    """Floats as integers of the same bits; anything else as it is."""
+    if not data.is_floating_point():
+        return data
+    return data.detach().contiguous().view(_INTEGER_OF_SIZE[data.element_size()])
+
+
+def _check_range(values: Tensor, highest: int, what: str, owner: str) -> None:
+    if values.numel() == 0:
+        return
+    low, high = (int(extreme) for extreme in values.aminmax())
+    if low < 0 or high > highest:
+        raise ValueError(f"{what} {low if low < 0 else high} is outside 0..{highest} ({owner})")
+
+
+def _index_widths(codebook_sizes: Sequence[int]) -> list[int]:
+    """Bits per index, ceil(log2(size))."""
+    return [(size - 1).bit_length() for size in codebook_sizes]
+
+
+def _pack(values: np.ndarray, widths: Sequence[int]) -> bytes:
+    """Pack int64 [N, Q] at widths[q] bits each, row after row, big-endian bits; zeros fill the last byte."""
+    packed = []
+    for start in range(0, len(values), _CHUNK):
+        columns = []
+        for column, width in zip(values[start : start + _CHUNK].T, widths, strict=True):
+            used = (width + 7) // 8
+            octets = np.ascontiguousarray(column.astype(">i8")).view(np.uint8).reshape(-1, 8)[:, 8 - used :]
+            columns.append(np.unpackbits(octets, axis=1)[:, 8 * used - width :])
+        packed.append(np.packbits(np.concatenate(columns, axis=1)).tobytes())
+    return b"".join(packed)
+
+
+def _unpack(packed: np.ndarray, count: int, widths: Sequence[int]) -> np.ndarray:
+    """Undo `_pack`: uint8 bytes to int64 [count, Q]."""
+    values = np.zeros((count, len(widths)), np.int64)
+    total = sum(widths)
+    for start in range(0, count, _CHUNK):
+        rows = min(_CHUNK, count - start)
+        first = start * total // 8
+        bits = np.unpackbits(packed[first : first + (rows * total + 7) // 8], count=rows * total).reshape(
+            rows, total
+        )
+        for q, width in enumerate(widths):
+            column, bits = bits[:, :width], bits[:, width:]
+            octets = np.zeros((rows, 64), np.uint8)
+            octets[:, 64 - width :] = column
+            values[start : start + rows, q] = np.packbits(octets, axis=1).view(">i8")[:, 0]
+    return values
+
+
+def _read_payload(
+    reader: "_Reader", kind: str, count: int, codebook_sizes: Sequence[int], dtype: torch.dtype
+) -> np.ndarray:
+    """The rest of the file as `count` tokens [count, Q or D]; latents come as integers of the same bits."""
+    width, integer = len(codebook_sizes), f"i{dtype.itemsize}"
+    bits = 8 * dtype.itemsize * width if kind == "latents" else sum(_index_widths(codebook_sizes))
+    payload = reader.take((count * bits + 7) // 8)
+    reader.finish()
+    if kind == "indices":
+        return _unpack(payload, count, _index_widths(codebook_sizes))
+    if kind == "bits":
+        return np.unpackbits(payload, count=count * width).view(np.bool_).reshape(count, width)
+    return np.frombuffer(payload.tobytes(), f"<{integer}").astype(f"={integer}").reshape(count, width)
+
+
+def _little_endian(integers: np.ndarray) -> np.ndarray:
+    return integers.astype(integers.dtype.newbyteorder("<"), copy=False)
+
+
+def _varint(value: int) -> bytes:
+    """LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+class _Reader:
+    """Reads a header front to back, and refuses to read past its end."""
+
+    def __init__(self, data: np.ndarray, offset: int = 0) -> None:
+        self.data, self.offset = data, offset
+
+    def take(self, count: int) -> np.ndarray:
+        if count > len(self.data) - self.offset:
+            left = len(self.data) - self.offset
+            raise ValueError(
+                f"corrupt vistok token file: the header promises {count} bytes where {left} are left"
+            )
+        self.offset += count
+        return self.data[self.offset - count : self.offset]
+
+    def byte(self) -> int:
+        return int(self.take(1)[0])
+
+    def varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            octet = self.byte()
+            value |= (octet & 127) << shift
+            if octet < 128:
+                return value
+        raise ValueError("corrupt vistok token file: a number in the header does not end")
+
+    def finish(self) -> None:
+        if self.offset != len(self.data):
+            left = len(self.data) - self.offset
+            raise ValueError(f"corrupt vistok token file: {left} bytes more than the header promises")
+
+
+def _checked_body(data: np.ndarray) -> np.ndarray:
+    """Header and payload of a packed file [bytes], once its magic, version, length and checksum are right."""
+    start = data[: len(_MAGIC)].tobytes()
+    if start != _MAGIC[: len(start)]:
+        raise ValueError(f"not a vistok token file: it starts with {start!r}, not {_MAGIC!r}")
+    if len(data) < len(_MAGIC) + 2:
+        raise ValueError(f"truncated vistok token file: got {len(data)} bytes, too few for a header")
+    version = int(data[len(_MAGIC)])
+    if version > _VERSION:
+        raise ValueError(
+            f"vistok token file of version {version}, newer than version {_VERSION} read here: upgrade vistok"
+        )
+    if version < _VERSION:
+        raise ValueError(f"corrupt vistok token file: there is no version {version}")
+    reader = _Reader(data, len(_MAGIC) + 1)
+    try:
+        promised = reader.varint() + reader.offset
+    except ValueError:
+        raise ValueError(
+            f"truncated or corrupt vistok token file: got {len(data)} bytes, its size is unreadable"
+        ) from None
+    if len(data) < promised:
+        raise ValueError(
+            f"truncated vistok token file: got {len(data)} bytes, the header promises {promised}"
+        )
+    if len(data) > promised:
+        raise ValueError(
+            f"{len(data) - promised} trailing bytes after a vistok token file: "
+            f"got {len(data)} bytes, the header promises {promised}"
+        )
+    checksum, body = int.from_bytes(data[-4:].tobytes(), "little"), data[:-4]
+    if zlib.crc32(body) != checksum:
+        raise ValueError("corrupt vistok token file: checksum mismatch, some of its bytes have changed")
+    return body[reader.offset :]
+
+
+def _check_expansion(elements: int, file_bytes: int) -> None:
+    """Refuse a tiny file that asks for vast tensors: padding and one-word codebooks cost no payload."""
+    if elements > max(_FREE_ELEMENTS, 1024 * file_bytes):
+        raise ValueError(
+            f"corrupt vistok token file: {file_bytes} bytes would unpack to {elements} numbers with padding"
+        )

@@ -1,0 +1,1 @@
+"""Training tokenizers: data, losses and one loop. Needs the `train` extra (`pip install "vistok[train]"`)."""

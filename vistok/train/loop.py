@@ -1,0 +1,333 @@
+"""The training loop: one or several processes, mixed precision, EMA, exact resume.
+
+Everything random is a function of (seed, step, process), so a run that was killed and resumed from its last
+checkpoint ends bit for bit where an uninterrupted one would (on one machine and thread count).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..files import written_aside
+from ..images import load_image, side_by_side, to_pil, to_tensor
+from ..registry import create, load
+from ..tokenizer import Tokenizer
+from . import data
+from .config import OptimizerConfig, TrainConfig
+from .losses import ReconstructionLoss, proxy_code_loss
+from .schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
+
+
+def train(config: TrainConfig, output: str | Path, *, steps: int | None = None, progress: bool = True) -> Path:
+    """Train and return the folder of the finished model (EMA weights), which `vistok.load` reads.
+
+    `output` receives log.jsonl, samples/, checkpoint.pt (the whole state, written aside and renamed) and model/. If
+    it holds a checkpoint of the same configuration the run continues from it. `steps` stops earlier (or later) than
+    the configuration says without changing the schedule. Raises ValueError when the folder holds another run, and
+    FloatingPointError when the loss is no longer finite.
+    """
+    return _Run(config, Path(output), progress).train(config.steps if steps is None else steps)
+
+
+class _Run:
+    """The state of one run and its steps."""
+
+    def __init__(self, config: TrainConfig, output: Path, progress: bool) -> None:
+        self.config, self.output = config, output
+        self.accelerator = Accelerator(mixed_precision=config.precision)
+        self.progress = progress and self.accelerator.is_local_main_process
+        self.main = self.accelerator.is_main_process
+        torch.manual_seed(config.seed)
+        self.tokenizer = self._tokenizer()
+        self.source = data.build(config.data, self.tokenizer.image_size, config.seed)
+        self.teacher = load(config.teacher, device=self.accelerator.device) if config.teacher else None
+        self.loss = ReconstructionLoss(config.loss, config.perceptual_weights).to(self.accelerator.device)
+        self.step = 0
+        resumed = self._resume_point()
+        if resumed is None and config.warm_start_images:
+            self.tokenizer.fit_linear_path(self._pictures(config.warm_start_images))
+        self.ema = {name: value.detach().clone() for name, value in self.tokenizer.state_dict().items()}
+        named = [(n, p) for n, p in self.tokenizer.named_parameters() if p.requires_grad]
+        self.optimizer = _adamw(named, config.optimizer)
+        self.discriminator_optimizer = None
+        if config.loss.discriminator_weight > 0:
+            named = list(self.loss.discriminator.named_parameters())
+            self.discriminator_optimizer = _adamw(named, config.discriminator_optimizer)
+        if resumed is not None:
+            self._restore(resumed)
+        self.ema = {name: value.to(self.accelerator.device) for name, value in self.ema.items()}
+        self.model, self.optimizer = self.accelerator.prepare(self.tokenizer, self.optimizer)
+        if self.discriminator_optimizer is not None:
+            self.loss.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
+                self.loss.discriminator, self.discriminator_optimizer
+            )
+        self.validation = self._validation_images()
+
+    # Set-up ------------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.config.initial:
+            tokenizer = load(self.config.initial)
+        else:
+            fields = dict(self.config.tokenizer)
+            tokenizer = create(fields.pop("name"), **fields)
+        if self.config.nested_dropout and not tokenizer.ordered:
+            raise ValueError(f"nested_dropout needs an ordered tokenizer; {tokenizer.label} decodes full length only")
+        if self.config.warm_start_images and not hasattr(tokenizer, "fit_linear_path"):
+            raise ValueError(f"warm_start_images is given, but {tokenizer.label} has nothing to fit in closed form")
+        frozen = 0
+        for name, parameter in tokenizer.named_parameters():
+            parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in self.config.freeze))
+            frozen += not parameter.requires_grad
+        if self.config.freeze and not frozen:
+            raise ValueError(f"freeze={list(self.config.freeze)} matches no parameter of {tokenizer.label}")
+        return tokenizer.train()
+
+    def _pictures(self, count: int) -> Tensor:
+        """The first `count` training pictures, [count, 3, H, W] in [0, 1]."""
+        size = min(256, count)
+        batches = data.loader(self.source, size, workers=self.config.workers)
+        steps = tqdm(range(math.ceil(count / size)), desc="warm start", disable=not self.progress, leave=False)
+        return torch.cat([next(batches) for _ in steps])[:count].float() / 255
+
+    def _validation_images(self) -> Tensor:
+        images = [
+            data.photo(name) if name in data.photo_names() else load_image(name) for name in self.config.validation
+        ]
+        return to_tensor(images, self.tokenizer.image_size).to(self.accelerator.device)
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must share to be the same run."""
+        loose = {"steps", "workers", "log_every", "validate_every", "checkpoint_every", "tensorboard"}
+        fields = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        if self.config.optimizer.schedule == "cosine":
+            loose -= {"steps"}
+        return {name: value for name, value in fields.items() if name not in loose}
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def _resume_point(self) -> dict[str, Any] | None:
+        path = self.output / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["identity"] != json.dumps(self._identity(), sort_keys=True):
+            raise ValueError(f"{self.output} holds another run (its configuration differs); choose a new output folder")
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.tokenizer.load_state_dict(state["model"])
+        self.ema = state["ema"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.discriminator_optimizer is not None:
+            self.loss.load_state_dict(state["loss"], strict=False)
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.main:
+            return
+        state = {
+            "identity": json.dumps(self._identity(), sort_keys=True),
+            "step": self.step,
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.discriminator_optimizer is not None:
+            # The perceptual networks are constants and stay out.
+            parts = ("discriminator.", "ema_")
+            state["loss"] = {k: v for k, v in self.loss.state_dict().items() if k.startswith(parts)}
+            state["loss"] = {k.replace("discriminator.module.", "discriminator."): v for k, v in state["loss"].items()}
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        with written_aside(self.output / "checkpoint.pt") as path:
+            torch.save(state, path)
+
+    # The loop ----------------------------------------------------------------------------------------------------
+
+    def train(self, steps: int) -> Path:
+        """Run to step `steps`; return the model's folder."""
+        config, accelerator = self.config, self.accelerator
+        batches = data.loader(
+            self.source,
+            config.batch_size,
+            start=self.step * config.gradient_accumulation,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            workers=config.workers,
+        )
+        log = self._open_log()
+        bar = tqdm(total=steps, initial=self.step, desc="train", disable=not self.progress, dynamic_ncols=True)
+        self.model.train()
+        while self.step < steps:
+            torch.manual_seed(hash((config.seed, self.step, accelerator.process_index)) & (2**63 - 1))
+            figures = self._optimise(batches)
+            self.step += 1
+            bar.update()
+            last = self.step == steps
+            if self.step % config.log_every == 0 or last:
+                row = {name: float(accelerator.gather(value.reshape(1)).mean()) for name, value in figures.items()}
+                if not all(math.isfinite(value) for value in row.values()):
+                    raise FloatingPointError(
+                        f"step {self.step}: {row} is not finite. The checkpoint of step "
+                        f"{self.step // config.checkpoint_every * config.checkpoint_every} is untouched; lower the "
+                        "learning rate or use precision: 'no'"
+                    )
+                bar.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name in ("loss", "psnr")})
+                log(row)
+            if self.step % config.validate_every == 0 or last:
+                log(self._validate())
+            if self.step % config.checkpoint_every == 0 or last:
+                self._save()
+        bar.close()
+        return self._export()
+
+    def _optimise(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
+        """One optimisation step of the tokenizer, and of the discriminator when it takes part."""
+        config, accelerator = self.config, self.accelerator
+        adversary = self.loss.uses_discriminator(self.step)
+        for micro in range(config.gradient_accumulation):
+            images = next(batches).to(accelerator.device).float() / 255
+            more = micro + 1 < config.gradient_accumulation
+            with accelerator.no_sync(self.model) if more else nullcontext():
+                output = self.model(images, **self._lengths(len(images)))
+                total, parts = self._tokenizer_loss(images, output)
+                accelerator.backward(total / config.gradient_accumulation)
+            if adversary:
+                wrapped = self.loss.discriminator
+                with accelerator.no_sync(wrapped) if more else nullcontext():
+                    against, _ = self.loss.discriminator_step(images, output.images)
+                    accelerator.backward(against / config.gradient_accumulation)
+        if config.optimizer.clip_norm:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
+        _step(self.optimizer, config.optimizer, self.step, config.steps)
+        if adversary:
+            start = config.loss.discriminator_start
+            if config.discriminator_optimizer.clip_norm:
+                accelerator.clip_grad_norm_(wrapped.parameters(), config.discriminator_optimizer.clip_norm)
+            _step(self.discriminator_optimizer, config.discriminator_optimizer, self.step - start, config.steps - start)
+        self._average()
+        figures = {"loss": total.detach(), **parts}
+        if self.teacher is None:
+            mse = (output.images.detach().float().clamp(0, 1) - images).square().mean((1, 2, 3))
+            figures["psnr"] = -10 * mse.clamp_min(1e-10).log10().mean()
+        return figures
+
+    def _lengths(self, batch: int) -> dict[str, Tensor]:
+        """Nested dropout: a log-uniform prefix length for the chosen images, full length for the others."""
+        if not self.config.nested_dropout:
+            return {}
+        full = self.tokenizer.num_tokens
+        prefix = torch.exp(torch.rand(batch) * math.log(full + 1)).long().clamp(1, full)
+        kept = torch.where(torch.rand(batch) < self.config.nested_dropout, prefix, full)
+        return {"lengths": kept.to(self.accelerator.device)}
+
+    def _tokenizer_loss(self, images: Tensor, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = dict(output.losses)
+        kl = losses.pop("kl", None)
+        quantizer = sum(losses.values()) if losses else None
+        if self.teacher is not None:
+            codes = self.teacher.encode(images).indices
+            return proxy_code_loss(output.images, codes, quantizer, self.config.loss.quantizer_weight)
+        return self.loss.generator_step(images, output.images, self.step, quantizer_loss=quantizer, kl=kl)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = ema_decay(self.step + 1, self.config.ema)
+        current = self.accelerator.unwrap_model(self.model).state_dict()
+        for name, average in self.ema.items():
+            if average.is_floating_point():
+                average.lerp_(current[name], 1 - decay)
+            else:
+                average.copy_(current[name])
+
+    # What a person looks at --------------------------------------------------------------------------------------
+
+    def _averaged(self) -> Tokenizer:
+        """The tokenizer with EMA weights, in eval mode."""
+        fields = dict(self.config.tokenizer)
+        model = load(self.config.initial) if self.config.initial else create(fields.pop("name"), **fields)
+        model.load_state_dict(self.ema)
+        return model.eval().to(self.accelerator.device)
+
+    def _validate(self) -> dict[str, float]:
+        """Mean PSNR of the EMA model on the validation pictures at each length, in dB; writes a sample sheet."""
+        if not self.main or not len(self.validation) or self.teacher is not None:
+            return {}
+        model = self._averaged()
+        counts = self.config.validation_tokens or (None,)
+        row, sheet = {}, [to_pil(self.validation)]
+        for count in counts:
+            decoded = model.reconstruct(self.validation, count)
+            mse = (decoded - self.validation).square().mean((1, 2, 3)).double()
+            row[f"validation_psnr_{count or model.num_tokens}"] = float(-10 * mse.log10().mean())
+            sheet.append(to_pil(decoded))
+        picture: Image.Image = side_by_side([list(column) for column in zip(*sheet, strict=True)])
+        with written_aside(self.output / "samples" / f"step_{self.step:07d}.png") as path:
+            picture.save(path, format="PNG")
+        return row
+
+    def _open_log(self) -> Any:
+        """A function that appends a row to log.jsonl; rows past the resume point are dropped first."""
+        if not self.main:
+            return lambda row: None
+        path = self.output / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.startswith("{") and json.loads(line)["step"] <= self.step]
+        with written_aside(path) as fresh:
+            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        writer = None
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(self.output / "tensorboard", purge_step=self.step)
+
+        def log(row: dict[str, float]) -> None:
+            if not row:
+                return
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": self.step, **row}) + "\n")
+            if writer:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, self.step)
+
+        return log
+
+    def _export(self) -> Path:
+        folder = self.output / "model"
+        if self.main:
+            self._averaged().save_pretrained(folder)
+        return folder
+
+
+def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    plain = [p for n, p in named if no_weight_decay(n, p)]
+    decayed = [p for n, p in named if not no_weight_decay(n, p)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def _step(optimizer: Any, config: OptimizerConfig, step: int, total: int) -> None:
+    """Set this step's learning rate, move, and forget the gradients."""
+    rate = (
+        constant_schedule(step, config.learning_rate, config.warmup)
+        if config.schedule == "constant"
+        else cosine_schedule(step, config.learning_rate, config.end_learning_rate, config.warmup, total)
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()

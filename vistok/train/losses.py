@@ -1,0 +1,395 @@
+"""Losses for training tokenizers and the models that write tokens.
+
+`ReconstructionLoss` trains image decoders (TiTok stage 2, TA-TiTok, small models of your own);
+`proxy_code_loss` trains TiTok stage 1; the token losses train MaskGIT- and GPT-like generators.
+"""
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from .discriminator import NLayerDiscriminator
+
+LECAM_DECAY = 0.999
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CONVNEXT_SIZE = 224
+VGG_MINIMUM_SIZE = 16
+PERCEPTUAL_NETWORKS = ("lpips", "convnext_s")
+
+
+# ---- adversarial ---------------------------------------------------------------------------------
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """What a reconstruction pays for looking false: the negative mean logit, a scalar."""
+    return -fake_logits.mean()
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss 0.5 * (mean relu(1 - real) + mean relu(1 + fake)) over logits of any shape, a scalar.
+
+    "Geometric GAN" (2017, arXiv 1705.02894).
+    """
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def lecam_loss(
+    real_logits: Tensor, fake_logits: Tensor, ema_real_mean: Tensor, ema_fake_mean: Tensor
+) -> Tensor:
+    """Keep the discriminator's mean logits near the other side's running mean, a scalar.
+
+    "Regularizing Generative Adversarial Networks under Limited Data" (2021, arXiv 2104.03310),
+    with the one-sided penalties of TiTok's code.
+    """
+    real_excess = F.relu(real_logits.mean() - ema_fake_mean).square()
+    fake_excess = F.relu(ema_real_mean - fake_logits.mean()).square()
+    return (real_excess + fake_excess).mean()
+
+
+# ---- perceptual ----------------------------------------------------------------------------------
+
+
+def parse_perceptual_name(name: str) -> dict[str, float]:
+    """Read "lpips", "convnext_s" or "lpips-convnext_s-1.0-0.1" as {network: weight}.
+
+    Raises ValueError for any other name, and for weights that are not above 0.
+    """
+    if name in PERCEPTUAL_NETWORKS:
+        return {name: 1.0}
+    match = re.fullmatch(r"lpips-convnext_s-(\d*\.?\d+)-(\d*\.?\d+)", name)
+    if match is None or min(map(float, match.groups())) == 0:
+        raise ValueError(
+            f"perceptual loss {name!r} is not understood; give 'lpips', 'convnext_s', or both with a weight "
+            "above 0 for each, as in 'lpips-convnext_s-1.0-0.1'"
+        )
+    return dict(zip(PERCEPTUAL_NETWORKS, map(float, match.groups()), strict=True))
+
+
+class PerceptualLoss(nn.Module):
+    """Distance between images as VGG16 features (LPIPS) and ConvNeXt-S logits see them.
+
+    `name` says which networks and how they are weighted (see `parse_perceptual_name`); the terms are averaged
+    with those weights. The networks are frozen and stay in evaluation mode.
+
+    `weights` says where torchvision's ImageNet files are: "hub" (torch hub's checkpoint folder; nothing is
+    downloaded), "download" (the same folder, fetching what is missing), a folder, or None for random networks
+    whose values mean nothing, for tests. Raises FileNotFoundError for a missing file, ConnectionError when
+    the download fails, ImportError without the `lpips` package.
+
+    "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018, arXiv 1801.03924),
+    computed by the `lpips` package; the ConvNeXt term is that of "Democratizing Text-to-Image Masked
+    Generative Models with Compact Text-Aware One-Dimensional Tokens" (2025, arXiv 2501.07730).
+    """
+
+    def __init__(self, name: str = "lpips", weights: str | PathLike[str] | None = "hub") -> None:
+        """Build the networks that `name` lists and freeze them."""
+        super().__init__()
+        self.networks = parse_perceptual_name(name)
+        if "lpips" in self.networks:
+            self.lpips = _build_lpips(weights)
+        if "convnext_s" in self.networks:
+            state_dict = _read_torchvision(ConvNeXt_Small_Weights.IMAGENET1K_V1, weights)
+            self.convnext = convnext_small(weights=None)
+            if state_dict is not None:
+                self.convnext.load_state_dict(state_dict)
+            self.register_buffer("imagenet_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+            self.register_buffer("imagenet_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stay in evaluation mode: dropout and stochastic depth would make the distance random."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Two batches [B, 3, H, W] in [0, 1] -> scalar, the mean over the batch.
+
+        Raises ValueError when the shapes differ or LPIPS is given images under 16 pixels.
+        """
+        _check_pair(images, references)
+        total = images.new_zeros(())
+        if "lpips" in self.networks:
+            if min(images.shape[-2:]) < VGG_MINIMUM_SIZE:
+                raise ValueError(
+                    f"images are {images.shape[-2]}x{images.shape[-1]}; LPIPS needs {VGG_MINIMUM_SIZE} "
+                    "pixels a side: enlarge them or leave lpips out of the perceptual loss"
+                )
+            distance = self.lpips(images, references, normalize=True)  # [B, 1, 1, 1]
+            total = total + self.networks["lpips"] * distance.mean()
+        if "convnext_s" in self.networks:
+            distance = F.mse_loss(self._convnext_logits(images), self._convnext_logits(references))
+            total = total + self.networks["convnext_s"] * distance
+        return total / sum(self.networks.values())
+
+    def _convnext_logits(self, images: Tensor) -> Tensor:
+        size = [CONVNEXT_SIZE, CONVNEXT_SIZE]
+        resized = resize(images, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
+        return self.convnext((resized - self.imagenet_mean) / self.imagenet_std)  # [B, 1000]
+
+
+def _build_lpips(weights: str | PathLike[str] | None) -> nn.Module:
+    try:
+        from lpips import LPIPS
+    except ImportError as error:
+        raise ImportError("the perceptual loss 'lpips' needs the lpips package: pip install lpips") from error
+    state_dict = _read_torchvision(VGG16_Weights.IMAGENET1K_V1, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old argument names
+        # The package downloads VGG16 on its own unless told to leave the trunk random.
+        network = LPIPS(net="vgg", pretrained=weights is not None, pnet_rand=True, verbose=False)
+    if state_dict is not None:
+        # slice3.10.weight of lpips is features.10.weight of torchvision
+        trunk = {key: state_dict["features." + key.split(".", 1)[1]] for key in network.net.state_dict()}
+        network.net.load_state_dict(trunk)
+    return network
+
+
+def _read_torchvision(
+    pretrained: VGG16_Weights | ConvNeXt_Small_Weights, weights: str | PathLike[str] | None
+) -> dict[str, Tensor] | None:
+    """State dict of one of torchvision's published networks, from the place that `weights` names."""
+    if weights is None:
+        return None
+    hub = Path(torch.hub.get_dir(), "checkpoints")
+    if weights == "download":
+        try:
+            return pretrained.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except URLError as error:
+            raise ConnectionError(
+                f"cannot download {pretrained.url} ({error.reason}); put that file into {hub} by hand"
+            ) from error
+    folder = hub if weights == "hub" else Path(weights)
+    path = folder / pretrained.url.rsplit("/", 1)[1]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the perceptual loss needs {path.name}, which is not in {folder}: put {pretrained.url} there; "
+            "or name the folder that holds it, or say 'download' when online, with the option weights= "
+            "(perceptual_weights= of ReconstructionLoss); or set perceptual_weight to 0 to train without"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ---- image reconstruction ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReconstructionLossConfig:
+    """Weights and schedule of a `ReconstructionLoss`; a weight of 0 leaves the part, and its network, out.
+
+    TiTok stage 2: `perceptual="convnext_s"`, 0.1; discriminator 0.01 from step 20,000, LeCam 1e-3.
+    TA-TiTok: `perceptual="lpips-convnext_s-1.0-0.1"`, 1.1; discriminator 0.1 from step 200,000, LeCam 1e-3;
+    quantizer 1.0 or KL 1e-6. Raises ValueError for an unknown `reconstruction` or negative weights.
+    """
+
+    reconstruction: str = "l2"
+    reconstruction_weight: float = 1.0
+    logvar: float = 0.0
+    perceptual: str = "lpips"
+    perceptual_weight: float = 0.0
+    discriminator_weight: float = 0.0
+    discriminator_start: int = 0
+    discriminator_channels: int = 128
+    lecam_weight: float = 1e-3
+    quantizer_weight: float = 1.0
+    kl_weight: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Refuse values that no training run can mean."""
+        if self.reconstruction not in ("l1", "l2"):
+            raise ValueError(f"reconstruction is {self.reconstruction!r}; give 'l1' or 'l2'")
+        for field in ("reconstruction", "perceptual", "discriminator", "lecam", "quantizer", "kl"):
+            weight = getattr(self, f"{field}_weight")
+            if not weight >= 0:
+                raise ValueError(f"{field}_weight is {weight}; weights are 0 (off) or positive")
+
+
+class ReconstructionLoss(nn.Module):
+    """What a tokenizer that writes pixels is trained on: pixels, perception, a discriminator, its bottleneck.
+
+    `generator_step` is the tokenizer's loss, `discriminator_step` the discriminator's; neither leaves
+    gradients on the other's parameters, and both compute in float32 under autocast. `self.discriminator`
+    needs an optimiser of its own and, on several processes, a DistributedDataParallel of its own; LeCam's
+    running means are each process's own.
+
+    `perceptual_weights` is `PerceptualLoss`' `weights` and raises its FileNotFoundError.
+    "An Image is Worth 32 Tokens for Reconstruction and Generation" (2024, arXiv 2406.07550), section 3.3, and
+    "Democratizing Text-to-Image Masked Generative Models with Compact Text-Aware One-Dimensional Tokens"
+    (2025, arXiv 2501.07730).
+    """
+
+    def __init__(
+        self, config: ReconstructionLossConfig, perceptual_weights: str | PathLike[str] | None = "hub"
+    ) -> None:
+        """Build the networks whose weights in `config` are above 0."""
+        super().__init__()
+        self.config = config
+        if config.perceptual_weight > 0:
+            self.perceptual_loss = PerceptualLoss(config.perceptual, perceptual_weights)
+        if config.discriminator_weight > 0:
+            self.discriminator = NLayerDiscriminator(config.discriminator_channels)
+            self.register_buffer("ema_real_logits_mean", torch.zeros(1))
+            self.register_buffer("ema_fake_logits_mean", torch.zeros(1))
+
+    def uses_discriminator(self, step: int) -> bool:
+        """Whether the discriminator takes part, and should be trained, at `step` (from 0)."""
+        return self.config.discriminator_weight > 0 and step >= self.config.discriminator_start
+
+    def generator_step(
+        self,
+        images: Tensor,
+        reconstructions: Tensor,
+        step: int,
+        *,
+        quantizer_loss: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tokenizer's weighted loss, and its parts by name, unweighted and detached.
+
+        `images`, `reconstructions`: [B, 3, H, W], images in [0, 1]; `quantizer_loss` and `kl` (summed
+        over tokens and channels, mean over images) scalars where the bottleneck has them. Parts: `reconstruction`, and where they apply `perceptual`,
+        `adversarial`, `quantizer`, `kl`. Raises ValueError when the two batches differ in shape.
+        """
+        _check_pair(images, reconstructions)
+        config, weighted = self.config, {}
+        with torch.autocast(images.device.type, enabled=False):
+            images, reconstructions = images.float(), reconstructions.float()
+            distance = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
+            # A fixed log-variance scales the reconstruction term, as in VQGAN's and TA-TiTok's KL losses.
+            reconstruction = distance(reconstructions, images) * math.exp(-config.logvar)
+            weighted["reconstruction"] = (config.reconstruction_weight, reconstruction)
+            if config.perceptual_weight > 0:
+                perceptual = self.perceptual_loss(images, reconstructions)
+                weighted["perceptual"] = (config.perceptual_weight, perceptual)
+            if self.uses_discriminator(step):
+                adversarial = hinge_generator_loss(self._frozen_discriminator(reconstructions))
+                weighted["adversarial"] = (config.discriminator_weight, adversarial)
+            if quantizer_loss is not None:
+                weighted["quantizer"] = (config.quantizer_weight, quantizer_loss.float())
+            if kl is not None:
+                weighted["kl"] = (config.kl_weight, kl.float())
+            total = sum(weight * part for weight, part in weighted.values())
+        return total, {name: part.detach() for name, (_, part) in weighted.items()}
+
+    def discriminator_step(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss, and its parts by name, unweighted and detached; moves the LeCam means.
+
+        `images`, `reconstructions`: [B, 3, H, W], images in [0, 1]. Parts: `hinge`, `real_logits` and
+        `fake_logits` (means) and, unless its weight is 0, `lecam`. Raises ValueError when the configuration
+        has no discriminator or the two batches differ in shape.
+        """
+        if self.config.discriminator_weight == 0:
+            raise ValueError(
+                "discriminator_weight is 0, so there is no discriminator to train: set it above 0"
+            )
+        _check_pair(images, reconstructions)
+        with torch.autocast(images.device.type, enabled=False):
+            both = torch.cat([images.detach().float(), reconstructions.detach().float()])
+            real_logits, fake_logits = self.discriminator(both).chunk(2)  # 2 x [B, 1, 16, 16]
+            total = hinge = hinge_discriminator_loss(real_logits, fake_logits)
+            parts = {"hinge": hinge, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()}
+            if self.config.lecam_weight > 0:
+                ema_means = self.ema_real_logits_mean, self.ema_fake_logits_mean
+                parts["lecam"] = lecam_loss(real_logits, fake_logits, *ema_means)
+                total = total + self.config.lecam_weight * parts["lecam"]
+                self.ema_real_logits_mean.lerp_(parts["real_logits"].detach(), 1 - LECAM_DECAY)
+                self.ema_fake_logits_mean.lerp_(parts["fake_logits"].detach(), 1 - LECAM_DECAY)
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _frozen_discriminator(self, images: Tensor) -> Tensor:
+        """Logits whose gradient reaches the images and not the discriminator's parameters."""
+        network = self.discriminator
+        if isinstance(network, DistributedDataParallel):
+            network = network.module  # the wrapper would wait for gradients that never come
+        return functional_call(
+            network, {name: value.detach() for name, value in network.named_parameters()}, images
+        )
+
+
+def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape != reconstructions.shape:
+        raise ValueError(
+            f"images are {list(images.shape)} and reconstructions {list(reconstructions.shape)}; both must "
+            "be the same [B, 3, H, W]: crop or resize the images to what the decoder returns"
+        )
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+def proxy_code_loss(
+    logits: Tensor, codes: Tensor, quantizer_loss: Tensor, quantizer_weight: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """TiTok stage 1: predict the MaskGIT-VQGAN codes of the image, plus the weighted quantizer loss.
+
+    `logits` [B, V, h, w] (V = 1024); `codes` int64 [B, h*w] or [B, h, w], row by row. Returns the total and
+    its parts `cross_entropy`, `accuracy`, `quantizer`, detached. Raises ValueError when the grids disagree.
+
+    "An Image is Worth 32 Tokens for Reconstruction and Generation" (2024, arXiv 2406.07550), section 3.3.
+    """
+    logits, codes = logits.float().flatten(2).mT, codes.flatten(1)  # [B, h*w, V], [B, h*w]
+    _check_tokens(logits, codes)
+    cross_entropy = F.cross_entropy(logits.mT, codes)
+    parts = {
+        "cross_entropy": cross_entropy,
+        "accuracy": (logits.argmax(-1) == codes).float().mean(),
+        "quantizer": quantizer_loss,
+    }
+    total = cross_entropy + quantizer_weight * quantizer_loss
+    return total, {name: part.detach() for name, part in parts.items()}
+
+
+def masked_token_loss(
+    logits: Tensor, indices: Tensor, mask: Tensor, label_smoothing: float = 0.1, unmasked_weight: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of a masked token model, and its accuracy on the masked tokens, two scalars.
+
+    `logits` [B, K, V], `indices` int64 [B, K], `mask` [B, K] true where the model saw the mask token.
+    Masked tokens weigh 1, the others `unmasked_weight`; the sum is divided by the weights' sum. Raises
+    ValueError when the shapes disagree.
+
+    "MaskGIT: Masked Generative Image Transformer" (2022, arXiv 2202.04200), equation 1, with the label
+    smoothing and the unmasked weight of TiTok's generators.
+    """
+    _check_tokens(logits, indices)
+    if mask.shape != indices.shape:
+        raise ValueError(f"mask is {list(mask.shape)} and indices {list(indices.shape)}; both must be [B, K]")
+    masked = mask.bool()
+    token_loss = F.cross_entropy(
+        logits.float().mT, indices, reduction="none", label_smoothing=label_smoothing
+    )
+    weights = torch.where(masked, 1.0, unmasked_weight)  # [B, K]
+    loss = (token_loss * weights).sum() / (weights.sum() + 1e-8)
+    correct = (logits.argmax(-1) == indices) & masked
+    return loss, correct.sum() / masked.sum().clamp(min=1)
+
+
+def autoregressive_token_loss(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy of next-token logits, and their accuracy, two scalars.
+
+    `logits` [B, K, V], row i predicting `indices[:, i]`, int64 [B, K]: shift or drop rows before the call.
+    Raises ValueError when the shapes disagree.
+    """
+    _check_tokens(logits, indices)
+    loss = F.cross_entropy(logits.float().mT, indices)
+    return loss, (logits.argmax(-1) == indices).float().mean()
+
+
+def _check_tokens(logits: Tensor, indices: Tensor) -> None:
+    if logits.ndim != 3 or logits.shape[:2] != indices.shape:
+        raise ValueError(
+            f"logits (as [B, K, V]) are {list(logits.shape)} and token indices {list(indices.shape)}; "
+            "the indices must be [B, K], one for each row of logits"
+        )
