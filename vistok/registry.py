@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=type)
 
 # One module a family; `vistok.models.<module>` registers its class and rows when imported.
-FAMILY_MODULES = ("mini",)
+FAMILY_MODULES = ("mini", "titok", "maskgit_vqgan")
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,11 @@ class Tokenizer(nn.Module):
         """Images [B, 3, H, W] → what the quantizer takes, [B, K, D]."""
         raise NotImplementedError
 
-    def pixels(self, latents: Tensor) -> Tensor:
-        """Quantized latents [B, K, D] → images [B, 3, H, W], not clamped."""
+    def pixels(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Quantized latents [B, K, D] → images [B, 3, H, W], not clamped.
+
+        Ordered tokenizers take fewer latents than `num_tokens`, and `lengths` [B] when images differ in count.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -107,7 +110,8 @@ class Tokenizer(nn.Module):
         """
         if steps is not None or guidance is not None:
             raise ValueError(f"{self.label} decodes in one deterministic pass; steps and guidance do not apply")
-        return self.pixels(self.dequantize(tokens)).clamp(0, 1)
+        latents, lengths = self.dequantize(tokens)
+        return self.pixels(latents, lengths).clamp(0, 1)
 
     def reconstruct(self, images: Tensor, num_tokens: int | None = None, **options: Any) -> Tensor:
         """Images → tokens → images; `options` go to `decode`."""
@@ -126,8 +130,8 @@ class Tokenizer(nn.Module):
             **{self.quantizer.kind: codes}, tokenizer=self.name, codebook_sizes=self.quantizer.codebook_sizes
         )
 
-    def dequantize(self, tokens: Tokens | Tensor) -> Tensor:
-        """Tokens (or bare codes) → latents [B, K, D] on this model's device, checked against its quantizer."""
+    def dequantize(self, tokens: Tokens | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (or bare codes) → latents [B, K, D] and lengths on this model's device, checked against it."""
         if isinstance(tokens, Tensor):
             tokens = self.as_tokens(tokens)
         codes = getattr(tokens, self.quantizer.kind)
@@ -142,7 +146,12 @@ class Tokenizer(nn.Module):
         if not torch.compiler.is_compiling():
             tokens.validate()
         self.check_num_tokens(codes.shape[1])
-        return self.quantizer.decode(codes.to(self.device)).to(self.dtype)
+        lengths = tokens.lengths
+        if lengths is not None:
+            lengths = lengths.to(self.device)
+            if not self.ordered and bool((lengths != self.num_tokens).any()):
+                raise ValueError(f"{self.label} has exactly {self.num_tokens} tokens an image; these differ in length")
+        return self.quantizer.decode(codes.to(self.device)).to(self.dtype), lengths
 
     # Checks ------------------------------------------------------------------------------------------------------
 

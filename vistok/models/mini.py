@@ -37,7 +37,7 @@ class MiniConfig:
     width: int = 256
     encoder_depth: int = 3
     decoder_depth: int = 3
-    heads: int = 8
+    heads: int = 4
 
     @property
     def num_tokens(self) -> int:

@@ -22,6 +22,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
+    scales: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Pattern of parameter names → factor on the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,10 @@ class TrainConfig:
     seed: int = 42
     gradient_accumulation: int = 1
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: ReconstructionLossConfig = ReconstructionLossConfig()
-    discriminator_optimizer: OptimizerConfig = OptimizerConfig(betas=(0.9, 0.999))
+    compile: bool = False
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: ReconstructionLossConfig = dataclasses.field(default_factory=ReconstructionLossConfig)
+    discriminator_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     perceptual_weights: str = "hub"
     ema: float = 0.999
     initial: str | None = None
