@@ -1,0 +1,385 @@
+"""Parity of the TiTok family: tokenizers, the 2-D VQGAN, the text tower, preprocessing, losses, a training step."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ...images import adm_center_crop, to_tensor
+from ...models.maskgit_vqgan import MaskGITVQGAN
+from ...models.titok import TATiTok, TiTok
+from ...nn.clip_text import ACTIVATIONS, CLIPTextEncoder
+from ...quantizers import DiagonalGaussian, VectorQuantizer
+from ...registry import create
+from ...train.losses import (
+    ReconstructionLoss,
+    ReconstructionLossConfig,
+    autoregressive_token_loss,
+    masked_token_loss,
+    proxy_code_loss,
+)
+from ...train.schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
+from .case import CannotBuild, Case, Outputs
+
+SEQUENCE = "[:, ::16, ::32]"
+PIXELS = "[..., 1::3, 1::3]"
+
+
+def run(case: Case) -> Outputs:
+    """Our outputs for every recorded tensor, in the order they were made."""
+    system = case.data.get("system", "")
+    if system in ("TiTok", "TATiTok"):
+        yield from _tokenizer(case)
+    elif system.startswith("MaskGIT-VQGAN"):
+        yield from _vqgan(case)
+    elif system.startswith("CLIP text"):
+        yield from _text(case)
+    elif system == "preprocessing":
+        yield from _preprocessing(case)
+    elif system == "training losses":
+        yield from _losses(case)
+    elif "training step" in system:
+        yield from _training_step(case)
+    else:
+        raise CannotBuild(f"{case.path.name}: no adapter for the system {system!r}")
+
+
+def _column(latents: Tensor) -> Tensor:
+    """[B, K, C] → [B, C, 1, K], the layout of the original."""
+    return latents.transpose(1, 2).unsqueeze(2)
+
+
+def _rows(column: Tensor) -> Tensor:
+    """[B, C, 1, K] → [B, K, C]."""
+    return column.squeeze(2).transpose(1, 2)
+
+
+# Tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def _model(case: Case) -> TiTok:
+    family = "tatitok" if case.data["system"].startswith("TATiTok") else "titok"
+    return case.build(lambda: create(family, **case.data["config"]))
+
+
+class _Trunk:
+    """Records a ViT's sequence after ln_pre, the first block, the whole last block, and ln_post."""
+
+    def __init__(self, side: nn.Module) -> None:
+        self.side, self.seen = side, {}
+        first, last = side.transformer[0], side.transformer[-1]
+        self.hooks = [
+            side.ln_pre.register_forward_hook(lambda m, i, out: self.seen.update(ln_pre=out)),
+            first.register_forward_hook(lambda m, i, out: self.seen.update(block_first=out)),
+            last.register_forward_pre_hook(lambda m, inputs: self.seen.update(before_last=inputs[0])),
+            side.ln_post.register_forward_hook(lambda m, i, out: self.seen.update(ln_post=out)),
+        ]
+
+    def outputs(self, case: Case, prefix: str) -> Outputs:
+        """The recorded slices; the last block is run once more for the rows that the model itself never computes."""
+        for hook in self.hooks:
+            hook.remove()
+        self.seen["block_last"] = self.side.transformer[-1](self.seen.pop("before_last"))
+        if len(self.side.transformer) == 1:
+            self.seen["block_first"] = self.seen["block_last"]
+        for name in ("ln_pre", "block_first", "block_last", "ln_post"):
+            yield f"{prefix}.{name}", case.subsample(f"{prefix}.{name}", self.seen[name], SEQUENCE)
+
+
+def _tokenizer(case: Case) -> Outputs:
+    model, images = _model(case), case.images()
+    trunk = _Trunk(model.encoder)
+    latents = model.latents(images)
+    yield from trunk.outputs(case, "enc")
+    yield "z", case.subsample("z", _column(latents))
+    if model.config.quantize_mode == "vq":
+        yield "indices", model.quantize.encode(latents).unsqueeze(1)
+        nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
+        yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
+        quantized = model.quantize(latents)
+        yield "losses", _three(quantized.losses)
+        # Where a margin let an index differ, everything after would: go on from the recorded ones.
+        decoder_input = model.quantize.decode(case.recorded("indices").long().squeeze(1)).to(case.dtype)
+        yield "z_q", _column(decoder_input)
+    else:
+        posterior = DiagonalGaussian(latents)
+        yield "mean", _column(posterior.mode())
+        yield "logvar", _column(posterior.logvar)
+        yield "kl", posterior.kl()
+        mean = case.tensors["mean"]
+        noise = case.draw(case.description("sample")).standard_normal(tuple(mean.shape)).astype(np.float32)
+        decoder_input = posterior.sample(noise=_rows(torch.from_numpy(noise)).to(latents))
+        yield "sample", _column(decoder_input)
+
+    text = _text_guidance(case, model, len(images))
+    trunk = _Trunk(model.decoder)
+    output = model.decoder(decoder_input, text)
+    yield from trunk.outputs(case, "dec")
+    if model.config.is_legacy:
+        yield "code_logits", case.subsample("code_logits", output, "[:, ::16]")
+        yield "codes", output.argmax(1)
+        best = output.topk(2, dim=1).values
+        yield "codes_margin", best[:, 0] - best[:, 1]
+    if "soft_codes" in case.tensors:
+        mixture = output.softmax(1).movedim(1, -1) @ model.pixel_quantize.embedding.weight
+        yield "soft_codes", case.subsample("soft_codes", mixture.movedim(-1, 1), "[:, ::4]")
+    if "recon" in case.tensors:
+        images = model.pixels(decoder_input, text=text)
+        yield "recon", case.subsample("recon", images, PIXELS)
+        dims = (0, 2, 3)
+        yield "recon_stats", torch.stack([images.mean(dims), images.std(dims), images.amin(dims), images.amax(dims)])
+    if "recon_from_ids" in case.tensors:
+        shape = (len(output), model.num_tokens)
+        ids = case.draw(case.description("recon_from_ids")).randint(0, model.config.codebook_size, size=shape)
+        latents = model.quantize.decode(torch.from_numpy(ids).to(case.device)).to(case.dtype)
+        if "recon" in case.tensors:
+            decoded = model.pixels(latents, text=text)
+            yield "recon_from_ids", case.subsample("recon", decoded, PIXELS)
+        else:
+            yield "recon_from_ids", model.decoder(latents, text)[:, ::16]
+
+
+def _three(losses: dict[str, Tensor]) -> Tensor:
+    """[quantizer, commitment, codebook], as recorded."""
+    return torch.stack([losses["commitment"] + losses["codebook"], losses["commitment"], losses["codebook"]])
+
+
+def _text_guidance(case: Case, model: TiTok, batch: int) -> Tensor | None:
+    if not isinstance(model, TATiTok):
+        return None
+    shape = (batch, model.config.text_context_length, model.config.text_embed_dim)
+    noise = case.draw(case.data["inputs"]["text_guidance"]).standard_normal(shape)
+    return case.place(torch.from_numpy(noise.astype(np.float32)))
+
+
+def _vqgan(case: Case) -> Outputs:
+    model: MaskGITVQGAN = case.build(lambda: create("maskgit-vqgan", **case.data["config"]))
+    images = case.images()
+    levels: dict[str, Tensor] = {}
+    last = len(model.encoder.down) - 1
+    for depth, level in enumerate(model.encoder.down):
+        pooled = (lambda x: x) if depth == last else (lambda x: F.avg_pool2d(x, 2))
+        level.register_forward_hook(
+            lambda m, i, out, name=f"enc.down{depth}", pooled=pooled: levels.update({name: pooled(out)})
+        )
+    latents = model.latents(images)
+    z = model.encoder(images)
+    codes = model.quantize.encode(latents)
+    yield "codes", codes
+    nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
+    yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
+    yield "z", case.subsample("z", z, "[:, ::4]")
+
+    parts: dict[str, list[Tensor]] = {}
+    for depth, level in enumerate(model.decoder.up):
+        level.register_forward_hook(
+            lambda m, i, out, name=f"dec.up{depth}": parts.setdefault(name, []).append(out)
+        )
+    grid = model.quantize.decode(case.recorded("codes").long()).transpose(1, 2).unflatten(2, z.shape[2:])
+    raw = model.decoder(grid.to(case.dtype))
+    levels |= {name: torch.cat(pieces) for name, pieces in parts.items()}
+    for name, value in levels.items():
+        yield name, case.subsample(name, value, "[:, ::32, ::8, ::8]")
+    yield "recon_raw", case.subsample("recon_raw", raw, PIXELS)
+    yield "recon", case.subsample("recon_raw", raw.clamp(0, 1), PIXELS)
+
+
+def _text(case: Case) -> Outputs:
+    captions = case.data["inputs"]
+    for activation in ACTIVATIONS:
+        encoder = case.build(lambda activation=activation: _TextModel(case.data["config"], activation))
+        if activation == ACTIVATIONS[0]:
+            yield "ids", encoder.owner[0].tokenize(captions)
+        result = encoder.owner[0](captions)
+        for name, value in (
+            ("penultimate", result.penultimate),
+            ("pooled", result.pooled.unsqueeze(1)),
+            ("guidance", result.states),
+        ):
+            yield f"{name}_{activation}", case.subsample(f"{name}_{activation}", value)
+
+
+def _TextModel(config: dict, activation: str) -> nn.Module:
+    """The bare open_clip module, whose keys are the published ones, remembering the encoder around it."""
+    encoder = CLIPTextEncoder(**config, activation=activation)
+    encoder.model.owner = (encoder,)
+    return encoder.model
+
+
+# Preprocessing ---------------------------------------------------------------------------------------------------
+
+
+def _preprocessing(case: Case) -> Outputs:
+    size = int(case.data["config"]["size"])
+    for number, (height, width, seed) in enumerate(case.data["inputs"]["images [H,W,S]"]):
+        random = np.random.RandomState(seed)  # noqa: NPY002
+        blocks = random.randint(0, 256, (math.ceil(height / 7), math.ceil(width / 7), 3))
+        picture = np.kron(blocks, np.ones((7, 7, 1)))[:height, :width]
+        picture = np.clip(picture + random.randint(-20, 21, (height, width, 3)), 0, 255).astype(np.uint8)
+        image = Image.fromarray(picture)
+        ours = (to_tensor(image, size)[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
+        yield f"eval_{number}", case.subsample("eval_k", ours, "[::2, ::2]")
+        crop = torch.from_numpy(np.array(adm_center_crop(image, size)))
+        yield f"adm_{number}", case.subsample("adm_k", crop, "[::2, ::2]")
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+def _training_step(case: Case) -> Outputs:
+    model = _model(case).train()
+    images = case.images()
+    # One generator, in this order: text states if text-aware, then targets or posterior noise.
+    random = case.draw(case.data["inputs"]["rest"])
+    text = None
+    if isinstance(model, TATiTok):
+        shape = (len(images), model.config.text_context_length, model.config.text_embed_dim)
+        text = case.place(torch.from_numpy(random.standard_normal(shape).astype(np.float32)))
+    weights = case.data["config"].get("losses", {})
+    with torch.enable_grad():
+        latents = model.latents(images)
+        if model.config.quantize_mode == "vae":
+            posterior = DiagonalGaussian(latents)
+            noise = random.standard_normal(tuple(_column(posterior.mean).shape)).astype(np.float32)
+            output = model.pixels(posterior.sample(noise=_rows(torch.from_numpy(noise)).to(latents)), text=text)
+            loss = F.mse_loss(output, images) + weights.get("kl_weight", 1e-6) * posterior.kl().sum() / len(images)
+        else:
+            quantized = model.quantize(latents)
+            quantizer_loss = sum(quantized.losses.values())
+            output = model.decoder(quantized.latents, text)
+            if model.config.is_legacy:
+                targets = torch.from_numpy(random.randint(0, 1024, (len(images), output.shape[2] * output.shape[3])))
+                yield "targets", targets
+                loss, _ = proxy_code_loss(
+                    output, targets.to(case.device), quantizer_loss, weights.get("quantizer_weight", 1.0)
+                )
+            else:
+                loss = F.mse_loss(output, images) + weights.get("quantizer_weight", 1.0) * quantizer_loss
+        loss.backward()
+    yield "loss", loss
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    names = case.data["parameters_with_grad"]
+    if set(gradients) != set(names):
+        raise CannotBuild(f"{case.path.name}: gradients reach other parameters than recorded")
+    yield "grad_norms", torch.stack([gradients[name].norm() for name in names])
+    yield "grad_latent_tokens", case.subsample("grad_latent_tokens", gradients["latent_tokens"], "[:, ::16]")
+    undecayed = [name for name in names if no_weight_decay(name, dict(model.named_parameters())[name])]
+    if sorted(undecayed) != sorted(case.data["no_weight_decay"]):
+        raise CannotBuild(f"{case.path.name}: weight decay spares other parameters than recorded")
+
+
+def _losses(case: Case) -> Outputs:
+    yield from _vector_quantizer(case, "vq_l2", 64, 12, l2_norm=True)
+    yield from _vector_quantizer(case, "vq_plain", 48, 16, l2_norm=False)
+    yield from _clustering(case)
+    posterior = DiagonalGaussian(_rows(case.recorded("kl.params")))
+    yield "kl.mean", _column(posterior.mean)
+    yield "kl.logvar", _column(posterior.logvar)
+    yield "kl.std", _column(posterior.std)
+    yield "kl.kl", posterior.kl()
+    yield from _image_losses(case, posterior)
+    yield from _token_losses(case)
+    settings = {"base": 1e-4, "warmup": 10}
+    steps = range(len(case.tensors["lr.cosine"]))
+    cosine = [cosine_schedule(step, end=1e-5, total=50, **settings) for step in steps]
+    yield "lr.cosine", torch.tensor(cosine, dtype=torch.float64)
+    constant = [constant_schedule(step, **settings) for step in steps]
+    yield "lr.constant", torch.tensor(constant, dtype=torch.float64)
+    decays = [ema_decay(step) for step in (0, 1, 2, 3, 10, 100, 1000, 8990, 8991, 10000, 20000)]
+    yield "ema.decay", torch.tensor(decays, dtype=torch.float64)
+
+
+def _vector_quantizer(case: Case, owner: str, size: int, dim: int, l2_norm: bool) -> Outputs:
+    quantizer = case.build(lambda: VectorQuantizer(size, dim, l2_norm=l2_norm), f"{owner}:")
+    latents = case.recorded(f"{owner}.z").requires_grad_()
+    with torch.enable_grad():
+        quantized = quantizer(_rows(latents))
+        total = sum(quantized.losses.values())
+        objective = (_column(quantized.latents) * case.recorded(f"{owner}.G")).sum() + total
+        grad_z, grad_embedding = torch.autograd.grad(objective, [latents, quantizer.embedding.weight])
+    yield f"{owner}.zq", _column(quantized.latents)
+    yield f"{owner}.indices", quantized.codes.unsqueeze(1)
+    yield f"{owner}.losses", _three(quantized.losses)
+    yield f"{owner}.grad_z", grad_z
+    yield f"{owner}.grad_embedding", grad_embedding
+    yield f"{owner}.soft_entry", quantizer.decode_soft(case.recorded(f"{owner}.soft"))
+
+
+def _clustering(case: Case) -> Outputs:
+    before = case.recorded("cvq.embedding_before")
+    quantizer = VectorQuantizer(*before.shape, clustering=True).to(case.device, case.dtype).train()
+    quantizer.embedding.weight.data.copy_(before)
+    quantizer.embed_prob.copy_(case.recorded("cvq.embed_prob_before"))
+    quantized = quantizer(_rows(case.recorded("cvq.z")))
+    yield "cvq.indices", quantized.codes.unsqueeze(1)
+    yield "cvq.zq", _column(quantized.latents)
+    yield "cvq.quantizer_loss", sum(quantized.losses.values())
+    yield "cvq.embed_prob_after", quantizer.embed_prob
+    yield "cvq.embedding_after", quantizer.embedding.weight
+
+
+def _image_losses(case: Case, posterior: DiagonalGaussian) -> Outputs:
+    settings = case.data["config"]["losses"]
+    config = ReconstructionLossConfig(
+        reconstruction=settings["reconstruction_loss"],
+        reconstruction_weight=settings["reconstruction_weight"],
+        logvar=settings["logvar_init"],
+        perceptual=settings["perceptual_loss"],
+        perceptual_weight=settings["perceptual_weight"],
+        discriminator_weight=settings["discriminator_weight"],
+        discriminator_start=settings["discriminator_start"],
+        lecam_weight=settings["lecam_regularization_weight"],
+        quantizer_weight=settings["quantizer_weight"],
+        kl_weight=settings["kl_weight"],
+    )
+    loss = ReconstructionLoss(config, perceptual_weights=None)
+    # The lpips package registers its linear layers twice; the published keys are the first names.
+    state = {key: value for key, value in loss.state_dict().items() if ".lpips.lins." not in key}
+    loss.load_state_dict(case.filled(state), strict=False)
+    loss = loss.to(case.device, case.dtype).eval()
+    images, recon = case.recorded("images"), case.recorded("recon").requires_grad_()
+    # The recording fed a constant quantizer loss that its json does not state; its totals give this value.
+    quantizer_loss = torch.tensor(float(case.data.get("quantizer_loss", 0.37)), device=case.device)
+    start = config.discriminator_start
+    yield "perceptual", loss.perceptual_loss(images, recon)
+    yield "lpips", loss.perceptual_loss.lpips(images, recon, normalize=True)
+    yield "disc_real", loss.discriminator(images)
+    yield "disc_fake", loss.discriminator(recon)
+    total, _ = loss.generator_step(images, recon, start - 1, quantizer_loss=quantizer_loss)
+    yield "gen_total_before_start", total
+    with torch.enable_grad():
+        total, parts = loss.generator_step(images, recon, start, quantizer_loss=quantizer_loss)
+        gradient = torch.autograd.grad(total, recon)[0]
+    yield "gen_total_after_start", total
+    yield "gan_loss", parts["adversarial"]
+    yield "gen_grad_recon", gradient[..., ::2, ::2]
+    for call in (1, 2):
+        total, parts = loss.discriminator_step(images, recon)
+        yield f"disc_loss_{call}", total
+        yield f"ema_after{call}", torch.cat([loss.ema_real_logits_mean, loss.ema_fake_logits_mean])
+    yield "lecam_2", config.lecam_weight * parts["lecam"]
+    total, _ = loss.generator_step(images, recon, 0, kl=posterior.kl().sum() / len(images))
+    yield "gen_total_vae", total
+
+
+def _token_losses(case: Case) -> Outputs:
+    logits, targets = case.recorded("tok.logits"), case.recorded("tok.targets").long()
+    mask = case.recorded("tok.mask")
+    loss, accuracy = masked_token_loss(logits, targets, mask)
+    yield "tok.mlm", loss
+    yield "tok.mlm_acc", accuracy
+    loss, accuracy = autoregressive_token_loss(logits[:, :-1], targets[:, :-1])
+    yield "tok.ar", loss
+    yield "tok.ar_acc", accuracy
+    # The stage-1 logits follow logits, targets and mask from the same generator.
+    random = case.draw(case.description("stage1.total"))
+    random.standard_normal(tuple(logits.shape))
+    random.randint(0, logits.shape[-1], tuple(targets.shape))
+    random.random_sample(tuple(mask.shape))
+    stage1 = case.place(torch.from_numpy(random.standard_normal((len(logits), 1024, 4, 4)).astype(np.float32)))
+    quantizer_loss = torch.tensor(float(case.data.get("quantizer_loss", 0.37)), device=case.device)
+    total, _ = proxy_code_loss(stage1, case.recorded("stage1.targets").long(), quantizer_loss)
+    yield "stage1.total", total
