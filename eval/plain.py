@@ -19,7 +19,9 @@ class PlainTiTok(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.attention = {
-            block: _multihead(block.attn) for side in (tokenizer.encoder, tokenizer.decoder) for block in side.transformer
+            block: _multihead(block.attn)
+            for side in (tokenizer.encoder, tokenizer.decoder)
+            for block in side.transformer
         }
         # Convolution weights in PyTorch's default layout, as a plain module would hold them.
         self.kernels = {

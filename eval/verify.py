@@ -42,7 +42,9 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     case = Case.open(path, device, dtype)
     family = case.data["family"]
     if family not in FAMILIES:
-        raise CannotBuild(f"{case.path.name} is of family {family!r}; this version verifies {', '.join(FAMILIES)}")
+        raise CannotBuild(
+            f"{case.path.name} is of family {family!r}; this version verifies {', '.join(FAMILIES)}"
+        )
     adapter = import_module(f".parity.{family}", __package__)
     rows = []
     with torch.inference_mode(False), torch.no_grad():
@@ -51,7 +53,9 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
                 raise CannotBuild(f"{case.path.name}: the adapter computed {name!r}, which was not recorded")
             rows.append(compare(case, name, ours))
     if unseen := sorted(set(case.tensors) - {row.name for row in rows} - case.read):
-        raise CannotBuild(f"{case.path.name}: recorded tensors that this version does not compute: {', '.join(unseen)}")
+        raise CannotBuild(
+            f"{case.path.name}: recorded tensors that this version does not compute: {', '.join(unseen)}"
+        )
     return rows
 
 
@@ -68,13 +72,20 @@ def compare(case: Case, name: str, ours: Tensor) -> Row:
         decided = _decided(case, name)
         wrong = int((unequal & decided).sum())
         quota = recorded.numel() // 10 if half else 0
-        allowed = f"equal where {case.data['exact_where'][name]}" if name in case.data.get("exact_where", {}) else "equal"
+        allowed = (
+            f"equal where {case.data['exact_where'][name]}"
+            if name in case.data.get("exact_where", {})
+            else "equal"
+        )
         if half:
             allowed = "9 of 10 equal"
         return Row(name, recorded.numel(), True, float(wrong), wrong / max(quota, 1), allowed, wrong <= quota)
     difference = (ours.double() - recorded.double()).abs()
     if half:
-        atol, rtol = 16 * torch.finfo(case.dtype).eps * float(recorded.abs().max()) if recorded.numel() else 0.0, 0.0
+        atol, rtol = (
+            16 * torch.finfo(case.dtype).eps * float(recorded.abs().max()) if recorded.numel() else 0.0,
+            0.0,
+        )
     else:
         atol, rtol = _tolerance(case, name)
     limit = atol + rtol * recorded.double().abs()

@@ -37,10 +37,14 @@ def locate(source: str | Path) -> Located:
                 f"{', '.join(SUFFIXES)}"
             )
         if len(found) > 1 and found[0].name not in WEIGHTS_NAMES:
-            raise ValueError(f"{path} holds several weights files ({', '.join(p.name for p in found)}); name one")
+            raise ValueError(
+                f"{path} holds several weights files ({', '.join(p.name for p in found)}); name one"
+            )
         return Located(found[0], read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None)
     if not path.is_file():
-        raise FileNotFoundError(f"no file or folder {path}; give a weights file ({', '.join(SUFFIXES)}) or its folder")
+        raise FileNotFoundError(
+            f"no file or folder {path}; give a weights file ({', '.join(SUFFIXES)}) or its folder"
+        )
     beside = path.parent / CONFIG_NAME
     # A config.json belongs to the conventional file names beside it, not to any file that shares the folder.
     return Located(path, read_config(beside) if path.name in WEIGHTS_NAMES and beside.is_file() else None)
@@ -75,7 +79,9 @@ def fetch(
         try:
             weights = get(name)
             break
-        except Exception as error:  # the client raises many kinds for "no network", "no such repository", "gated"
+        except (
+            Exception
+        ) as error:  # the client raises many kinds for "no network", "no such repository", "gated"
             problem = error
             if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
                 break  # the hub was not asked, or refused: another file name will not help
@@ -135,7 +141,9 @@ def read(path: str | Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); found {type(state).__name__}")
+        raise ValueError(
+            f"{path} holds no state dict (a mapping of names to tensors); found {type(state).__name__}"
+        )
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -152,7 +160,9 @@ def load_strictly(
     Keys matching a pattern of `ignore` may be in the checkpoint without being in the model.
     """
     wanted = module.state_dict()
-    extra = {k for k in state if k not in wanted and not any(fnmatch.fnmatch(k, pattern) for pattern in ignore)}
+    extra = {
+        k for k in state if k not in wanted and not any(fnmatch.fnmatch(k, pattern) for pattern in ignore)
+    }
     problems = [f"missing    {key} {list(value.shape)}" for key, value in wanted.items() if key not in state]
     problems += [f"unexpected {key} {list(state[key].shape)}" for key in sorted(extra)]
     problems += [
@@ -166,7 +176,8 @@ def load_strictly(
             "config is that of these weights.\n  " + "\n  ".join(problems)
         )
     cast = {
-        key: state[key].to(dtype) if dtype and state[key].is_floating_point() else state[key] for key in wanted
+        key: state[key].to(dtype) if dtype and state[key].is_floating_point() else state[key]
+        for key in wanted
     }
     module.load_state_dict(cast, strict=True, assign=True)
 
@@ -177,6 +188,8 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
 
     folder = Path(folder)
     with written_aside(folder / WEIGHTS_NAMES[0]) as path:
-        save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in state.items()}, path, metadata={"format": "pt"}
+        )
     with written_aside(folder / CONFIG_NAME) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

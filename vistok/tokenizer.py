@@ -73,7 +73,9 @@ class Tokenizer(nn.Module):
         return cls(cls.config_class(**config))
 
     @classmethod
-    def recognise(cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None) -> dict[str, Any] | None:
+    def recognise(
+        cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
         """The configuration of a checkpoint with these keys and shapes, or None if it is not of this family.
 
         `config` is the config.json found with it, in whatever form its authors wrote it.
@@ -109,7 +111,9 @@ class Tokenizer(nn.Module):
         and refuses the other two.
         """
         if steps is not None or guidance is not None:
-            raise ValueError(f"{self.label} decodes in one deterministic pass; steps and guidance do not apply")
+            raise ValueError(
+                f"{self.label} decodes in one deterministic pass; steps and guidance do not apply"
+            )
         latents, lengths = self.dequantize(tokens)
         return self.pixels(latents, lengths).clamp(0, 1)
 
@@ -138,7 +142,9 @@ class Tokenizer(nn.Module):
         if codes is None:
             raise ValueError(f"{self.label} decodes {self.quantizer.kind}; these tokens hold none")
         if tokens.tokenizer and self.name and tokens.tokenizer != self.name:
-            raise ValueError(f"tokens of {tokens.tokenizer!r} cannot be decoded by {self.name!r}; load that tokenizer")
+            raise ValueError(
+                f"tokens of {tokens.tokenizer!r} cannot be decoded by {self.name!r}; load that tokenizer"
+            )
         if tokens.codebook_sizes != self.quantizer.codebook_sizes:
             raise ValueError(
                 f"tokens have codebook sizes {tokens.codebook_sizes}; {self.label} has {self.quantizer.codebook_sizes}"
@@ -150,7 +156,9 @@ class Tokenizer(nn.Module):
         if lengths is not None:
             lengths = lengths.to(self.device)
             if not self.ordered and bool((lengths != self.num_tokens).any()):
-                raise ValueError(f"{self.label} has exactly {self.num_tokens} tokens an image; these differ in length")
+                raise ValueError(
+                    f"{self.label} has exactly {self.num_tokens} tokens an image; these differ in length"
+                )
         return self.quantizer.decode(codes.to(self.device)).to(self.dtype), lengths
 
     # Checks ------------------------------------------------------------------------------------------------------
@@ -159,11 +167,17 @@ class Tokenizer(nn.Module):
         """Images in this model's dtype and on its device, or a ValueError that says what to change."""
         fix = f"use vistok.to_tensor(images, size={self.image_size})"
         if not isinstance(images, Tensor):
-            raise ValueError(f"images are a {type(images).__name__}; {self.label} takes a float tensor: {fix}")
+            raise ValueError(
+                f"images are a {type(images).__name__}; {self.label} takes a float tensor: {fix}"
+            )
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {list(images.shape)}; {self.label} takes [B, 3, H, W]: {fix}")
+            raise ValueError(
+                f"images have shape {list(images.shape)}; {self.label} takes [B, 3, H, W]: {fix}"
+            )
         if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}; {self.label} takes floats in [0, 1]: divide by 255, or {fix}")
+            raise ValueError(
+                f"images are {images.dtype}; {self.label} takes floats in [0, 1]: divide by 255, or {fix}"
+            )
         self.check_image_size(images.shape[2], images.shape[3], fix)
         if images.numel() and not torch.compiler.is_compiling():
             low, high = (float(bound) for bound in images.aminmax())
@@ -186,9 +200,13 @@ class Tokenizer(nn.Module):
         if num_tokens is None or num_tokens == self.num_tokens:
             return self.num_tokens
         if not self.ordered:
-            raise ValueError(f"{self.label} has exactly {self.num_tokens} tokens an image; {num_tokens} was asked for")
+            raise ValueError(
+                f"{self.label} has exactly {self.num_tokens} tokens an image; {num_tokens} was asked for"
+            )
         if not 1 <= num_tokens <= self.num_tokens:
-            raise ValueError(f"{self.label} takes 1 to {self.num_tokens} tokens an image; {num_tokens} was asked for")
+            raise ValueError(
+                f"{self.label} takes 1 to {self.num_tokens} tokens an image; {num_tokens} was asked for"
+            )
         return num_tokens
 
     # Where it lives ----------------------------------------------------------------------------------------------
@@ -257,13 +275,17 @@ class Tokenizer(nn.Module):
         state = checkpoint.read(located.weights)
         family, fields = _identify(state, dict(config) if config else None, entry, located.weights)
         if not issubclass(family, cls):
-            raise ValueError(f"{source} is a {family.family} checkpoint, not one of {cls.__name__}; use vistok.load")
+            raise ValueError(
+                f"{source} is a {family.family} checkpoint, not one of {cls.__name__}; use vistok.load"
+            )
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
             model = family.create(**fields)
         ignore = family.checkpoint_ignores
-        checkpoint.load_strictly(model, state, dtype=dtype or torch.float32, ignore=ignore, source=located.weights)
+        checkpoint.load_strictly(
+            model, state, dtype=dtype or torch.float32, ignore=ignore, source=located.weights
+        )
         model.name = entry.name if entry else (config or {}).get("name")
         return model.requires_grad_(True).to(device=device).eval()
 
@@ -286,7 +308,9 @@ def _identify(
     known = registry.families()
     if config and "family" in config:
         if config["family"] not in known:
-            raise ValueError(f"{path}: unknown family {config['family']!r}; this version has {', '.join(known)}")
+            raise ValueError(
+                f"{path}: unknown family {config['family']!r}; this version has {', '.join(known)}"
+            )
         return known[config["family"]], dict(config.get("config", {}))
     if entry:
         return known[entry.family], dict(entry.config)

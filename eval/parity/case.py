@@ -64,7 +64,9 @@ class Case:
     read: set[str] = field(default_factory=set)
 
     @classmethod
-    def open(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Case":
+    def open(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Case":
         """Read `path` (.json) and the .safetensors beside it. Raises FileNotFoundError or CannotBuild."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -73,7 +75,9 @@ class Case:
         arrays = path.with_suffix(".safetensors")
         for file in (path, arrays):
             if not file.is_file():
-                raise FileNotFoundError(f"no file {file}; a case is NAME.json with NAME.safetensors beside it")
+                raise FileNotFoundError(
+                    f"no file {file}; a case is NAME.json with NAME.safetensors beside it"
+                )
         try:
             data, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(arrays)
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
@@ -153,10 +157,14 @@ class Case:
         random = np.random.RandomState(int(recipe["S"]))  # noqa: NPY002
         tile = (random.random_sample((batch, 3, 16, 16)) < 0.5).astype(np.float64)
         brightness = 0.2 + 0.8 * random.random_sample((batch, 3, 4, 4))
-        picture = np.tile(tile, (1, 1, height // 16, width // 16)) * np.kron(brightness, np.ones((1, 1, height // 4, width // 4)))
+        picture = np.tile(tile, (1, 1, height // 16, width // 16)) * np.kron(
+            brightness, np.ones((1, 1, height // 4, width // 4))
+        )
         picture += 0.1 * (random.random_sample((batch, 3, height, width)) - 0.5)
         picture = np.clip(picture, 0, 1).astype(np.float32)
-        if "sum" in recipe and not math.isclose(float(picture.astype(np.float64).sum()), recipe["sum"], rel_tol=1e-6):
+        if "sum" in recipe and not math.isclose(
+            float(picture.astype(np.float64).sum()), recipe["sum"], rel_tol=1e-6
+        ):
             raise CannotBuild(f"{self.path.name}: the image recipe gave another picture than was recorded")
         return self.place(torch.from_numpy(picture))
 
@@ -183,7 +191,9 @@ class Case:
         table = self.data["tensors"]
         if name in table:
             return table[name]
-        patterns = [p for p in table if re.fullmatch(re.escape(p).replace(r"\*", ".*").replace("N", r"\d+"), name)]
+        patterns = [
+            p for p in table if re.fullmatch(re.escape(p).replace(r"\*", ".*").replace("N", r"\d+"), name)
+        ]
         return table[max(patterns, key=len)] if patterns else ""
 
     def subsample(self, name: str, value: Tensor, default: str = "") -> Tensor:

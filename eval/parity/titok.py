@@ -130,7 +130,10 @@ def _tokenizer(case: Case) -> Outputs:
         images = model.pixels(decoder_input, text=text)
         yield "recon", case.subsample("recon", images, PIXELS)
         dims = (0, 2, 3)
-        yield "recon_stats", torch.stack([images.mean(dims), images.std(dims), images.amin(dims), images.amax(dims)])
+        yield (
+            "recon_stats",
+            torch.stack([images.mean(dims), images.std(dims), images.amin(dims), images.amax(dims)]),
+        )
     if "recon_from_ids" in case.tensors:
         shape = (len(output), model.num_tokens)
         ids = case.draw(case.description("recon_from_ids")).randint(0, model.config.codebook_size, size=shape)
@@ -244,14 +247,20 @@ def _training_step(case: Case) -> Outputs:
         if model.config.quantize_mode == "vae":
             posterior = DiagonalGaussian(latents)
             noise = random.standard_normal(tuple(_column(posterior.mean).shape)).astype(np.float32)
-            output = model.pixels(posterior.sample(noise=_rows(torch.from_numpy(noise)).to(latents)), text=text)
-            loss = F.mse_loss(output, images) + weights.get("kl_weight", 1e-6) * posterior.kl().sum() / len(images)
+            output = model.pixels(
+                posterior.sample(noise=_rows(torch.from_numpy(noise)).to(latents)), text=text
+            )
+            loss = F.mse_loss(output, images) + weights.get("kl_weight", 1e-6) * posterior.kl().sum() / len(
+                images
+            )
         else:
             quantized = model.quantize(latents)
             quantizer_loss = sum(quantized.losses.values())
             output = model.decoder(quantized.latents, text)
             if model.config.is_legacy:
-                targets = torch.from_numpy(random.randint(0, 1024, (len(images), output.shape[2] * output.shape[3])))
+                targets = torch.from_numpy(
+                    random.randint(0, 1024, (len(images), output.shape[2] * output.shape[3]))
+                )
                 yield "targets", targets
                 loss, _ = proxy_code_loss(
                     output, targets.to(case.device), quantizer_loss, weights.get("quantizer_weight", 1.0)
@@ -379,7 +388,9 @@ def _token_losses(case: Case) -> Outputs:
     random.standard_normal(tuple(logits.shape))
     random.randint(0, logits.shape[-1], tuple(targets.shape))
     random.random_sample(tuple(mask.shape))
-    stage1 = case.place(torch.from_numpy(random.standard_normal((len(logits), 1024, 4, 4)).astype(np.float32)))
+    stage1 = case.place(
+        torch.from_numpy(random.standard_normal((len(logits), 1024, 4, 4)).astype(np.float32))
+    )
     quantizer_loss = torch.tensor(float(case.data.get("quantizer_loss", 0.37)), device=case.device)
     total, _ = proxy_code_loss(stage1, case.recorded("stage1.targets").long(), quantizer_loss)
     yield "stage1.total", total

@@ -96,7 +96,9 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(
             Level(a, b, config.num_res_blocks) for a, b in zip(inputs, widths, strict=True)
         )
-        self.mid = nn.Sequential(*(ResidualBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks)))
+        self.mid = nn.Sequential(
+            *(ResidualBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
+        )
         self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
 
@@ -115,7 +117,9 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.widths
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = nn.Sequential(*(ResidualBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks)))
+        self.mid = nn.Sequential(
+            *(ResidualBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
+        )
         inputs = [*widths[1:], widths[-1]]
         self.up = nn.ModuleList(
             Level(a, b, config.num_res_blocks, upsample=depth > 0)
@@ -164,13 +168,19 @@ class MaskGITVQGAN(Tokenizer):
         """Build with fresh weights; `num_resolutions`, which the original states as well, must agree."""
         levels = config.pop("num_resolutions", None)
         if levels is not None and levels != len(config.get("channel_mult", MaskGITVQGANConfig.channel_mult)):
-            raise ValueError(f"num_resolutions={levels} does not match channel_mult={config.get('channel_mult')}")
+            raise ValueError(
+                f"num_resolutions={levels} does not match channel_mult={config.get('channel_mult')}"
+            )
         return super().create(**config)
 
     @classmethod
-    def recognise(cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None) -> dict[str, Any] | None:
+    def recognise(
+        cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
         """By its residual levels; the published sizes are assumed where shapes do not tell."""
-        return {} if "encoder.down.0.block.0.conv1.weight" in shapes and "latent_tokens" not in shapes else None
+        return (
+            {} if "encoder.down.0.block.0.conv1.weight" in shapes and "latent_tokens" not in shapes else None
+        )
 
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] → [B, H/16 · W/16, 256], row by row."""
@@ -184,7 +194,9 @@ class MaskGITVQGAN(Tokenizer):
     def check_image_size(self, height: int, width: int, fix: str) -> None:
         """Any size that is a multiple of 16."""
         if height % self.factor or width % self.factor or not height or not width:
-            raise ValueError(f"images are {height}×{width} pixels; {self.label} takes multiples of {self.factor}: {fix}")
+            raise ValueError(
+                f"images are {height}×{width} pixels; {self.label} takes multiples of {self.factor}: {fix}"
+            )
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
         """Any square grid."""

@@ -29,9 +29,10 @@ class MiniConfig:
     thumbnail_size: int = 32
     levels: tuple[tuple[int, tuple[int, ...]], ...] = (
         (4, (64, 32, 32)),
-        (16, (16, 16, 16, 16)),
-        (20, (16, 8, 8, 8, 8)),
-        (24, (4, 4, 4, 4, 4, 4, 4, 4)),
+        (12, (16, 16, 16, 16)),
+        (16, (16, 8, 8, 8, 8)),
+        (12, (8, 8, 8, 8, 4, 4)),
+        (20, (4, 4, 4, 4, 4, 4, 4, 4)),
     )
     """(tokens, levels of each channel) from the first tokens to the last; early tokens carry fewer, finer numbers."""
     width: int = 256
@@ -53,7 +54,9 @@ class MiniConfig:
         object.__setattr__(self, "levels", tuple((count, tuple(row)) for count, row in self.levels))
         for name in ("patch_size", "thumbnail_size"):
             if self.image_size % getattr(self, name):
-                raise ValueError(f"image_size {self.image_size} is not a multiple of {name} {getattr(self, name)}")
+                raise ValueError(
+                    f"image_size {self.image_size} is not a multiple of {name} {getattr(self, name)}"
+                )
 
 
 class MiniEncoder(nn.Module):
@@ -109,7 +112,9 @@ class MiniDecoder(nn.Module):
         x = self.head(self.norm(self.transformer(x, rows=slice(self.side**2))))
         x = x.unflatten(1, (self.side, self.side)).unflatten(3, (3, self.patch_size, self.patch_size))
         detail = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, 3, H, W]
-        coarse = self.linear_path((latents * present).flatten(1)[:, self.used]).unflatten(1, (3, self.thumbnail_size, -1))
+        coarse = self.linear_path((latents * present).flatten(1)[:, self.used]).unflatten(
+            1, (3, self.thumbnail_size, -1)
+        )
         coarse = F.interpolate(coarse, self.image_size, mode="bilinear", antialias=False)
         return 0.5 + coarse + detail
 
@@ -145,7 +150,8 @@ class MiniTokenizer(Tokenizer):
         if lengths is None:
             lengths = torch.full((batch,), count, device=latents.device)
         present = torch.arange(self.num_tokens, device=latents.device) < lengths.unsqueeze(1)
-        return self.decoder(F.pad(latents, (0, 0, 0, self.num_tokens - count)), present)
+        values = self.quantizer.expand(latents)
+        return self.decoder(F.pad(values, (0, 0, 0, self.num_tokens - count)), present)
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> TrainingOutput:
         """Training pass; `lengths` [B] keeps only the first tokens of each image (nested dropout)."""
@@ -171,8 +177,7 @@ class MiniTokenizer(Tokenizer):
         scale = self._best_scale(scores) / deviations
         encoder.linear_path.weight.copy_((components * scale).T)
         encoder.linear_path.bias.copy_(-(mean @ components) * scale)
-        batches = (self.quantizer(self.latents(batch)).latents for batch in images.split(256))
-        codes = torch.cat([batch.flatten(1)[:, encoder.used] for batch in batches])
+        codes = self._coded(scores, scale * deviations)
         centre = codes.mean(0)
         gram = (codes - centre).T @ (codes - centre)
         gram.diagonal().add_(1e-3 * len(codes))
@@ -183,12 +188,18 @@ class MiniTokenizer(Tokenizer):
     def _best_scale(self, scores: Tensor) -> Tensor:
         """For unit-variance scores [N, used] the factor a channel at which its codes tell most about them, [used]."""
         used = self.encoder.used
-        candidates = torch.linspace(0.2, 1.2, 21)
+        candidates = torch.linspace(0.2, 1.6, 29)
         informative = []
         for factor in candidates:
-            latents = scores.new_zeros(len(scores), self.quantizer.used.numel())
-            latents[:, used] = scores * factor
-            codes = self.quantizer(latents.view(len(scores), self.num_tokens, -1)).latents.flatten(1)[:, used]
+            codes = self._coded(scores, factor)
             codes = codes - codes.mean(0)
             informative.append((codes * scores).mean(0).square() / codes.square().mean(0).clamp_min(1e-8))
         return candidates.to(scores)[torch.stack(informative).argmax(0)]
+
+    def _coded(self, scores: Tensor, scale: Tensor) -> Tensor:
+        """Unit-variance scores [N, used], times `scale`, through the quantizer: what the decoder sees of them."""
+        used = self.encoder.used
+        latents = scores.new_zeros(len(scores), self.quantizer.used.numel())
+        latents[:, used] = scores * scale
+        latents = latents.view(len(scores), self.num_tokens, -1)
+        return self.quantizer.expand(self.quantizer(latents).latents).flatten(1)[:, used]

@@ -54,15 +54,21 @@ class TiTokConfig:
         if self.quantize_mode not in ("vq", "vae"):
             raise ValueError(f"quantize_mode is {self.quantize_mode!r}; it is 'vq' or 'vae'")
         if self.quantize_mode == "vae" and self.finetune_decoder:
-            raise ValueError("quantize_mode='vae' has no second stage; set finetune_decoder=False, is_legacy=False")
+            raise ValueError(
+                "quantize_mode='vae' has no second stage; set finetune_decoder=False, is_legacy=False"
+            )
         if self.finetune_decoder and not self.is_legacy:
-            raise ValueError("finetune_decoder=True is the legacy second stage; set it False with is_legacy=False")
+            raise ValueError(
+                "finetune_decoder=True is the legacy second stage; set it False with is_legacy=False"
+            )
         for side in ("enc", "dec"):
             size, patch = getattr(self, f"vit_{side}_model_size"), getattr(self, f"vit_{side}_patch_size")
             if size not in SIZES:
                 raise ValueError(f"vit_{side}_model_size is {size!r}; it is {', '.join(SIZES)}")
             if self.crop_size % patch:
-                raise ValueError(f"crop_size {self.crop_size} is not a multiple of vit_{side}_patch_size {patch}")
+                raise ValueError(
+                    f"crop_size {self.crop_size} is not a multiple of vit_{side}_patch_size {patch}"
+                )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "TiTokConfig":
@@ -70,11 +76,15 @@ class TiTokConfig:
         known = {field.name for field in fields(cls)}
         if "model" not in values:
             if unknown := sorted(set(values) - known):
-                raise ValueError(f"TiTok has no configuration field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"TiTok has no configuration field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                )
             return cls(**values)
         model = values["model"].get("vq_model")
         if model is None:
-            raise ValueError(f"the configuration's model has {sorted(values['model'])}; a TiTok one has vq_model")
+            raise ValueError(
+                f"the configuration's model has {sorted(values['model'])}; a TiTok one has vq_model"
+            )
         found = {name: value for name, value in model.items() if name in known}
         crop = values.get("dataset", {}).get("preprocessing", {}).get("crop_size")
         return cls(**found, **({} if crop is None else {"crop_size": crop}))
@@ -92,7 +102,9 @@ class TiTokEncoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, width, config.vit_enc_patch_size, config.vit_enc_patch_size)
         self.class_embedding = nn.Parameter(scale * torch.randn(1, width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(self.patches + 1, width))
-        self.latent_token_positional_embedding = nn.Parameter(scale * torch.randn(config.num_latent_tokens, width))
+        self.latent_token_positional_embedding = nn.Parameter(
+            scale * torch.randn(config.num_latent_tokens, width)
+        )
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = nn.LayerNorm(width)
@@ -130,7 +142,9 @@ class TiTokDecoder(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(1, width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(self.side**2 + 1, width))
         self.mask_token = nn.Parameter(scale * torch.randn(1, 1, width))
-        self.latent_token_positional_embedding = nn.Parameter(scale * torch.randn(config.num_latent_tokens, width))
+        self.latent_token_positional_embedding = nn.Parameter(
+            scale * torch.randn(config.num_latent_tokens, width)
+        )
         if text:
             self.text_guidance_proj = nn.Linear(config.text_embed_dim, width)
             self.text_guidance_positional_embedding = nn.Parameter(
@@ -140,7 +154,9 @@ class TiTokDecoder(nn.Module):
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = nn.LayerNorm(width)
         if config.is_legacy:
-            self.ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, PROXY_CODES, 1))
+            self.ffn = nn.Sequential(
+                nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, PROXY_CODES, 1)
+            )
         else:
             self.ffn = nn.Sequential(nn.Conv2d(width, 3 * self.patch_size**2, 1))
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
@@ -148,8 +164,14 @@ class TiTokDecoder(nn.Module):
     def forward(self, latents: Tensor, text: Tensor | None = None) -> Tensor:
         """Latents [B, K, C], and for text-aware weights text states [B, 77, 768]."""
         batch = len(latents)
-        patches = torch.cat([self.class_embedding, self.mask_token[0].expand(self.side**2, -1)]) + self.positional_embedding
-        x = [patches.expand(batch, -1, -1), self.decoder_embed(latents) + self.latent_token_positional_embedding]
+        patches = (
+            torch.cat([self.class_embedding, self.mask_token[0].expand(self.side**2, -1)])
+            + self.positional_embedding
+        )
+        x = [
+            patches.expand(batch, -1, -1),
+            self.decoder_embed(latents) + self.latent_token_positional_embedding,
+        ]
         if text is not None:
             x.append(self.text_guidance_proj(text) + self.text_guidance_positional_embedding)
         x = self.ln_pre(torch.cat(x, 1))
@@ -159,7 +181,9 @@ class TiTokDecoder(nn.Module):
         if self.is_legacy:
             return x
         # Parity: channels are (patch row, patch column, colour) with the colour fastest.
-        x = x.unflatten(1, (self.patch_size, self.patch_size, 3)).permute(0, 3, 4, 1, 5, 2)  # [B, 3, h, p, w, p]
+        x = x.unflatten(1, (self.patch_size, self.patch_size, 3)).permute(
+            0, 3, 4, 1, 5, 2
+        )  # [B, 3, h, p, w, p]
         return self.conv_out(x.flatten(4, 5).flatten(2, 3))
 
 
@@ -212,7 +236,9 @@ class TiTok(Tokenizer):
         return cls(TiTokConfig.parse(config))
 
     @classmethod
-    def recognise(cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None) -> dict[str, Any] | None:
+    def recognise(
+        cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
         """Everything follows from keys and shapes but `use_l2_norm`, which the published sizes tell."""
         if "latent_tokens" not in shapes or ("decoder.text_guidance_proj.weight" in shapes) != cls.text_aware:
             return None
@@ -231,7 +257,9 @@ class TiTok(Tokenizer):
             return output
         if self.config.finetune_decoder:
             # Parity: the pixel decoder sees the soft mixture of code vectors, never the likeliest code.
-            mixture = output.softmax(1).movedim(1, -1) @ self.pixel_quantize.embedding.weight  # [B, h, w, 256]
+            mixture = (
+                output.softmax(1).movedim(1, -1) @ self.pixel_quantize.embedding.weight
+            )  # [B, h, w, 256]
             return self.pixel_decoder(mixture.movedim(-1, 1))
         drawer = self.companion("pixel_tokenizer")
         if drawer is None:
@@ -244,10 +272,14 @@ class TiTok(Tokenizer):
     def attach_pixel_tokenizer(self, source: MaskGITVQGAN | str | Path) -> None:
         """Give stage-1 weights the MaskGIT-VQGAN (itself, its registry name or a path) that draws their codes."""
         if not self.config.is_legacy or self.config.finetune_decoder:
-            raise ValueError(f"{self.label} decodes to pixels by itself; only stage-1 weights take a pixel tokenizer")
+            raise ValueError(
+                f"{self.label} decodes to pixels by itself; only stage-1 weights take a pixel tokenizer"
+            )
         tokenizer = source if isinstance(source, MaskGITVQGAN) else load(source)
         if not isinstance(tokenizer, MaskGITVQGAN):
-            raise ValueError(f"{source} is a {tokenizer.family} tokenizer; stage-1 weights need maskgit-vqgan")
+            raise ValueError(
+                f"{source} is a {tokenizer.family} tokenizer; stage-1 weights need maskgit-vqgan"
+            )
         self.add_companion("pixel_tokenizer", tokenizer)
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> TrainingOutput:
@@ -280,7 +312,9 @@ class TATiTok(TiTok):
         like any other (the weights have no null caption).
         """
         if steps is not None or guidance is not None:
-            raise ValueError(f"{self.label} decodes in one deterministic pass; steps and guidance do not apply")
+            raise ValueError(
+                f"{self.label} decodes in one deterministic pass; steps and guidance do not apply"
+            )
         latents, _ = self.dequantize(tokens)
         return self.pixels(latents, text=self.text_states(text, len(latents))).clamp(0, 1)
 
@@ -289,7 +323,9 @@ class TATiTok(TiTok):
         length, dim = self.config.text_context_length, self.config.text_embed_dim
         if isinstance(text, Tensor):
             if text.shape != (batch, length, dim):
-                raise ValueError(f"text states have shape {list(text.shape)}; {[batch, length, dim]} is needed")
+                raise ValueError(
+                    f"text states have shape {list(text.shape)}; {[batch, length, dim]} is needed"
+                )
             return text.to(self.device, self.dtype)
         captions = [""] * batch if text is None else [text] * batch if isinstance(text, str) else list(text)
         if len(captions) != batch:
@@ -300,7 +336,9 @@ class TATiTok(TiTok):
             return torch.empty(0, length, dim, device=self.device, dtype=self.dtype)
         return self.companion("text_encoder")(captions).states.to(self.dtype)
 
-    def attach_text_encoder(self, source: "str | Path | nn.Module" = "openai", activation: str = "quickgelu") -> None:
+    def attach_text_encoder(
+        self, source: "str | Path | nn.Module" = "openai", activation: str = "quickgelu"
+    ) -> None:
         """Give the decoder its CLIP text tower: open_clip's tag, a local weights file, or a CLIPTextEncoder."""
         from ..nn.clip_text import CLIPTextEncoder
 
@@ -366,7 +404,12 @@ def _rows() -> list[Entry]:
         Entry(
             name=name,
             family=name.split("-")[0],
-            config={"num_latent_tokens": k, "vit_enc_model_size": encoder, "vit_dec_model_size": decoder, **rest},
+            config={
+                "num_latent_tokens": k,
+                "vit_enc_model_size": encoder,
+                "vit_dec_model_size": decoder,
+                **rest,
+            },
             repo=repo,
             license="Apache-2.0",
             paper=paper,

@@ -15,7 +15,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"width {dim} is not a multiple of {heads} heads; choose heads that divide the width")
+            raise ValueError(
+                f"width {dim} is not a multiple of {heads} heads; choose heads that divide the width"
+            )
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))

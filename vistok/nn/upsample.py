@@ -13,7 +13,9 @@ def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     rounding.
     """
     height, width = x.shape[2:]
-    if x.device.type != "cpu" or height * width < 1024:  # four small convolutions then cost more than they save
+    if (
+        x.device.type != "cpu" or height * width < 1024
+    ):  # four small convolutions then cost more than they save
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
     out = padded.new_empty(x.shape[0], 2 * height, 2 * width, conv.out_channels)

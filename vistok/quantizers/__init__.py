@@ -1,8 +1,8 @@
 """Quantizers: latents → codes → latents, each usable without any tokenizer.
 
-    codes = quantizer.encode(latents)       # [B, K, D] → [B, K]
-    latents = quantizer.decode(codes)       # and back
-    result = quantizer(latents)             # training: result.latents, result.codes, result.losses
+codes = quantizer.encode(latents)       # [B, K, D] → [B, K]
+latents = quantizer.decode(codes)       # and back
+result = quantizer(latents)             # training: result.latents, result.codes, result.losses
 """
 
 from .base import Quantized, Quantizer

@@ -24,7 +24,9 @@ class FiniteScalarQuantizer(Quantizer):
             raise ValueError(f"levels={levels!r}: give one row of positive counts, or one such row a token")
         sizes = table.prod(-1).unique()
         if len(sizes) > 1:
-            raise ValueError(f"tokens have codebooks of sizes {sizes.tolist()}; every row must have the same product")
+            raise ValueError(
+                f"tokens have codebooks of sizes {sizes.tolist()}; every row must have the same product"
+            )
         self.codebook_sizes = (int(sizes[0]),)
         radix = table.cumprod(-1) // table
         self.register_buffer("_levels", table, persistent=False)
@@ -46,14 +48,31 @@ class FiniteScalarQuantizer(Quantizer):
     def _digits(self, latents: Tensor) -> Tensor:
         """Signed integer digits as floats, bounded as in section 3.1 of the paper, with a straight-through gradient."""
         if latents.shape[-1] != self._levels.shape[-1]:
-            raise ValueError(f"latents have {latents.shape[-1]} channels; the levels need {self._levels.shape[-1]}")
-        latents = latents.float() if latents.dtype.itemsize < 4 else latents  # half precision misplaces boundaries
+            raise ValueError(
+                f"latents have {latents.shape[-1]} channels; the levels need {self._levels.shape[-1]}"
+            )
+        latents = (
+            latents.float() if latents.dtype.itemsize < 4 else latents
+        )  # half precision misplaces boundaries
         levels = self._rows(self._levels, latents.shape[-2] if latents.ndim > 1 else 1)
         half = ((levels - 1) * (1 + 1e-3) / 2).to(latents.dtype)
-        offset = torch.where(levels % 2 == 0, 0.5, 0.0).to(latents.dtype)  # even counts sit half a step off centre
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0).to(
+            latents.dtype
+        )  # even counts sit half a step off centre
         shift = (offset / half.clamp_min(0.5)).atanh()
         bounded = (latents + shift).tanh() * half - offset
         return bounded + (bounded.round() - bounded).detach()
+
+    def expand(self, latents: Tensor) -> Tensor:
+        """Decoded latents [B, K, D] → the unbounded values at the centres of their cells (the outer cells at 95%).
+
+        The inverse of the squashing before rounding: what a linear decoder of the original latents wants to see.
+        """
+        levels = self._rows(self._levels, latents.shape[-2])
+        half = ((levels - 1) / 2).clamp_min(0.5).to(latents.dtype)
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0).to(latents.dtype)
+        centres = (latents * (levels // 2) + offset) / half
+        return torch.atanh(0.95 * centres.clamp(-1, 1)) * (levels > 1)
 
     def _codes(self, digits: Tensor) -> Tensor:
         count = digits.shape[-2] if digits.ndim > 1 else 1

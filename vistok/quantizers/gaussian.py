@@ -15,7 +15,9 @@ class DiagonalGaussian:
 
     def __init__(self, moments: Tensor) -> None:
         if moments.shape[-1] % 2:
-            raise ValueError(f"moments have {moments.shape[-1]} channels; mean and log-variance need an even number")
+            raise ValueError(
+                f"moments have {moments.shape[-1]} channels; mean and log-variance need an even number"
+            )
         self.mean, log_variance = moments.chunk(2, dim=-1)
         self.logvar = log_variance.clamp(-30.0, 20.0)
 

@@ -50,7 +50,9 @@ class VectorQuantizer(Quantizer):
         dim = self.embedding.embedding_dim
         if latents.shape[-1] != dim:
             raise ValueError(f"latents have {latents.shape[-1]} channels; this codebook has rows of {dim}")
-        dtype = torch.promote_types(torch.promote_types(latents.dtype, self.embedding.weight.dtype), torch.float32)
+        dtype = torch.promote_types(
+            torch.promote_types(latents.dtype, self.embedding.weight.dtype), torch.float32
+        )
         latents, codebook = latents.to(dtype), self.embedding.weight.to(dtype)
         if self.l2_norm:
             latents, codebook = F.normalize(latents, dim=-1), F.normalize(codebook, dim=-1)

@@ -66,7 +66,14 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "validate_every", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if "name" not in self.tokenizer:
@@ -79,13 +86,17 @@ def read(path: str | Path) -> TrainConfig:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no training configuration {path}; give a YAML file such as assets/vistok-mini.yaml")
+        raise FileNotFoundError(
+            f"no training configuration {path}; give a YAML file such as assets/vistok-mini.yaml"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys to values")
+        raise ValueError(
+            f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys to values"
+        )
     return _build(TrainConfig, values, str(path))
 
 
@@ -95,7 +106,9 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where}: unknown key {', '.join(unknown)}; accepted are {', '.join(fields)}")
     required = (dataclasses.MISSING, dataclasses.MISSING)
-    if missing := [n for n, f in fields.items() if (f.default, f.default_factory) == required and n not in values]:
+    if missing := [
+        n for n, f in fields.items() if (f.default, f.default_factory) == required and n not in values
+    ]:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
     hints = typing.get_type_hints(cls)
     return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
@@ -120,5 +133,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             pass
     elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    accepted = " or ".join(map(repr, arguments)) if origin is Literal else getattr(kind, "__name__", str(kind))
+    accepted = (
+        " or ".join(map(repr, arguments)) if origin is Literal else getattr(kind, "__name__", str(kind))
+    )
     raise ValueError(f"{where} is {value!r}; it takes {accepted}")

@@ -31,7 +31,9 @@ from .losses import ReconstructionLoss, proxy_code_loss
 from .schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
 
 
-def train(config: TrainConfig, output: str | Path, *, steps: int | None = None, progress: bool = True) -> Path:
+def train(
+    config: TrainConfig, output: str | Path, *, steps: int | None = None, progress: bool = True
+) -> Path:
     """Train and return the folder of the finished model (EMA weights), which `vistok.load` reads.
 
     `output` receives log.jsonl, samples/, checkpoint.pt (the whole state, written aside and renamed) and model/. If
@@ -90,9 +92,13 @@ class _Run:
             fields = dict(self.config.tokenizer)
             tokenizer = create(fields.pop("name"), **fields)
         if self.config.nested_dropout and not tokenizer.ordered:
-            raise ValueError(f"nested_dropout needs an ordered tokenizer; {tokenizer.label} decodes full length only")
+            raise ValueError(
+                f"nested_dropout needs an ordered tokenizer; {tokenizer.label} decodes full length only"
+            )
         if self.config.warm_start_images and not hasattr(tokenizer, "fit_linear_path"):
-            raise ValueError(f"warm_start_images is given, but {tokenizer.label} has nothing to fit in closed form")
+            raise ValueError(
+                f"warm_start_images is given, but {tokenizer.label} has nothing to fit in closed form"
+            )
         frozen = 0
         for name, parameter in tokenizer.named_parameters():
             parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in self.config.freeze))
@@ -105,12 +111,15 @@ class _Run:
         """The first `count` training pictures, [count, 3, H, W] in [0, 1]."""
         size = min(256, count)
         batches = data.loader(self.source, size, workers=self.config.workers)
-        steps = tqdm(range(math.ceil(count / size)), desc="warm start", disable=not self.progress, leave=False)
+        steps = tqdm(
+            range(math.ceil(count / size)), desc="warm start", disable=not self.progress, leave=False
+        )
         return torch.cat([next(batches) for _ in steps])[:count].float() / 255
 
     def _validation_images(self) -> Tensor:
         images = [
-            data.photo(name) if name in data.photo_names() else load_image(name) for name in self.config.validation
+            data.photo(name) if name in data.photo_names() else load_image(name)
+            for name in self.config.validation
         ]
         return to_tensor(images, self.tokenizer.image_size).to(self.accelerator.device)
 
@@ -130,7 +139,9 @@ class _Run:
             return None
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["identity"] != json.dumps(self._identity(), sort_keys=True):
-            raise ValueError(f"{self.output} holds another run (its configuration differs); choose a new output folder")
+            raise ValueError(
+                f"{self.output} holds another run (its configuration differs); choose a new output folder"
+            )
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -157,7 +168,9 @@ class _Run:
             # The perceptual networks are constants and stay out.
             parts = ("discriminator.", "ema_")
             state["loss"] = {k: v for k, v in self.loss.state_dict().items() if k.startswith(parts)}
-            state["loss"] = {k.replace("discriminator.module.", "discriminator."): v for k, v in state["loss"].items()}
+            state["loss"] = {
+                k.replace("discriminator.module.", "discriminator."): v for k, v in state["loss"].items()
+            }
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
         with written_aside(self.output / "checkpoint.pt") as path:
             torch.save(state, path)
@@ -176,7 +189,9 @@ class _Run:
             workers=config.workers,
         )
         log = self._open_log()
-        bar = tqdm(total=steps, initial=self.step, desc="train", disable=not self.progress, dynamic_ncols=True)
+        bar = tqdm(
+            total=steps, initial=self.step, desc="train", disable=not self.progress, dynamic_ncols=True
+        )
         self.model.train()
         while self.step < steps:
             torch.manual_seed(hash((config.seed, self.step, accelerator.process_index)) & (2**63 - 1))
@@ -185,14 +200,19 @@ class _Run:
             bar.update()
             last = self.step == steps
             if self.step % config.log_every == 0 or last:
-                row = {name: float(accelerator.gather(value.reshape(1)).mean()) for name, value in figures.items()}
+                row = {
+                    name: float(accelerator.gather(value.reshape(1)).mean())
+                    for name, value in figures.items()
+                }
                 if not all(math.isfinite(value) for value in row.values()):
                     raise FloatingPointError(
                         f"step {self.step}: {row} is not finite. The checkpoint of step "
                         f"{self.step // config.checkpoint_every * config.checkpoint_every} is untouched; lower the "
                         "learning rate or use precision: 'no'"
                     )
-                bar.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name in ("loss", "psnr")})
+                bar.set_postfix(
+                    {name: f"{value:.4g}" for name, value in row.items() if name in ("loss", "psnr")}
+                )
                 log(row)
             if self.step % config.validate_every == 0 or last:
                 log(self._validate())
@@ -225,7 +245,12 @@ class _Run:
             start = config.loss.discriminator_start
             if config.discriminator_optimizer.clip_norm:
                 accelerator.clip_grad_norm_(wrapped.parameters(), config.discriminator_optimizer.clip_norm)
-            _step(self.discriminator_optimizer, config.discriminator_optimizer, self.step - start, config.steps - start)
+            _step(
+                self.discriminator_optimizer,
+                config.discriminator_optimizer,
+                self.step - start,
+                config.steps - start,
+            )
         self._average()
         figures = {"loss": total.detach(), **parts}
         if self.teacher is None:
