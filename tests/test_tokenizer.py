@@ -52,11 +52,14 @@ HALF_PRECISION_FRIENDLY = [case for case in CASES if case != "titok-legacy"]  # 
 
 
 @pytest.fixture(autouse=True, scope="module")
-def tiny_vit():
-    """One more ViT size beside the published three, so that the matrix takes seconds."""
+def small_and_quick():
+    """One more ViT size beside the published three, and one thread: on a busy machine tiny kernels wait for a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(titok.SIZES, "tiny", (64, 2, 2))
         yield
+    torch.set_num_threads(threads)
 
 
 def build(case):
@@ -67,9 +70,12 @@ def build(case):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.03)
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.Embedding):  # spread codes, or all latents share one
-                layer.weight.normal_()
+        if case.startswith(("titok", "tatitok")):  # pictures must outweigh positions, and latents the mask tokens
+            model.encoder.patch_embed.weight.mul_(10)
+            model.decoder.decoder_embed.weight.mul_(10)
+        if hasattr(model.quantizer, "embedding"):  # codes spread where the latents are, or all latents share one
+            latents, codebook = model.latents(pictures(8, seed=9)).flatten(0, 1), model.quantizer.embedding.weight
+            codebook.copy_(latents.mean(0) + latents.std(0) * torch.randn_like(codebook))
     if case == "titok-stage1":
         model.attach_pixel_tokenizer(build("maskgit-vqgan"))
     return model
@@ -252,7 +258,7 @@ def test_a_half_precision_checkpoint_loads_as_float32(models, tmp_path):
 
 def test_training_forward_sends_gradients_to_every_part(case, model):
     model = copy.deepcopy(model).train()
-    inputs = options(case, 2)
+    inputs = {"lengths": torch.tensor([2, 6])} if case == "mini" else options(case, 2)
     output = model(pictures(2), **inputs)
     if case == "titok-stage1":
         assert output.images.shape == (2, 1024, SIDE // 16, SIDE // 16)
@@ -656,7 +662,13 @@ def test_attaching_leaves_the_given_tokenizer_as_it_was(models):
 def test_only_stage_one_takes_a_pixel_tokenizer(models):
     with pytest.raises(ValueError, match="only stage-1"):
         models("titok-vq").attach_pixel_tokenizer(models("maskgit-vqgan"))
-    with pytest.raises(ValueError, match="needs? maskgit-vqgan|need maskgit-vqgan"):
+
+
+def test_stage_one_takes_no_other_family_as_its_pixel_tokenizer(models, tmp_path):
+    models("mini").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a mini tokenizer.*maskgit-vqgan"):
+        models("titok-stage1").attach_pixel_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="is a mini tokenizer.*maskgit-vqgan"):
         models("titok-stage1").attach_pixel_tokenizer(models("mini"))
 
 
@@ -707,9 +719,20 @@ def test_captions_go_through_the_attached_text_tower():
     assert not any(key.startswith("text_encoder") for key in model.state_dict())
 
 
-def test_an_empty_batch_needs_no_text_tower(models, monkeypatch, tmp_path):
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """The hub out of reach and nothing cached."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+def test_captions_without_a_text_tower_say_how_to_attach_one(models, offline):
+    model = copy.deepcopy(models("tatitok-vq"))
+    with pytest.raises(FileNotFoundError, match=r"ViT-L-14-336.*attach_text_encoder\("):
+        model.decode(model.encode(pictures(1)), text=["A photo of a jay."])
+
+
+def test_an_empty_batch_needs_no_text_tower(models, offline):
     model = copy.deepcopy(models("tatitok-vq"))
     tokens = model.encode(pictures(1))[[]]
     assert model.decode(tokens, text=[]).shape == (0, 3, SIDE, SIDE)

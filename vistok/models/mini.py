@@ -203,3 +203,18 @@ class MiniTokenizer(Tokenizer):
         latents[:, used] = scores * scale
         latents = latents.view(len(scores), self.num_tokens, -1)
         return self.quantizer.expand(self.quantizer(latents).latents).flatten(1)[:, used]
+
+
+register(
+    Entry(
+        name="vistok-mini",
+        family="mini",
+        config={},
+        repo=None,
+        file="vistok-mini.safetensors",
+        license="Apache-2.0",
+        paper="vistok (recipe and log in vistok/assets)",
+        parameters=7.5,
+        notes="128×128, any prefix of 64 tokens of 16 bits; trained on procedural scenes and 17 photographs",
+    )
+)
