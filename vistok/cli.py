@@ -106,11 +106,11 @@ def list_(
     if as_json:
         print(json.dumps([asdict(entry) for entry in table.values()], indent=2))
         return
-    import torch
+    from accelerate import init_empty_weights
 
     rows = []
     for entry in table.values():
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             model = create(entry.name)
         sizes = model.quantizer.codebook_sizes
         rows.append(
@@ -128,14 +128,14 @@ def info(name: Annotated[str, typer.Argument(help="Registry name.", show_default
     """One tokenizer: configuration, weights, licence, paper."""
     from dataclasses import asdict
 
-    import torch
+    from accelerate import init_empty_weights
 
     from .registry import create, entries, unknown_name
 
     if name not in entries():
         raise ValueError(unknown_name(name))
     entry = entries()[name]
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         model = create(name)
     where = f"{entry.repo} ({entry.file})" if entry.repo else f"shipped with vistok ({entry.file})"
     facts = {

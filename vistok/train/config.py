@@ -64,6 +64,7 @@ class TrainConfig:
     validate_every: int = 500
     checkpoint_every: int = 500
     tensorboard: bool = False
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in (

@@ -125,7 +125,7 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must share to be the same run."""
-        loose = {"steps", "workers", "log_every", "validate_every", "checkpoint_every", "tensorboard"}
+        loose = {"steps", "workers", "log_every", "validate_every", "checkpoint_every", "tensorboard", "export_dtype"}
         fields = json.loads(json.dumps(dataclasses.asdict(self.config)))
         if self.config.optimizer.schedule == "cosine":
             loose -= {"steps"}
@@ -341,7 +341,7 @@ class _Run:
     def _export(self) -> Path:
         folder = self.output / "model"
         if self.main:
-            self._averaged().save_pretrained(folder)
+            self._averaged().to(getattr(torch, self.config.export_dtype)).save_pretrained(folder)
         return folder
 
 
