@@ -1,8 +1,8 @@
 """The yardstick of `vistok eval speed`: TiTok written straightforwardly, with a tokenizer's own weights.
 
-Sequence-first attention modules with a transpose around them, every row of every block computed, convolutions and
-normalisations op by op in the layout they come in. This is how the original research code runs; it gives the same
-numbers as `vistok.models.titok`, slower.
+Sequence-first attention modules with a transpose around them, every row of every block computed, convolutions
+and normalisations op by op in the layout they come in. This is how the original research code runs; it gives
+the same numbers as `vistok.models.titok`, slower.
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""Rate–distortion of an ordered tokenizer beside thumbnail, JPEG and WebP, each at its real number of bytes."""
+"""Rate–distortion of an ordered tokenizer beside thumbnail, JPEG and WebP, each at its real number of
+bytes."""
 
 import io
 from collections.abc import Iterator
@@ -44,11 +45,12 @@ class Curves:
 
 
 def measure(tokenizer: Tokenizer, images: Tensor) -> Curves:
-    """Every prefix 1, 2, 4, … and the full length of `tokenizer` on images [B, 3, S, S] in [0, 1], and the baselines.
+    """Every prefix 1, 2, 4, … and the full length of `tokenizer` on images [B, 3, S, S] in [0, 1], and the
+    baselines.
 
-    A thumbnail is bicubic down, 8 bits, bicubic up, with no header counted; it gets the most pixels that fit the
-    bytes of each prefix. JPEG and WebP are whole files of Pillow's encoder over qualities and downscalings, of which
-    the best at each size is kept.
+    A thumbnail is bicubic down, 8 bits, bicubic up, with no header counted; it gets the most pixels that fit
+    the bytes of each prefix. JPEG and WebP are whole files of Pillow's encoder over qualities and
+    downscalings, of which the best at each size is kept.
     """
     points, pictures = [], to_pil(images)
     lengths = [k for k in (2**n for n in range(20)) if k < tokenizer.num_tokens] + [tokenizer.num_tokens]

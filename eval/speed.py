@@ -1,4 +1,5 @@
-"""How fast a tokenizer encodes and decodes, as a ratio against a straightforward implementation in the same run."""
+"""How fast a tokenizer encodes and decodes, as a ratio against a straightforward implementation in the same
+run."""
 
 import ctypes
 import gc
@@ -77,7 +78,8 @@ class Speed:
             else torch.cuda.get_device_name(self.device)
         )
         size = self.variants[0].images.shape[-1]
-        return f"{self.tokenizer}, batch {self.batch_size} at {size}², {self.device.type} ({where}), fresh weights"
+        setting = f"batch {self.batch_size} at {size}², {self.device.type} ({where}), fresh weights"
+        return f"{self.tokenizer}, {setting}"
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -100,10 +102,12 @@ class Speed:
         for v in self.variants:
             rates, ratios = [self.batch_size / s for s in v.seconds], self._ratios(v)
             rows.append(
-                [v.name, f"{median(v.encode_seconds):.3f}", f"{median(v.decode_seconds):.3f}"]
-                + [f"{median(rates):.2f} ({min(rates):.2f}–{max(rates):.2f})"]
-                + [f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"]
-                + [
+                [
+                    v.name,
+                    f"{median(v.encode_seconds):.3f}",
+                    f"{median(v.decode_seconds):.3f}",
+                    f"{median(rates):.2f} ({min(rates):.2f}–{max(rates):.2f})",
+                    f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
                     "" if v.peak_bytes is None else f"{v.peak_bytes / 2**20:,.0f}",
                     f"{self._agreement(v):.2%}",
                 ]
@@ -129,8 +133,8 @@ def measure(
 ) -> Speed:
     """Time encode + decode of one batch, every variant in turn, `repeats` times after a warm-up.
 
-    TiTok is compared with `vistok.eval.plain`, other families with their own float32. Weights are fresh: speed does
-    not depend on them. `compiled` adds torch.compile (its compilation is not timed).
+    TiTok is compared with `vistok.eval.plain`, other families with their own float32. Weights are fresh:
+    speed does not depend on them. `compiled` adds torch.compile (its compilation is not timed).
     """
     device = torch.device(device)
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """`vistok verify`: our implementation against recorded outputs of the original.
 
-Each recorded tensor is recomputed from the case's own configuration, weights rule and inputs, and compared within the
-case's tolerances. Indices and bits must be equal, except where the original itself was undecided (a recorded margin
-below the stated threshold). In half precision tolerances are 16 machine epsilons of the tensor's largest value, and
-9 of 10 indices must agree.
+Each recorded tensor is recomputed from the case's own configuration, weights rule and inputs, and compared
+within the case's tolerances. Indices and bits must be equal, except where the original itself was undecided
+(a recorded margin below the stated threshold). In half precision tolerances are 16 machine epsilons of the
+tensor's largest value, and 9 of 10 indices must agree.
 """
 
 import re
@@ -21,8 +21,8 @@ FAMILIES = ("titok",)
 
 @dataclass(frozen=True)
 class Row:
-    """The comparison of one recorded tensor. `error` is the largest absolute difference, or the number of unequal
-    entries of an exact tensor; `worst` is the largest ratio of a difference to its own tolerance."""
+    """The comparison of one recorded tensor. `error` is the largest absolute difference, or the number of
+    unequal entries of an exact tensor; `worst` is the largest ratio of a difference to its own tolerance."""
 
     name: str
     count: int
@@ -36,8 +36,8 @@ class Row:
 def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
     """Run one case; one row a recorded tensor.
 
-    Raises FileNotFoundError for missing files and CannotBuild for a family, configuration or recorded tensor that
-    this version does not know.
+    Raises FileNotFoundError for missing files and CannotBuild for a family, configuration or recorded tensor
+    that this version does not know.
     """
     case = Case.open(path, device, dtype)
     family = case.data["family"]

@@ -1,4 +1,4 @@
-"""Weights are found, read whole or refused with the reason, fitted strictly, and written whole or not at all."""
+"""Weights are found, read whole or refused with the reason, fitted strictly, written whole or not at all."""
 
 import json
 import os
@@ -37,7 +37,7 @@ SINGLE = {"finetune_decoder": False, "is_legacy": False, "token_size": 8, "codeb
 
 @pytest.fixture(autouse=True, scope="module")
 def small_and_quick():
-    """One more ViT size beside the published three, and one thread: on a busy machine tiny kernels wait for a second."""
+    """One more ViT size beside the published three, and one thread: tiny kernels wait for a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +78,7 @@ def mini_config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-# ---- where weights come from -----------------------------------------------------------------------------------
+# ---- where weights come from -------------------------------------------------------------------------------
 
 
 def test_a_folder_and_the_files_in_it_load_alike(mini, saved, monkeypatch):
@@ -109,7 +109,7 @@ def test_training_wrappers_are_opened(mini, wrapper, tmp_path):
 
 
 def test_weights_replaces_the_published_file(tmp_path):
-    # The sizes are the registry's, so tiny weights cannot fit; that the message names file and keys shows they were read.
+    # The sizes are the registry's, so tiny weights cannot fit; the message shows that this file was read.
     path = safe(create("titok", **TINY, **SINGLE).state_dict(), tmp_path / "anything.safetensors")
     with pytest.raises(ValueError, match=r"anything\.safetensors(.*\n)*.*misshapen  latent_tokens"):
         load("titok-bl64-vq", weights=path)
@@ -135,7 +135,7 @@ def test_the_loaded_class_is_checked(saved):
 
 
 def test_an_unknown_name_suggests_close_ones():
-    with pytest.raises(ValueError, match="titok-l23.*Did you mean titok-l32") as raised:
+    with pytest.raises(ValueError, match=r"titok-l23.*Did you mean titok-l32") as raised:
         load("titok-l23")
     assert "vistok list" in str(raised.value)
 
@@ -170,7 +170,7 @@ def test_several_unconventional_files_must_be_told_apart(mini, tmp_path):
         load(tmp_path)
 
 
-# ---- files that cannot be trusted ------------------------------------------------------------------------------
+# ---- files that cannot be trusted --------------------------------------------------------------------------
 
 
 class Payload:
@@ -242,7 +242,7 @@ def test_a_broken_configuration_is_named(saved, text):
 
 def test_a_configuration_of_an_unknown_family_is_refused(saved):
     (saved / "config.json").write_text('{"family": "vistok9000", "config": {}}')
-    with pytest.raises(ValueError, match="unknown family 'vistok9000'.*titok"):
+    with pytest.raises(ValueError, match=r"unknown family 'vistok9000'.*titok"):
         load(saved)
 
 
@@ -282,7 +282,7 @@ def test_every_key_that_does_not_fit_is_listed(mini, saved):
     ]
 
 
-# ---- TiTok checkpoints without, or with the original's, configuration -------------------------------------------
+# ---- TiTok checkpoints without, or with the original's, configuration --------------------------------------
 
 VARIANTS = {
     "published legacy": ("titok", {**TINY, "use_l2_norm": True}),
@@ -415,7 +415,7 @@ def test_a_configuration_without_crop_size_has_the_published_one(dataset):
 
 
 def test_a_generators_configuration_is_no_tokenizer():
-    with pytest.raises(ValueError, match="generator.*vq_model"):
+    with pytest.raises(ValueError, match=r"generator.*vq_model"):
         create("titok", model={"generator": {}})
 
 
@@ -436,7 +436,7 @@ def test_clustering_weights_published_without_statistics_load(tmp_path):
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in state.items())
 
 
-# ---- the hub ---------------------------------------------------------------------------------------------------
+# ---- the hub -----------------------------------------------------------------------------------------------
 
 
 def test_a_published_name_that_is_not_cached_names_repository_file_and_way_out(tmp_path):
@@ -491,7 +491,7 @@ def test_a_broken_configuration_in_the_cache_is_not_passed_over(saved, tmp_path)
         load("someone/mini", **cached(tmp_path / "hub", "someone/mini", files))
 
 
-# ---- files are whole or not there ------------------------------------------------------------------------------
+# ---- files are whole or not there --------------------------------------------------------------------------
 
 
 def test_written_aside_replaces_only_on_success(tmp_path):

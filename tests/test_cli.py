@@ -36,7 +36,10 @@ def run(monkeypatch, capfd, tmp_path):
 
 
 def test_help_answers_without_importing_torch():
-    code = "import sys, vistok.cli; sys.argv = ['vistok', '--help']\ntry: vistok.cli.main()\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys, vistok.cli\nsys.argv = ['vistok', '--help']\n"
+        "try: vistok.cli.main()\nfinally: assert 'torch' not in sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "reconstruct" in result.stdout
@@ -75,7 +78,9 @@ def test_info_tells_one_and_refuses_the_unknown(run):
 def test_reconstruct_writes_pictures_and_json_and_goes_on_after_a_bad_image(run, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(PHOTO.read_bytes()[:5000])
-    status, out, err = run("reconstruct", PHOTO, broken, ASSETS / "coffee.jpg", "--tokens", 16, "--out", "out")
+    status, out, err = run(
+        "reconstruct", PHOTO, broken, ASSETS / "coffee.jpg", "--tokens", 16, "--out", "out"
+    )
     assert status == 1 and "skipped" in err and "broken.jpg" in err and "1 image skipped" in err
     record = json.loads((tmp_path / "out" / "reconstructions.json").read_text())
     assert [Path(r["image"]).stem for r in record["images"]] == ["chelsea", "coffee"]
@@ -168,7 +173,11 @@ def test_eval_tokens_draws_the_rate_distortion_plot(run, tmp_path):
 
 
 def test_the_shipped_recipe_trains(run, tmp_path):
-    recipe = (ASSETS / "vistok-mini.yaml").read_text().replace("warm_start_images: 20000", "warm_start_images: 600")
+    recipe = (
+        (ASSETS / "vistok-mini.yaml")
+        .read_text()
+        .replace("warm_start_images: 20000", "warm_start_images: 600")
+    )
     recipe = recipe.replace("batch_size: 32", "batch_size: 4").replace("compile: true", "compile: false")
     (tmp_path / "recipe.yaml").write_text(recipe)
     status, out, _ = run("train", "recipe.yaml", "--steps", 50, "-o", "run")

@@ -1,4 +1,4 @@
-"""Each quantizer alone: codes in range, round trips, gradients, and the papers' formulae written out again."""
+"""Each quantizer alone: codes in range, round trips, gradients, and the papers' formulae written out."""
 
 import math
 
@@ -37,7 +37,7 @@ def every_quantizer():
         "vq l2": (VectorQuantizer(16, 6, l2_norm=True), 6),
         "vq entropy": (VectorQuantizer(16, 6, entropy_weight=0.1, entropy_temperature=1.0), 6),
         "vq clustering": (VectorQuantizer(16, 6, clustering=True), 6),
-        "gaussian": (GaussianQuantizer(), 6),
+        "gaussian": (GaussianQuantizer(3), 6),
     }
 
 
@@ -46,7 +46,7 @@ def quantizer(request):
     return every_quantizer()[request.param]
 
 
-# ---- every quantizer -------------------------------------------------------------------------------------------
+# ---- every quantizer ---------------------------------------------------------------------------------------
 
 
 def test_alone_in_five_lines(quantizer):
@@ -123,11 +123,11 @@ def test_latents_of_the_wrong_width_are_refused(quantizer):
         quantizer.encode(torch.randn(2, 4, channels + 1))
 
 
-# ---- finite scalar ---------------------------------------------------------------------------------------------
+# ---- finite scalar -----------------------------------------------------------------------------------------
 
 
 def plain_fsq(latent, levels):
-    """Mentzer et al. 2023, section 3.1, a scalar at a time: digits 0..L-1 and the code, the first channel fastest."""
+    """Mentzer et al. 2023, section 3.1, scalar by scalar: the code (first channel fastest) and its point."""
     code, basis, digits = 0, 1, []
     for value, count in zip(latent, levels, strict=True):
         half = (count - 1) * (1 + 1e-3) / 2
@@ -199,7 +199,7 @@ def test_rows_serve_any_prefix_and_no_more():
     for k in range(1, 5):
         assert torch.equal(table.encode(latents[:, :k]), codes[:, :k])
         assert torch.equal(table.decode(codes[:, :k]), table.decode(codes)[:, :k])
-    with pytest.raises(ValueError, match="5 tokens.*levels for 4"):
+    with pytest.raises(ValueError, match=r"5 tokens.*levels for 4"):
         table.encode(torch.randn(1, 5, 3))
 
 
@@ -234,7 +234,7 @@ def test_fsq_has_nothing_to_save():
     assert not FiniteScalarQuantizer([4, 4]).state_dict()
 
 
-# ---- vector ----------------------------------------------------------------------------------------------------
+# ---- vector ------------------------------------------------------------------------------------------------
 
 
 def squared_distances(latents, codebook, l2_norm):
@@ -447,7 +447,7 @@ def test_vq_of_a_double_model_works_in_double():
     assert quantizer.distances(torch.randn(1, 3, 4)).dtype == torch.float64
 
 
-# ---- Gaussian --------------------------------------------------------------------------------------------------
+# ---- Gaussian ----------------------------------------------------------------------------------------------
 
 
 def moments(mean, logvar):
@@ -477,7 +477,7 @@ def test_kl_is_that_of_torch_distributions(parameters):
 def test_kl_loss_is_summed_over_tokens_and_averaged_over_images():
     latents = torch.randn(3, 4, 6)
     expected = DiagonalGaussian(latents).kl().sum() / 3
-    torch.testing.assert_close(GaussianQuantizer()(latents).losses["kl"], expected)
+    torch.testing.assert_close(GaussianQuantizer(3)(latents).losses["kl"], expected)
 
 
 def test_a_standard_normal_posterior_costs_nothing():
@@ -485,14 +485,14 @@ def test_a_standard_normal_posterior_costs_nothing():
 
 
 def test_gaussian_encode_is_the_mean_and_decode_the_identity():
-    quantizer, latents = GaussianQuantizer(), torch.randn(2, 4, 6)
+    quantizer, latents = GaussianQuantizer(3), torch.randn(2, 4, 6)
     assert torch.equal(quantizer.encode(latents), latents[..., :3])
     assert torch.equal(quantizer.decode(latents), latents)
     assert quantizer.codebook_sizes is None
 
 
 def test_samples_follow_the_generator_and_the_posterior():
-    quantizer, latents = GaussianQuantizer(), torch.randn(2, 4, 6)
+    quantizer, latents = GaussianQuantizer(3), torch.randn(2, 4, 6)
     one, same, other = (quantizer.encode(latents, seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

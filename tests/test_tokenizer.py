@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ HALF_PRECISION_FRIENDLY = [
 
 @pytest.fixture(autouse=True, scope="module")
 def small_and_quick():
-    """One more ViT size beside the published three, and one thread: on a busy machine tiny kernels wait for a second."""
+    """One more ViT size beside the published three, and one thread: tiny kernels wait for a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +136,7 @@ def decode(model, case, tokens):
     return model.decode(tokens, **options(case, len(tokens)))
 
 
-# ---- every tokenizer -------------------------------------------------------------------------------------------
+# ---- every tokenizer ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -290,7 +291,7 @@ def test_training_forward_shows_what_encode_and_decode_give(case, model):
     torch.testing.assert_close(output.images.clamp(0, 1), decode(model, case, tokens), rtol=1e-4, atol=1e-4)
 
 
-# ---- what a user gets wrong ------------------------------------------------------------------------------------
+# ---- what a user gets wrong --------------------------------------------------------------------------------
 
 BAD_IMAGES = {
     "bytes": (torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), ["torch.uint8", "divide by 255"]),
@@ -330,9 +331,9 @@ def test_the_suggested_conversion_is_accepted(model):
 def test_fixed_length_tokenizers_refuse_another_count(case, models):
     model = models(case)
     assert model.encode(pictures(1), num_tokens=6).num_tokens == 6
-    with pytest.raises(ValueError, match="exactly 6 tokens.*3 was asked"):
+    with pytest.raises(ValueError, match=r"exactly 6 tokens.*3 was asked"):
         model.encode(pictures(1), num_tokens=3)
-    with pytest.raises(ValueError, match="exactly 6 tokens.*3 was asked"):
+    with pytest.raises(ValueError, match=r"exactly 6 tokens.*3 was asked"):
         decode(model, case, model.encode(pictures(1)).prefix(3))
 
 
@@ -409,7 +410,7 @@ def test_create_refuses_unknown_fields_and_names():
         create("mini", depth=3)
     with pytest.raises(ValueError, match="no configuration field depth"):
         create("titok", depth=3)
-    with pytest.raises(ValueError, match="Did you mean.*titok-l32"):
+    with pytest.raises(ValueError, match=r"Did you mean.*titok-l32"):
         create("titok-l23")
 
 
@@ -428,7 +429,7 @@ def test_create_refuses_impossible_titok_configurations(config, said):
         create("titok", **config)
 
 
-# ---- ordered tokens --------------------------------------------------------------------------------------------
+# ---- ordered tokens ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -440,7 +441,7 @@ def test_every_prefix_decodes_to_another_whole_picture(ordered):
     tokens = ordered.encode(pictures(2))
     decoded = [ordered.decode(tokens.prefix(k)) for k in range(1, 7)]
     assert all(images.shape == (2, 3, SIDE, SIDE) for images in decoded)
-    assert all(not torch.equal(a, b) for a, b in zip(decoded, decoded[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(decoded))
 
 
 def test_encoding_to_k_tokens_is_the_prefix_of_the_full_code(ordered):
@@ -495,7 +496,7 @@ def test_linear_path_of_a_fresh_tokenizer_reconstructs_better_than_the_mean_colo
     assert mean_colour > errors[0] > errors[1] > errors[2]
 
 
-# ---- TiTok -----------------------------------------------------------------------------------------------------
+# ---- TiTok -------------------------------------------------------------------------------------------------
 
 
 def layers(prefix, names, kinds=("weight", "bias")):
@@ -679,9 +680,9 @@ def test_only_stage_one_takes_a_pixel_tokenizer(models):
 
 def test_stage_one_takes_no_other_family_as_its_pixel_tokenizer(models, tmp_path):
     models("mini").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a mini tokenizer.*maskgit-vqgan"):
+    with pytest.raises(ValueError, match=r"is a mini tokenizer.*maskgit-vqgan"):
         models("titok-stage1").attach_pixel_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="is a mini tokenizer.*maskgit-vqgan"):
+    with pytest.raises(ValueError, match=r"is a mini tokenizer.*maskgit-vqgan"):
         models("titok-stage1").attach_pixel_tokenizer(models("mini"))
 
 
@@ -693,7 +694,7 @@ def test_kl_encode_is_the_mean_of_the_posterior(models):
     assert model.encode(pictures(2)) == model.encode(pictures(2))
 
 
-# ---- TA-TiTok --------------------------------------------------------------------------------------------------
+# ---- TA-TiTok ----------------------------------------------------------------------------------------------
 
 
 def test_the_caption_changes_the_picture_and_never_the_tokens(models):
@@ -751,7 +752,7 @@ def test_an_empty_batch_needs_no_text_tower(models, offline):
     assert model.decode(tokens, text=[]).shape == (0, 3, SIDE, SIDE)
 
 
-# ---- MaskGIT-VQGAN ---------------------------------------------------------------------------------------------
+# ---- MaskGIT-VQGAN -----------------------------------------------------------------------------------------
 
 
 def test_any_size_divisible_by_the_factor_is_taken_row_by_row(models):
@@ -774,7 +775,7 @@ def test_oblong_grids_are_refused_at_decoding(models):
 
 
 def test_sizes_that_do_not_divide_are_refused(models):
-    with pytest.raises(ValueError, match="40×32.*multiples of 16"):
+    with pytest.raises(ValueError, match=r"40×32.*multiples of 16"):
         models("maskgit-vqgan").encode(torch.rand(1, 3, 40, 32))
 
 
@@ -799,7 +800,7 @@ def test_folded_upsampling_is_nearest_upsampling_and_a_convolution(size):
         torch.testing.assert_close(upsample_conv(x, conv), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- on a GPU --------------------------------------------------------------------------------------------------
+# ---- on a GPU ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Training runs end to end on tiny models: the loss falls, a killed run resumes exactly, mistakes are refused."""
+"""Training end to end on tiny models: the loss falls, a killed run resumes exactly, mistakes are refused."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ BASE = TrainConfig(
 
 @pytest.fixture(autouse=True, scope="module")
 def small_and_quick():
-    """One more ViT size beside the published three, and one thread: on a busy machine tiny kernels wait for a second."""
+    """One more ViT size beside the published three, and one thread: tiny kernels wait for a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +89,7 @@ def same(one, other):
     return one == other
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------
+# ---- a run -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", [MINI, TITOK, {**TITOK, "quantize_mode": "vae"}])
@@ -165,7 +165,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
         torch.testing.assert_close(together, accumulated, rtol=1e-3, atol=1e-6)
 
 
-# ---- killed and resumed ----------------------------------------------------------------------------------------
+# ---- killed and resumed ------------------------------------------------------------------------------------
 
 RESUMABLE = {
     "plain": BASE,
@@ -228,8 +228,8 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"batch_size": 2}, {"nested_dropout": 0.1}, {"steps": 7}, {"tokenizer": TITOK}]
 )
-def test_a_folder_of_another_run_is_refused(change, tmp_path_factory, one_step):
-    with pytest.raises(ValueError, match="holds another run.*choose a new output folder"):
+def test_a_folder_of_another_run_is_refused(change, one_step):
+    with pytest.raises(ValueError, match=r"holds another run.*choose a new output folder"):
         run(replace(BASE, **change), one_step)
 
 
@@ -247,7 +247,7 @@ def test_how_often_to_log_may_change_on_resumption(one_step, tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
-# ---- a loss that is no number ----------------------------------------------------------------------------------
+# ---- a loss that is no number ------------------------------------------------------------------------------
 
 EXPLODING = replace(
     BASE, steps=8, optimizer=OptimizerConfig(learning_rate=1e37, schedule="constant", warmup=0, clip_norm=0.0)
@@ -255,7 +255,7 @@ EXPLODING = replace(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="not finite.*learning rate"):
+    with pytest.raises(FloatingPointError, match=r"not finite.*learning rate"):
         run(EXPLODING, tmp_path)
 
 
@@ -279,7 +279,7 @@ def test_the_message_names_the_checkpoint_that_is_there(tmp_path):
         assert "checkpoint of step" not in str(raised.value)
 
 
-# ---- what trains and what does not -----------------------------------------------------------------------------
+# ---- what trains and what does not -------------------------------------------------------------------------
 
 
 def weights_before_and_after(config, tmp_path):
@@ -318,7 +318,7 @@ def test_nested_dropout_needs_ordered_tokens(tmp_path):
 
 
 def test_warm_start_needs_something_to_fit(tmp_path):
-    with pytest.raises(ValueError, match="warm_start_images.*titok"):
+    with pytest.raises(ValueError, match=r"warm_start_images.*titok"):
         run(replace(BASE, tokenizer=TITOK, warm_start_images=8), tmp_path)
 
 
@@ -362,7 +362,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(which, t
     loss = ReconstructionLossConfig(
         discriminator_weight=0.1, discriminator_start=2, discriminator_channels=32
     )
-    with pytest.raises(ValueError, match="warm-?up"):
+    with pytest.raises(ValueError, match=r"warm-?up"):
         run(
             replace(BASE, loss=loss, **{which: replace(OPTIMIZER, warmup=5 if which != "optimizer" else 6)}),
             tmp_path,
@@ -370,7 +370,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(which, t
     assert not (tmp_path / "log.jsonl").exists() or not rows(tmp_path)
 
 
-# ---- stage 1: a teacher's codes --------------------------------------------------------------------------------
+# ---- stage 1: a teacher's codes ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +414,7 @@ def test_a_student_that_writes_pixels_cannot_have_a_teacher(teacher, tmp_path):
         run(replace(BASE, tokenizer=TITOK, teacher=teacher, steps=1), tmp_path)
 
 
-# ---- the configuration file ------------------------------------------------------------------------------------
+# ---- the configuration file --------------------------------------------------------------------------------
 
 VALID = {"tokenizer": {"name": "mini"}, "data": SCENES, "steps": 10, "batch_size": 2}
 

@@ -67,7 +67,9 @@ def test_scale_and_overrides_change_the_filled_weights(tmp_path):
     case.write_text(json.dumps(data | {"scale": {"latent_tokens": 2.0}}))
     assert not all(row.passed for row in verify(case))
     values = fill("latent_tokens", (128, 512), data["seed"]).tolist()
-    case.write_text(json.dumps(data | {"scale": {"latent_tokens": 2.0}, "overrides": {"latent_tokens": values}}))
+    case.write_text(
+        json.dumps(data | {"scale": {"latent_tokens": 2.0}, "overrides": {"latent_tokens": values}})
+    )
     assert all(row.passed for row in verify(case))
 
 

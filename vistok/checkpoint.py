@@ -26,7 +26,8 @@ class Located:
 
 
 def locate(source: str | Path) -> Located:
-    """A local folder (config.json + weights) or weights file. Raises FileNotFoundError saying what is missing."""
+    """A local folder (config.json + weights) or weights file. Raises FileNotFoundError saying what is
+    missing."""
     path = Path(source).expanduser()
     if path.is_dir():
         found = [path / name for name in WEIGHTS_NAMES if (path / name).is_file()]
@@ -60,11 +61,11 @@ def fetch(
 ) -> Located:
     """Weights and config.json of a hub repository, from the local cache when they are there.
 
-    Raises FileNotFoundError naming the repository, the file and the option that takes a local path when the hub
-    cannot be reached and nothing is cached.
+    Raises FileNotFoundError naming the repository, the file and the option that takes a local path when the
+    hub cannot be reached and nothing is cached.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     def get(name: str) -> Path:
         return Path(
@@ -79,23 +80,24 @@ def fetch(
         try:
             weights = get(name)
             break
-        except (
-            Exception
-        ) as error:  # the client raises many kinds for "no network", "no such repository", "gated"
-            problem = error
-            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-                break  # the hub was not asked, or refused: another file name will not help
+        # The client raises many kinds of error for "no network", "no such repository" and "gated".
+        except Exception as error:
+            problem = problem or error
+            if not isinstance(error, EntryNotFoundError):  # another file name will not help
+                break
     if weights is None:
         raise FileNotFoundError(
-            f"could not get {' or '.join(names)} of the hub repository {repo!r}: it is not in the local cache and "
-            f"the hub did not give it ({type(problem).__name__}). Download the file on a machine with internet and "
-            f"pass its path: load(..., weights='path/to/{names[0]}')"
+            f"could not get {' or '.join(names)} of the hub repository {repo!r}: it is not in the local "
+            f"cache and the hub did not give it ({type(problem).__name__}). Download the file on a machine with "
+            f"internet and pass its path: load(..., weights='path/to/{names[0]}')"
         ) from problem
     try:
-        config = read_config(get(CONFIG_NAME))
-    except Exception:  # raw weight repositories have no config; the architecture is then read off the keys
-        config = None
-    return Located(weights, config)
+        config = get(CONFIG_NAME)
+    except (
+        EntryNotFoundError
+    ):  # raw weight repositories have none; the architecture is then read off the keys
+        return Located(weights, None)
+    return Located(weights, read_config(config))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -112,9 +114,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file by key, on the CPU.
 
-    Safetensors, or a pickle restricted to tensors and plain containers (never arbitrary objects). Wrappers such as
-    {"state_dict": …}, {"model": …} or {"model_state_dict": …} are opened. Raises ValueError for truncated,
-    corrupt or unsafe files.
+    Safetensors, or a pickle restricted to tensors and plain containers (never arbitrary objects). Wrappers
+    such as {"state_dict": …}, {"model": …} or {"model_state_dict": …} are opened. Raises ValueError for
+    truncated, corrupt or unsafe files.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -127,20 +129,24 @@ def read(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); fetch it again"
+                f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); "
+                "fetch it again"
             ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated zip, foreign pickle, forbidden global: torch raises many kinds
         raise ValueError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). It is "
-            "truncated, or a pickle with more than weights in it, which is refused because unpickling runs code; "
-            "convert it to safetensors where you trust it."
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}). It is truncated, or a pickle with more than weights in "
+            "it, which is refused because unpickling runs code; convert it to safetensors where you trust it."
         ) from error
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    plain = isinstance(state, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    )
+    if not plain:
         raise ValueError(
             f"{path} holds no state dict (a mapping of names to tensors); found {type(state).__name__}"
         )
@@ -155,41 +161,39 @@ def load_strictly(
     ignore: Iterable[str] = (),
     source: str | Path = "the checkpoint",
 ) -> None:
-    """Put `state` into `module`, floating tensors cast to `dtype`; a ValueError lists every key that does not fit.
+    """Put `state` into `module`, floating tensors cast to `dtype`; a ValueError lists every key that misfits.
 
-    Keys matching a pattern of `ignore` may be in the checkpoint without being in the model.
+    Keys matching a pattern of `ignore` (training statistics) may be in only one of the two.
     """
-    wanted = module.state_dict()
-    extra = {
-        k for k in state if k not in wanted and not any(fnmatch.fnmatch(k, pattern) for pattern in ignore)
-    }
-    problems = [f"missing    {key} {list(value.shape)}" for key, value in wanted.items() if key not in state]
-    problems += [f"unexpected {key} {list(state[key].shape)}" for key in sorted(extra)]
+    patterns, wanted = tuple(ignore), module.state_dict()
+
+    def counts(key: str) -> bool:
+        return not any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
+
+    problems = [f"missing    {k} {list(v.shape)}" for k, v in wanted.items() if k not in state and counts(k)]
+    problems += [f"unexpected {k} {list(v.shape)}" for k, v in state.items() if k not in wanted and counts(k)]
     problems += [
-        f"misshapen  {key}: checkpoint {list(state[key].shape)}, model {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
+        f"misshapen  {k}: checkpoint {list(state[k].shape)}, model {list(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
     ]
     if problems:
         raise ValueError(
-            f"{source} does not fit this {type(module).__name__} ({len(problems)} keys). Check that the name or "
-            "config is that of these weights.\n  " + "\n  ".join(problems)
+            f"{source} does not fit this {type(module).__name__} ({len(problems)} keys). Check that the name "
+            "or config is that of these weights.\n  " + "\n  ".join(problems)
         )
-    cast = {
-        key: state[key].to(dtype) if dtype and state[key].is_floating_point() else state[key]
-        for key in wanted
-    }
-    module.load_state_dict(cast, strict=True, assign=True)
+    cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items() if k in wanted}
+    module.load_state_dict(cast, strict=False, assign=True)
 
 
 def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write config.json and model.safetensors into `folder`, each aside first and then renamed."""
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    folder, text = Path(folder), json.dumps(config, indent=2) + "\n"
     with written_aside(folder / WEIGHTS_NAMES[0]) as path:
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in state.items()}, path, metadata={"format": "pt"}
         )
     with written_aside(folder / CONFIG_NAME) as path:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")

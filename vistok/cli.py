@@ -1,4 +1,5 @@
-"""The front door `vistok …`: parses, then imports the room it needs. Only this module may look upward to eval."""
+"""The front door `vistok …`: parses, then imports the room it needs. Only this module may look upward to
+eval."""
 
 import json
 import os
@@ -49,7 +50,7 @@ def main() -> None:
         sys.exit(1)
 
 
-# Commands --------------------------------------------------------------------------------------------------------
+# Commands ---------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -80,8 +81,14 @@ def demo(
         columns += to_pil(decoded)
         labels.append(f"{count} tokens, {payload:g} bytes")
         rows.append(
-            [str(count), f"{payload:g}", f"1 : {pixels.numel() / payload:,.0f}", f"{quality:.2f}"]
-            + [f"{float(ssim(decoded, pixels)[0]):.3f}", f"{decode_time * 1e3:.0f}"]
+            [
+                str(count),
+                f"{payload:g}",
+                f"1 : {pixels.numel() / payload:,.0f}",
+                f"{quality:.2f}",
+                f"{float(ssim(decoded, pixels)[0]):.3f}",
+                f"{decode_time * 1e3:.0f}",
+            ]
         )
     sheet = side_by_side([[_enlarged(column, 256) for column in columns]], labels)
     with written_aside(out) as path:
@@ -114,10 +121,15 @@ def list_(
             model = create(entry.name)
         sizes = model.quantizer.codebook_sizes
         rows.append(
-            [entry.name, f"1–{model.num_tokens}" if model.ordered else str(model.num_tokens)]
-            + ["continuous" if sizes is None else "×".join(f"{size:,}" for size in sizes)]
-            + [f"{entry.parameters:g}", ", ".join(f"{k} {v:g}" for k, v in entry.figures.items())]
-            + [entry.license, entry.repo or "shipped with vistok"]
+            [
+                entry.name,
+                f"1–{model.num_tokens}" if model.ordered else str(model.num_tokens),
+                "continuous" if sizes is None else "×".join(f"{size:,}" for size in sizes),
+                f"{entry.parameters:g}",
+                ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()),
+                entry.license,
+                entry.repo or "shipped with vistok",
+            ]
         )
     header = ["name", "tokens", "codebook", "M params", "paper figures", "licence", "weights"]
     _table(f"{len(rows)} tokenizers", header, rows)
@@ -235,9 +247,9 @@ def encode(
         coded = Tokens.cat(parts)
         coded.save(output)
         bits = int(coded.bits_per_image.sum())
-        print(
-            f"{output}: {len(coded)} images, {coded.num_tokens} tokens each, {output.stat().st_size} bytes ({bits / 8:g} of tokens)"
-        )
+        total, payload = output.stat().st_size, bits / 8
+        print(f"{output}: {len(coded)} images, {coded.num_tokens} tokens each")
+        print(f"{total} bytes, {payload:g} of them tokens")
         for index, path in enumerate(order):
             print(f"  {index:5d}  {path}")
     bad.finish()
@@ -282,7 +294,8 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Stop at this step.")] = None,
 ) -> None:
-    """Train a tokenizer; run again to continue. Several processes: `accelerate launch -m vistok.cli train …`."""
+    """Train a tokenizer; run again to continue. Several processes: `accelerate launch -m vistok.cli train
+    …`."""
     from .train.config import read
     from .train.loop import train as run
 
@@ -298,7 +311,8 @@ def verify(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16, float16.")] = "float32",
 ) -> None:
-    """Compare our numbers with recorded outputs of the originals; exit 1 on a miss, 2 on a case it cannot build."""
+    """Compare our numbers with recorded outputs of the originals; exit 1 on a miss, 2 on a case it cannot
+    build."""
     import torch
 
     from .eval.parity.case import CannotBuild
@@ -324,8 +338,9 @@ def verify(
                 f"{row.count:,}",
                 f"{row.error:.0f} unequal" if row.exact else f"{row.error:.2e}",
                 row.allowed,
+                f"{row.worst:.3f}",
+                "ok" if row.passed else "MISS",
             ]
-            + [f"{row.worst:.3f}", "ok" if row.passed else "MISS"]
             for row in rows
         ]
         verdict = "all within tolerance" if not misses else f"{misses} of {len(rows)} MISSED"
@@ -346,7 +361,8 @@ def speed(
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
 ) -> None:
-    """Encode + decode images/s and peak memory against a straightforward implementation, paired in one run."""
+    """Encode + decode images/s and peak memory against a straightforward implementation, paired in one
+    run."""
     from .eval.speed import HEADER, measure
 
     if threads:
@@ -370,7 +386,8 @@ def tokens(
     out: Annotated[Path, typer.Option("--out", help="Folder for plot and JSON.")] = Path("rate-distortion"),
     device: Device = "auto",
 ) -> None:
-    """Rate–distortion: PSNR at every prefix length beside thumbnail, JPEG and WebP at their real byte counts."""
+    """Rate–distortion: PSNR at every prefix length beside thumbnail, JPEG and WebP at their real byte
+    counts."""
     from .eval.rate_distortion import HEADER, measure, plot
 
     model, bad = _load(tokenizer, device, weights), _Bad()
@@ -386,7 +403,7 @@ def tokens(
     bad.finish()
 
 
-# What the commands share -----------------------------------------------------------------------------------------
+# What the commands share ------------------------------------------------------------------------------------
 
 
 class _Bad:

@@ -1,4 +1,5 @@
-"""Names: family → class, and published checkpoint → family, configuration, weights, licence and paper figures."""
+"""Names: family → class, and published checkpoint → family, configuration, weights, licence and paper
+figures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ FAMILY_MODULES = ("mini", "titok", "maskgit_vqgan")
 class Entry:
     """A published (or shipped) checkpoint.
 
-    `repo` is the hub repository, `file` the weights in it; `license` is that of the weights; `figures` are the
-    paper's own numbers, `parameters` millions of them.
+    `repo` is the hub repository, `file` the weights in it; `license` is that of the weights; `figures` are
+    the paper's own numbers, `parameters` millions of them.
     """
 
     name: str
@@ -119,13 +120,13 @@ def load(
 ) -> "Tokenizer":
     """Load a tokenizer with its weights, in eval mode.
 
-    `source`: a registry name (`vistok list`), a hub repository id, a folder with config.json and model.safetensors,
-    or one weights file (.safetensors, or a weights-only pickle .bin/.pt/.pth). `weights` replaces the registry's
-    hub file by a local file or folder. Further options: `config` (for a file without one), `revision`, `cache_dir`,
-    `local_files_only`.
+    `source`: a registry name (`vistok list`), a hub repository id, a folder with config.json and
+    model.safetensors, or one weights file (.safetensors, or a weights-only pickle .bin/.pt/.pth). `weights`
+    replaces the registry's hub file by a local file or folder. Further options: `config` (for a file without
+    one), `revision`, `cache_dir`, `local_files_only`.
 
-    Raises FileNotFoundError when weights are neither local nor cached and the hub cannot be reached, and ValueError
-    listing every missing, unexpected or misshapen key.
+    Raises FileNotFoundError when weights are neither local nor cached and the hub cannot be reached, and
+    ValueError listing every missing, unexpected or misshapen key.
     """
     from .tokenizer import Tokenizer
 

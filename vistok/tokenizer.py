@@ -15,7 +15,8 @@ from .tokens import Tokens
 
 @dataclasses.dataclass
 class TrainingOutput:
-    """What a training forward gives: images as the decoder made them (not clamped), and the quantizer's losses."""
+    """What a training forward gives: images as the decoder made them (not clamped), and the quantizer's
+    losses."""
 
     images: Tensor
     codes: Tensor
@@ -25,8 +26,9 @@ class TrainingOutput:
 class Tokenizer(nn.Module):
     """An image tokenizer: `encode`, `decode`, `reconstruct`, `from_pretrained`, `save_pretrained`.
 
-    Images are [B, 3, H, W] floats in [0, 1]; tokens are `vistok.Tokens`. A family subclasses this with a `config`
-    dataclass, a `quantizer`, and two methods: `latents` (images → [B, K, D]) and `pixels` ([B, K, D] → images).
+    Images are [B, 3, H, W] floats in [0, 1]; tokens are `vistok.Tokens`. A family subclasses this with a
+    `config` dataclass, a `quantizer`, and two methods: `latents` (images → [B, K, D]) and `pixels` ([B, K, D]
+    → images).
     """
 
     family: ClassVar[str]
@@ -34,7 +36,7 @@ class Tokenizer(nn.Module):
     ordered: ClassVar[bool] = False
     """Whether any prefix of the tokens decodes to a whole image."""
     checkpoint_ignores: ClassVar[tuple[str, ...]] = ()
-    """Patterns of checkpoint keys that are not part of the model (training state)."""
+    """Patterns of keys that a checkpoint may have or lack without harm (training statistics)."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class Tokenizer(nn.Module):
         self._companions: dict[str, nn.Module]
         self.__dict__["_companions"] = {}
 
-    # What a family says ------------------------------------------------------------------------------------------
+    # What a family says -------------------------------------------------------------------------------------
 
     image_size: int
     """Side of the square images, in pixels."""
@@ -58,7 +60,8 @@ class Tokenizer(nn.Module):
     def pixels(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Quantized latents [B, K, D] → images [B, 3, H, W], not clamped.
 
-        Ordered tokenizers take fewer latents than `num_tokens`, and `lengths` [B] when images differ in count.
+        Ordered tokenizers take fewer latents than `num_tokens`, and `lengths` [B] when images differ in
+        count.
         """
         raise NotImplementedError
 
@@ -68,7 +71,8 @@ class Tokenizer(nn.Module):
         fields = {field.name for field in dataclasses.fields(cls.config_class)}
         if unknown := sorted(set(config) - fields):
             raise ValueError(
-                f"{cls.family} has no configuration field {', '.join(unknown)}; it has {', '.join(sorted(fields))}"
+                f"{cls.family} has no configuration field {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(fields))}"
             )
         return cls(cls.config_class(**config))
 
@@ -82,14 +86,15 @@ class Tokenizer(nn.Module):
         """
         return None
 
-    # What a user calls -------------------------------------------------------------------------------------------
+    # What a user calls --------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
         """Images [B, 3, H, W] in [0, 1] → tokens.
 
-        `num_tokens`: ordered tokenizers keep that many; fixed-length ones accept only their own number. Raises
-        ValueError for images of the wrong shape, type, range or size, and for counts the model does not have.
+        `num_tokens`: ordered tokenizers keep that many; fixed-length ones accept only their own number.
+        Raises ValueError for images of the wrong shape, type, range or size, and for counts the model does
+        not have.
         """
         count = self.check_num_tokens(num_tokens)
         codes = self.quantizer.encode(self.latents(self.check_images(images)))
@@ -107,8 +112,8 @@ class Tokenizer(nn.Module):
     ) -> Tensor:
         """Tokens (or bare codes [B, K]) → images [B, 3, H, W] in [0, 1].
 
-        `steps`, `guidance` and `generator` are for stochastic decoders; a deterministic one ignores the generator
-        and refuses the other two.
+        `steps`, `guidance` and `generator` are for stochastic decoders; a deterministic one ignores the
+        generator and refuses the other two.
         """
         if steps is not None or guidance is not None:
             raise ValueError(
@@ -122,11 +127,12 @@ class Tokenizer(nn.Module):
         return self.decode(self.encode(images, num_tokens), **options)
 
     def forward(self, images: Tensor) -> TrainingOutput:
-        """One training pass with gradients: straight-through (or sampled) codes, decoder output, quantizer losses."""
+        """One training pass with gradients: straight-through (or sampled) codes, decoder output, quantizer
+        losses."""
         quantized = self.quantizer(self.latents(images))
         return TrainingOutput(self.pixels(quantized.latents), quantized.codes, quantized.losses)
 
-    # Codes ↔ Tokens ----------------------------------------------------------------------------------------------
+    # Codes ↔ Tokens -----------------------------------------------------------------------------------------
 
     def as_tokens(self, codes: Tensor) -> Tokens:
         """Wrap the quantizer's codes [B, K, …] with what is needed to pack and check them."""
@@ -135,7 +141,8 @@ class Tokenizer(nn.Module):
         )
 
     def dequantize(self, tokens: Tokens | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (or bare codes) → latents [B, K, D] and lengths on this model's device, checked against it."""
+        """Tokens (or bare codes) → latents [B, K, D] and lengths on this model's device, checked against
+        it."""
         if isinstance(tokens, Tensor):
             tokens = self.as_tokens(tokens)
         codes = getattr(tokens, self.quantizer.kind)
@@ -147,7 +154,8 @@ class Tokenizer(nn.Module):
             )
         if tokens.codebook_sizes != self.quantizer.codebook_sizes:
             raise ValueError(
-                f"tokens have codebook sizes {tokens.codebook_sizes}; {self.label} has {self.quantizer.codebook_sizes}"
+                f"tokens have codebook sizes {tokens.codebook_sizes}; {self.label} has "
+                f"{self.quantizer.codebook_sizes}"
             )
         if not torch.compiler.is_compiling():
             tokens.validate()
@@ -161,7 +169,7 @@ class Tokenizer(nn.Module):
                 )
         return self.quantizer.decode(codes.to(self.device)).to(self.dtype), lengths
 
-    # Checks ------------------------------------------------------------------------------------------------------
+    # Checks -------------------------------------------------------------------------------------------------
 
     def check_images(self, images: Tensor) -> Tensor:
         """Images in this model's dtype and on its device, or a ValueError that says what to change."""
@@ -183,8 +191,8 @@ class Tokenizer(nn.Module):
             low, high = (float(bound) for bound in images.aminmax())
             if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails too; resizing overshoots by a rounding
                 raise ValueError(
-                    f"images span [{low:.4g}, {high:.4g}]; {self.label} takes [0, 1] without NaN: undo any mean/std "
-                    "normalisation, clamp, or divide 8-bit values by 255"
+                    f"images span [{low:.4g}, {high:.4g}]; {self.label} takes [0, 1] without NaN: undo any "
+                    "mean/std normalisation, clamp, or divide 8-bit values by 255"
                 )
         return images.to(self.device, self.dtype)
 
@@ -192,7 +200,8 @@ class Tokenizer(nn.Module):
         """Raise ValueError unless the model takes images of this size."""
         if height != self.image_size or width != self.image_size:
             raise ValueError(
-                f"images are {height}×{width} pixels; {self.label} takes {self.image_size}×{self.image_size}: {fix}"
+                f"images are {height}×{width} pixels; {self.label} takes "
+                f"{self.image_size}×{self.image_size}: {fix}"
             )
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
@@ -209,7 +218,7 @@ class Tokenizer(nn.Module):
             )
         return num_tokens
 
-    # Where it lives ----------------------------------------------------------------------------------------------
+    # Where it lives -----------------------------------------------------------------------------------------
 
     @property
     def label(self) -> str:
@@ -227,7 +236,8 @@ class Tokenizer(nn.Module):
         return next(self.parameters()).dtype
 
     def add_companion(self, name: str, module: nn.Module) -> None:
-        """Attach a frozen module that moves with this one but is not part of its checkpoint (a text tower, say)."""
+        """Attach a frozen module that moves with this one but is not part of its checkpoint (a text tower,
+        say)."""
         self._companions[name] = module.eval().requires_grad_(False).to(self.device, self.dtype)
 
     def companion(self, name: str) -> nn.Module | None:
@@ -239,7 +249,7 @@ class Tokenizer(nn.Module):
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    # Checkpoints -------------------------------------------------------------------------------------------------
+    # Checkpoints --------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -254,26 +264,26 @@ class Tokenizer(nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Load by registry name, hub repository, folder or file; see `vistok.load`. Weights become float32."""
+        """Load by registry name, hub repository, folder or file; see `vistok.load`.
+
+        Weights become float32 unless `dtype` says otherwise; a `config` given here wins over every other.
+        """
         hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         entry = registry.entries().get(str(source))
         if weights is not None:
             located = checkpoint.locate(weights)
         elif entry is not None:
             located = checkpoint.fetch(entry.repo, entry.file, **hub) if entry.repo else _shipped(entry.file)
-        elif Path(source).expanduser().exists() or Path(source).suffix in checkpoint.SUFFIXES:
+        elif isinstance(source, Path) or _looks_local(source):
             located = checkpoint.locate(source)
-        elif str(source).count("/") == 1:
+        elif source.count("/") == 1:
             located = checkpoint.fetch(str(source), **hub)
         else:
             raise ValueError(registry.unknown_name(str(source)))
-        if config is None:
-            config = located.config
-        elif not isinstance(config, Mapping):
+        if config is not None and not isinstance(config, Mapping):
             config = checkpoint.read_config(Path(config))
-
         state = checkpoint.read(located.weights)
-        family, fields = _identify(state, dict(config) if config else None, entry, located.weights)
+        family, fields = _identify(state, config, located, entry)
         if not issubclass(family, cls):
             raise ValueError(
                 f"{source} is a {family.family} checkpoint, not one of {cls.__name__}; use vistok.load"
@@ -286,7 +296,7 @@ class Tokenizer(nn.Module):
         checkpoint.load_strictly(
             model, state, dtype=dtype or torch.float32, ignore=ignore, source=located.weights
         )
-        model.name = entry.name if entry else (config or {}).get("name")
+        model.name = entry.name if entry else (config or located.config or {}).get("name")
         return model.requires_grad_(True).to(device=device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -301,25 +311,39 @@ def _shipped(file: str) -> checkpoint.Located:
     return checkpoint.locate(Path(str(files("vistok.assets") / file)))
 
 
+def _looks_local(source: str) -> bool:
+    """Whether a string names a path rather than a hub repository (owner/name) or a registry name."""
+    path = Path(source).expanduser()
+    return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in checkpoint.SUFFIXES
+
+
 def _identify(
-    state: Mapping[str, Tensor], config: dict[str, Any] | None, entry: registry.Entry | None, path: Path
+    state: Mapping[str, Tensor],
+    given: Mapping[str, Any] | None,
+    located: checkpoint.Located,
+    entry: registry.Entry | None,
 ) -> tuple[type[Tokenizer], dict[str, Any]]:
-    """The family and configuration fields of a checkpoint, by registry row, our config.json, or its keys."""
+    """Family and configuration fields: by the `given` config, the registry row, a config.json, or the
+    keys."""
     known = registry.families()
-    if config and "family" in config:
-        if config["family"] not in known:
+    config = given or located.config
+    named = (config or {}).get("family")
+    if named is not None:
+        if named not in known:
             raise ValueError(
-                f"{path}: unknown family {config['family']!r}; this version has {', '.join(known)}"
+                f"{located.weights}: unknown family {named!r}; this version has {', '.join(known)}"
             )
-        return known[config["family"]], dict(config.get("config", {}))
-    if entry:
+        if entry and named != entry.family:
+            raise ValueError(f"{located.weights} is of family {named!r}; {entry.name} is {entry.family!r}")
+        return known[named], dict(config.get("config", {}))
+    if entry and given is None:
         return known[entry.family], dict(entry.config)
     shapes = {key: value.shape for key, value in state.items()}
     for family in known.values():
-        fields = family.recognise(shapes, config)
+        fields = family.recognise(shapes, dict(config) if config else None)
         if fields is not None:
             return family, fields
     raise ValueError(
-        f"{path} is of no known family ({', '.join(known)}); it has {len(state)} keys such as "
+        f"{located.weights} is of no known family ({', '.join(known)}); it has {len(state)} keys such as "
         f"{', '.join(list(state)[:3])}. Give config={{'family': …, 'config': {{…}}}}"
     )

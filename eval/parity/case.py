@@ -1,7 +1,7 @@
 """A parity case: recorded outputs of an original implementation, and how to rebuild what made them.
 
-A case stores no weights. Every tensor of the checkpoint is a function of its key, its shape and a seed (`fill`), so
-`<case>.json` with `<case>.safetensors` pins a model of any published size in a small file.
+A case stores no weights. Every tensor of the checkpoint is a function of its key, its shape and a seed
+(`fill`), so `<case>.json` with `<case>.safetensors` pins a model of any published size in a small file.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ class CannotBuild(ValueError):
 def fill(key: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Float32 tensor of `shape`, the same on every machine for one (key, shape, seed).
 
-    Matrices and kernels: normal with standard deviation 1/sqrt(product of all dimensions but the first). Vectors:
-    1 + 0.1 n for keys ending in weight, gamma or scale, 1 + |n| for running_var, else 0.02 n. Scalars 0.5; counters
-    of batches 0.
+    Matrices and kernels: normal with standard deviation 1/sqrt(product of all dimensions but the first).
+    Vectors: 1 + 0.1 n for keys ending in weight, gamma or scale, 1 + |n| for running_var, else 0.02 n.
+    Scalars 0.5; counters of batches 0.
     """
     shape = tuple(shape)
     if key.endswith("num_batches_tracked") or not shape:
         return torch.full(shape, 0.0 if key.endswith("num_batches_tracked") else 0.5)
     digest = hashlib.sha256(f"{seed}:{key}:{','.join(map(str, shape))}".encode()).digest()
     # The rule is defined on NumPy's legacy generator, whose stream is frozen.
-    noise = np.random.RandomState(int.from_bytes(digest[:4], "big")).standard_normal(shape)  # noqa: NPY002
+    noise = np.random.RandomState(int.from_bytes(digest[:4], "big")).standard_normal(shape)
     if len(shape) > 1:
         noise /= math.sqrt(math.prod(shape[1:]))
     elif key.endswith("running_var"):
@@ -91,10 +91,11 @@ class Case:
         """Seed of the filled weights."""
         return int(self.data.get("seed", 0))
 
-    # Weights -----------------------------------------------------------------------------------------------------
+    # Weights ------------------------------------------------------------------------------------------------
 
     def build(self, make: Callable[[], M], prefix: str = "") -> M:
-        """The module that `make` constructs, filled under its published keys, in eval mode on the case's device.
+        """The module that `make` constructs, filled under its published keys, in eval mode on the case's
+        device.
 
         `prefix` selects the part of the case's `state_dict` that belongs to this module (`owner:`). Raises
         CannotBuild when keys or shapes differ from the published ones.
@@ -148,13 +149,14 @@ class Case:
             lines = [f"{key}: ours {ours.get(key)}, published {published.get(key)}" for key in different[:20]]
             raise CannotBuild(f"{self.path.name}: {len(different)} keys differ:\n  " + "\n  ".join(lines))
 
-    # Inputs ------------------------------------------------------------------------------------------------------
+    # Inputs -------------------------------------------------------------------------------------------------
 
     def images(self) -> Tensor:
-        """The batch of test pictures of the case's recipe: tiled textures, blocky brightness, noise; [B, 3, H, W]."""
+        """The batch of test pictures of the case's recipe: tiled textures, blocky brightness, noise; [B, 3,
+        H, W]."""
         recipe = self.data["inputs"]["images"]
         batch, height, width = (int(recipe[name]) for name in "BHW")
-        random = np.random.RandomState(int(recipe["S"]))  # noqa: NPY002
+        random = np.random.RandomState(int(recipe["S"]))
         tile = (random.random_sample((batch, 3, 16, 16)) < 0.5).astype(np.float64)
         brightness = 0.2 + 0.8 * random.random_sample((batch, 3, 4, 4))
         picture = np.tile(tile, (1, 1, height // 16, width // 16)) * np.kron(
@@ -173,7 +175,7 @@ class Case:
         found = re.search(r"RandomState\((\d+)\)", text)
         if not found:
             raise CannotBuild(f"{self.path.name}: no RandomState(seed) in {text!r}")
-        return np.random.RandomState(int(found[1]))  # noqa: NPY002
+        return np.random.RandomState(int(found[1]))
 
     def recorded(self, name: str) -> Tensor:
         """A recorded tensor used as an input, on the case's device (floats in its dtype)."""
@@ -184,10 +186,11 @@ class Case:
         """A tensor on the case's device, floats in its dtype."""
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
-    # Descriptions ------------------------------------------------------------------------------------------------
+    # Descriptions -------------------------------------------------------------------------------------------
 
     def description(self, name: str) -> str:
-        """What the json says of a recorded tensor, by its name or the longest pattern ("enc.*", "dec.upN") for it."""
+        """What the json says of a recorded tensor, by its name or the longest pattern ("enc.*", "dec.upN")
+        for it."""
         table = self.data["tensors"]
         if name in table:
             return table[name]

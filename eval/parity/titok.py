@@ -1,4 +1,5 @@
-"""Parity of the TiTok family: tokenizers, the 2-D VQGAN, the text tower, preprocessing, losses, a training step."""
+"""Parity of the TiTok family: tokenizers, the 2-D VQGAN, the text tower, preprocessing, losses, a training
+step."""
 
 import math
 
@@ -57,7 +58,7 @@ def _rows(column: Tensor) -> Tensor:
     return column.squeeze(2).transpose(1, 2)
 
 
-# Tokenizers ------------------------------------------------------------------------------------------------------
+# Tokenizers -------------------------------------------------------------------------------------------------
 
 
 def _model(case: Case) -> TiTok:
@@ -79,7 +80,8 @@ class _Trunk:
         ]
 
     def outputs(self, case: Case, prefix: str) -> Outputs:
-        """The recorded slices; the last block is run once more for the rows that the model itself never computes."""
+        """The recorded slices; the last block is run once more for the rows that the model itself never
+        computes."""
         for hook in self.hooks:
             hook.remove()
         self.seen["block_last"] = self.side.transformer[-1](self.seen.pop("before_last"))
@@ -212,13 +214,13 @@ def _TextModel(config: dict, activation: str) -> nn.Module:
     return encoder.model
 
 
-# Preprocessing ---------------------------------------------------------------------------------------------------
+# Preprocessing ----------------------------------------------------------------------------------------------
 
 
 def _preprocessing(case: Case) -> Outputs:
     size = int(case.data["config"]["size"])
     for number, (height, width, seed) in enumerate(case.data["inputs"]["images [H,W,S]"]):
-        random = np.random.RandomState(seed)  # noqa: NPY002
+        random = np.random.RandomState(seed)
         blocks = random.randint(0, 256, (math.ceil(height / 7), math.ceil(width / 7), 3))
         picture = np.kron(blocks, np.ones((7, 7, 1)))[:height, :width]
         picture = np.clip(picture + random.randint(-20, 21, (height, width, 3)), 0, 255).astype(np.uint8)
@@ -229,7 +231,7 @@ def _preprocessing(case: Case) -> Outputs:
         yield f"adm_{number}", case.subsample("adm_k", crop, "[::2, ::2]")
 
 
-# Training --------------------------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------------------
 
 
 def _training_step(case: Case) -> Outputs:

@@ -1,11 +1,13 @@
 """MaskGIT-VQGAN: 16×16 pixels → one of 1024 codes, fully convolutional.
 
-The tokenizer of MaskGIT (Chang et al., 2022, arXiv 2202.04200) in the PyTorch port whose weights TiTok uses twice:
-as the teacher of its first training stage and, inside its checkpoints, as the pixel decoder of the second.
+The tokenizer of MaskGIT (Chang et al., 2022, arXiv 2202.04200) in the PyTorch port whose weights TiTok uses
+twice: as the teacher of its first training stage and, inside its checkpoints, as the pixel decoder of the
+second.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isqrt
 from typing import Any, Self
 
@@ -37,8 +39,8 @@ class MaskGITVQGANConfig:
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         if self.z_channels != self.embedding_dim:
             raise ValueError(
-                f"z_channels {self.z_channels} and embedding_dim {self.embedding_dim} differ; the encoder's output is "
-                "looked up as it is, so they must be equal"
+                f"z_channels {self.z_channels} and embedding_dim {self.embedding_dim} differ; the encoder's "
+                "output is looked up as it is, so they must be equal"
             )
 
     @property
@@ -64,18 +66,20 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         if hasattr(self, "nin_shortcut"):
-            # Parity: the shortcut convolves the block's output and the block's input is dropped, as in the JAX original.
+            # Parity: the shortcut convolves the block's output and the block's input is dropped, as in the
+            # JAX original.
             return h + self.nin_shortcut(h)
         return x + h
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution (`block.N`) and, in the decoder, the convolution after upsampling."""
+    """The residual blocks of one resolution (`block.N`) and, in the decoder, the convolution after
+    upsampling."""
 
     def __init__(self, channels_in: int, channels_out: int, blocks: int, upsample: bool = False) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
-        self.block = nn.Sequential(*(ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.block = nn.Sequential(*(ResidualBlock(a, b) for a, b in pairwise(widths)))
         if upsample:
             self.upsample_conv = nn.Conv2d(channels_out, channels_out, 3, padding=1)
 
@@ -156,7 +160,6 @@ class MaskGITVQGAN(Tokenizer):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(config.num_embeddings, config.embedding_dim)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def quantizer(self) -> VectorQuantizer:
@@ -204,8 +207,8 @@ class MaskGITVQGAN(Tokenizer):
             return self.num_tokens
         if num_tokens < 1 or isqrt(num_tokens) ** 2 != num_tokens:
             raise ValueError(
-                f"{self.label} decodes square grids of tokens; {num_tokens} is no square. For another shape call "
-                "pixels on a grid of latents"
+                f"{self.label} decodes square grids of tokens; {num_tokens} is no square. For another shape "
+                "call decoder on a grid of latents [B, 256, h, w]"
             )
         return num_tokens
 

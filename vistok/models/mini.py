@@ -1,14 +1,14 @@
 """vistok-mini: the shipped default, a small ordered tokenizer composed of the library's own parts.
 
-128×128 pixels → up to 64 tokens of 16 bits, of which any prefix decodes. A ViT with latent tokens reads the image,
-finite scalar quantization makes each latent an index, a transformer decodes straight to pixels (the 1D layout of
-TiTok, arXiv 2406.07550; FSQ, arXiv 2309.15505; ordered by nested dropout, Rippel et al. 2014, arXiv 1402.0915).
-Beside both transformers runs a linear path over a thumbnail of the image: alone it is a transform code, and with it
-the transformers only learn what a linear code cannot do. `fit_linear_path` starts it from principal components.
+128×128 pixels → up to 64 tokens of 16 bits, of which any prefix decodes. A ViT with latent tokens reads the
+image, finite scalar quantization makes each latent an index, a transformer decodes straight to pixels (the 1D
+layout of TiTok, arXiv 2406.07550; FSQ, arXiv 2309.15505; ordered by nested dropout, Rippel et al. 2014, arXiv
+1402.0915). Beside both transformers runs a linear path over a thumbnail of the image: alone it is a transform
+code, and with it the transformers only learn what a linear code cannot do. `fit_linear_path` starts it from
+principal components.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ class MiniConfig:
         (12, (8, 8, 8, 8, 4, 4)),
         (20, (4, 4, 4, 4, 4, 4, 4, 4)),
     )
-    """(tokens, levels of each channel) from the first tokens to the last; early tokens carry fewer, finer numbers."""
+    """(tokens, levels of each channel) from the first tokens to the last; early tokens carry fewer, finer
+    numbers."""
     width: int = 256
     encoder_depth: int = 3
     decoder_depth: int = 3
@@ -60,7 +61,8 @@ class MiniConfig:
 
 
 class MiniEncoder(nn.Module):
-    """Images [B, 3, H, W] → latents [B, K, D]: a ViT over patches and K latent tokens, plus the linear path."""
+    """Images [B, 3, H, W] → latents [B, K, D]: a ViT over patches and K latent tokens, plus the linear
+    path."""
 
     def __init__(self, config: MiniConfig, used: Tensor) -> None:
         super().__init__()
@@ -145,7 +147,8 @@ class MiniTokenizer(Tokenizer):
         return self.encoder(images)
 
     def pixels(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Latents [B, k, D] with k up to K, of which each image has the first `lengths` [B] → [B, 3, H, W]."""
+        """Latents [B, k, D] with k up to K, of which each image has the first `lengths` [B] → [B, 3, H,
+        W]."""
         batch, count, _ = latents.shape
         if lengths is None:
             lengths = torch.full((batch,), count, device=latents.device)
@@ -162,9 +165,9 @@ class MiniTokenizer(Tokenizer):
     def fit_linear_path(self, images: Tensor) -> None:
         """Start the linear path as the principal-component code of `images` [N, 3, H, W] in [0, 1].
 
-        Components go to tokens in order of variance, each scaled to lose least in its channel's quantization; the way
-        back is ridge regression from the quantized codes. With the transformers silent this
-        alone is an ordered transform code. N should be several times the number of channels (368 by default).
+        Components go to tokens in order of variance, each scaled to lose least in its channel's quantization;
+        the way back is ridge regression from the quantized codes. With the transformers silent this alone is
+        an ordered transform code. N should be several times the number of channels (372 by default).
         """
         encoder, decoder = self.encoder, self.decoder
         thumbnails = F.adaptive_avg_pool2d(images, encoder.thumbnail_size).flatten(1) - 0.5
@@ -186,8 +189,8 @@ class MiniTokenizer(Tokenizer):
         decoder.linear_path.bias.copy_(mean - weight @ centre)
 
     def _best_scale(self, scores: Tensor) -> Tensor:
-        """For unit-variance scores [N, used] the factor a channel at which its codes tell most about them, [used]."""
-        used = self.encoder.used
+        """For unit-variance scores [N, used] the factor a channel at which its codes tell most about them,
+        [used]."""
         candidates = torch.linspace(0.2, 1.6, 29)
         informative = []
         for factor in candidates:
@@ -197,7 +200,8 @@ class MiniTokenizer(Tokenizer):
         return candidates.to(scores)[torch.stack(informative).argmax(0)]
 
     def _coded(self, scores: Tensor, scale: Tensor) -> Tensor:
-        """Unit-variance scores [N, used], times `scale`, through the quantizer: what the decoder sees of them."""
+        """Unit-variance scores [N, used], times `scale`, through the quantizer: what the decoder sees of
+        them."""
         used = self.encoder.used
         latents = scores.new_zeros(len(scores), self.quantizer.used.numel())
         latents[:, used] = scores * scale

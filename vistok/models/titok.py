@@ -1,11 +1,13 @@
 """TiTok and TA-TiTok: a 256×256 image as 32 to 256 one-dimensional tokens.
 
-TiTok (Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", 2024, arXiv 2406.07550) and its
-text-aware successor (Kim et al., "Democratizing Text-to-Image Masked Generative Models with Compact Text-Aware
-One-Dimensional Tokens", 2025, arXiv 2501.07730). Two generations of weights exist: legacy ones, whose decoder predicts
-MaskGIT-VQGAN codes that a pixel decoder inside the checkpoint draws, and single-stage ones that write RGB.
+TiTok (Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", 2024, arXiv 2406.07550) and
+its text-aware successor (Kim et al., "Democratizing Text-to-Image Masked Generative Models with Compact
+Text-Aware One-Dimensional Tokens", 2025, arXiv 2501.07730). Two generations of weights exist: legacy ones,
+whose decoder predicts MaskGIT-VQGAN codes that a pixel decoder inside the checkpoint draws, and single-stage
+ones that write RGB.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -77,17 +79,36 @@ class TiTokConfig:
         if "model" not in values:
             if unknown := sorted(set(values) - known):
                 raise ValueError(
-                    f"TiTok has no configuration field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                    f"TiTok has no configuration field {', '.join(unknown)}; it has "
+                    f"{', '.join(sorted(known))}"
                 )
             return cls(**values)
-        model = values["model"].get("vq_model")
+        model = (values["model"] or {}).get("vq_model")
         if model is None:
             raise ValueError(
                 f"the configuration's model has {sorted(values['model'])}; a TiTok one has vq_model"
             )
         found = {name: value for name, value in model.items() if name in known}
-        crop = values.get("dataset", {}).get("preprocessing", {}).get("crop_size")
-        return cls(**found, **({} if crop is None else {"crop_size": crop}))
+        crop = ((values.get("dataset") or {}).get("preprocessing") or {}).get("crop_size")
+        if crop is not None:
+            found["crop_size"] = crop
+        return cls(**{name: _resolved(value, values, name) for name, value in found.items()})
+
+
+def _resolved(value: Any, root: Mapping[str, Any], name: str) -> Any:
+    """The value that an interpolation "${model.vq_model.num_latent_tokens}" points to; others as they are."""
+    seen = set()
+    while isinstance(value, str) and value.startswith("${") and value.endswith("}"):
+        node: Any = root
+        for part in value[2:-1].split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if node is None or value in seen:
+            raise ValueError(
+                f"{name} is {value!r}, which leads nowhere in this configuration; write its value"
+            )
+        seen.add(value)
+        value = node
+    return value
 
 
 class TiTokEncoder(nn.Module):
@@ -120,7 +141,8 @@ class TiTokEncoder(nn.Module):
         x = self.ln_pre(torch.cat([x, latents], 1))
         x = self.ln_post(self.transformer(x, rows=slice(self.patches + 1, None)))  # [B, K, W]
         if self.is_legacy:
-            # Parity: the legacy weights read the memory of [K, W] as [W, K], so that every output mixes all tokens.
+            # Parity: the legacy weights read the memory of [K, W] as [W, K], so that every output mixes all
+            # tokens.
             x = x.reshape(batch, x.shape[2], x.shape[1]).transpose(1, 2)
         return F.linear(x, self.conv_out.weight.flatten(1), self.conv_out.bias)
 
@@ -191,8 +213,8 @@ class TiTokDecoder(nn.Module):
 class TiTok(Tokenizer):
     """TiTok in all its published forms; see the module.
 
-    Stage-1 weights (`is_legacy` without `finetune_decoder`) decode to proxy codes; attach the tokenizer that draws
-    them with `attach_pixel_tokenizer`.
+    Stage-1 weights (`is_legacy` without `finetune_decoder`) decode to proxy codes; attach the tokenizer that
+    draws them with `attach_pixel_tokenizer`.
     """
 
     config_class = TiTokConfig
@@ -207,7 +229,7 @@ class TiTok(Tokenizer):
         self.encoder = TiTokEncoder(config)
         self.quantize: Quantizer
         if config.quantize_mode == "vae":
-            self.quantize = GaussianQuantizer()
+            self.quantize = GaussianQuantizer(config.token_size)
         else:
             self.quantize = VectorQuantizer(
                 config.codebook_size,
@@ -221,9 +243,9 @@ class TiTok(Tokenizer):
             self.pixel_quantize = VectorQuantizer(PROXY_CODES, PROXY_DIM)
             self.pixel_decoder = PixelDecoder(MaskGITVQGANConfig())
         for module in [self.encoder, *([] if self.text_aware else [self.decoder])]:
-            # The text-aware original replaces its decoder after this pass, so that one keeps PyTorch's own defaults.
+            # The text-aware original replaces its decoder after this pass, so that one keeps PyTorch's own
+            # defaults.
             module.apply(_initialise)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -232,7 +254,8 @@ class TiTok(Tokenizer):
 
     @classmethod
     def create(cls, **config: Any) -> Self:
-        """Build with fresh weights from the fields of TiTokConfig, or from the original's nested configuration."""
+        """Build with fresh weights from the fields of TiTokConfig, or from the original's nested
+        configuration."""
         return cls(TiTokConfig.parse(config))
 
     @classmethod
@@ -251,7 +274,8 @@ class TiTok(Tokenizer):
         return self.encoder(images, self.latent_tokens)
 
     def pixels(self, latents: Tensor, lengths: Tensor | None = None, text: Tensor | None = None) -> Tensor:
-        """Latents [B, K, C] → images [B, 3, H, W], not clamped (stage-1 weights: as their pixel tokenizer draws them)."""
+        """Latents [B, K, C] → images [B, 3, H, W], not clamped (stage-1 weights: as their pixel tokenizer
+        draws them)."""
         output = self.decoder(latents, text)
         if not self.config.is_legacy:
             return output
@@ -264,13 +288,14 @@ class TiTok(Tokenizer):
         drawer = self.companion("pixel_tokenizer")
         if drawer is None:
             raise ValueError(
-                "these stage-1 weights decode to MaskGIT-VQGAN codes, not pixels; attach that tokenizer first: "
+                "these stage-1 weights decode to MaskGIT-VQGAN codes, not pixels; attach that tokenizer: "
                 "tokenizer.attach_pixel_tokenizer('maskgit-vqgan'), or give the path of its weights"
             )
         return drawer.decode(output.argmax(1).flatten(1))
 
-    def attach_pixel_tokenizer(self, source: MaskGITVQGAN | str | Path) -> None:
-        """Give stage-1 weights the MaskGIT-VQGAN (itself, its registry name or a path) that draws their codes."""
+    def attach_pixel_tokenizer(self, source: Tokenizer | str | Path) -> None:
+        """Give stage-1 weights the MaskGIT-VQGAN (itself, its registry name or a path) that draws their
+        codes."""
         if not self.config.is_legacy or self.config.finetune_decoder:
             raise ValueError(
                 f"{self.label} decodes to pixels by itself; only stage-1 weights take a pixel tokenizer"
@@ -308,8 +333,8 @@ class TATiTok(TiTok):
     ) -> Tensor:
         """Tokens and one caption an image → images [B, 3, H, W] in [0, 1].
 
-        `text` is a list of B captions or their text states [B, 77, 768]; None means empty captions, which are encoded
-        like any other (the weights have no null caption).
+        `text` is a list of B captions or their text states [B, 77, 768]; None means empty captions, which are
+        encoded like any other (the weights have no null caption).
         """
         if steps is not None or guidance is not None:
             raise ValueError(
@@ -330,19 +355,23 @@ class TATiTok(TiTok):
         captions = [""] * batch if text is None else [text] * batch if isinstance(text, str) else list(text)
         if len(captions) != batch:
             raise ValueError(f"{len(captions)} captions were given for {batch} images; give one each")
-        if self.companion("text_encoder") is None:
-            self.attach_text_encoder()
         if not captions:
             return torch.empty(0, length, dim, device=self.device, dtype=self.dtype)
+        if self.companion("text_encoder") is None:
+            self.attach_text_encoder()
         return self.companion("text_encoder")(captions).states.to(self.dtype)
 
     def attach_text_encoder(
         self, source: "str | Path | nn.Module" = "openai", activation: str = "quickgelu"
     ) -> None:
-        """Give the decoder its CLIP text tower: open_clip's tag, a local weights file, or a CLIPTextEncoder."""
+        """Give the decoder its CLIP text tower: open_clip's tag, a local weights file, or a
+        CLIPTextEncoder."""
         from ..nn.clip_text import CLIPTextEncoder
 
-        encoder = source if isinstance(source, CLIPTextEncoder) else CLIPTextEncoder.load(source, activation)
+        if isinstance(source, CLIPTextEncoder):
+            encoder = copy.deepcopy(source)
+        else:
+            encoder = CLIPTextEncoder.load(source, activation)
         self.add_companion("text_encoder", encoder)
 
 
@@ -383,22 +412,22 @@ def _rows() -> list[Entry]:
     vq = {"codebook_size": 8192, "token_size": 64, "finetune_decoder": False, "is_legacy": False}
     vae = {"quantize_mode": "vae", "token_size": 16, "finetune_decoder": False, "is_legacy": False}
     titok, tatitok = "TiTok (arXiv 2406.07550)", "TA-TiTok (arXiv 2501.07730)"
-    table = [  # name, family, K, encoder, decoder, rest of the configuration, repository, parameters, figures
-        ("titok-l32", titok, 32, "large", "large", legacy, "yucornetto/tokenizer_titok_l32_imagenet", 641.1, 2.21),
-        ("titok-b64", titok, 64, "base", "base", legacy, "yucornetto/tokenizer_titok_b64_imagenet", 204.8, 1.70),
-        ("titok-s128", titok, 128, "small", "small", legacy, "yucornetto/tokenizer_titok_s128_imagenet", 83.7, 1.71),
-        ("titok-bl64-vq", titok, 64, "base", "large", vq, "yucornetto/tokenizer_titok_bl64_vq8k_imagenet", 390.0, 2.06),
-        ("titok-bl128-vq", titok, 128, "base", "large", vq, "yucornetto/tokenizer_titok_bl128_vq8k_imagenet", 390.2, 1.49),
-        ("titok-sl256-vq", titok, 256, "small", "large", vq, "yucornetto/tokenizer_titok_sl256_vq8k_imagenet", 330.3, 1.03),
-        ("titok-ll32-vae", titok, 32, "large", "large", vae, "yucornetto/tokenizer_titok_ll32_vae_c16_imagenet", 606.9, 1.61),
-        ("titok-bl64-vae", titok, 64, "base", "large", vae, "yucornetto/tokenizer_titok_bl64_vae_c16_imagenet", 389.4, 1.25),
-        ("titok-bl128-vae", titok, 128, "base", "large", vae, "yucornetto/tokenizer_titok_bl128_vae_c16_imagenet", 389.6, 0.84),
-        ("tatitok-bl32-vq", tatitok, 32, "base", "large", vq, "turkeyju/tokenizer_tatitok_bl32_vq", 390.8, 3.95, 219.6),
-        ("tatitok-bl64-vq", tatitok, 64, "base", "large", vq, "turkeyju/tokenizer_tatitok_bl64_vq", 390.9, 2.43, 218.8),
-        ("tatitok-bl128-vq", tatitok, 128, "base", "large", vq, "turkeyju/tokenizer_tatitok_bl128_vq", 391.0, 1.53, 222.8),
-        ("tatitok-bl32-vae", tatitok, 32, "base", "large", vae, "turkeyju/tokenizer_tatitok_bl32_vae", 390.2, 1.53, 222.0),
-        ("tatitok-bl64-vae", tatitok, 64, "base", "large", vae, "turkeyju/tokenizer_tatitok_bl64_vae", 390.3, 1.47, 220.7),
-        ("tatitok-sl128-vae", tatitok, 128, "small", "large", vae, "turkeyju/tokenizer_tatitok_sl128_vae", 330.3, 0.90, 227.7),
+    table = [  # name, paper, K, encoder, decoder, further configuration, repository, M parameters, rFID, IS
+        ("titok-l32", titok, 32, "large", "large", legacy, "titok_l32_imagenet", 641.1, 2.21),
+        ("titok-b64", titok, 64, "base", "base", legacy, "titok_b64_imagenet", 204.8, 1.70),
+        ("titok-s128", titok, 128, "small", "small", legacy, "titok_s128_imagenet", 83.7, 1.71),
+        ("titok-bl64-vq", titok, 64, "base", "large", vq, "titok_bl64_vq8k_imagenet", 390.0, 2.06),
+        ("titok-bl128-vq", titok, 128, "base", "large", vq, "titok_bl128_vq8k_imagenet", 390.2, 1.49),
+        ("titok-sl256-vq", titok, 256, "small", "large", vq, "titok_sl256_vq8k_imagenet", 330.3, 1.03),
+        ("titok-ll32-vae", titok, 32, "large", "large", vae, "titok_ll32_vae_c16_imagenet", 606.9, 1.61),
+        ("titok-bl64-vae", titok, 64, "base", "large", vae, "titok_bl64_vae_c16_imagenet", 389.4, 1.25),
+        ("titok-bl128-vae", titok, 128, "base", "large", vae, "titok_bl128_vae_c16_imagenet", 389.6, 0.84),
+        ("tatitok-bl32-vq", tatitok, 32, "base", "large", vq, "tatitok_bl32_vq", 390.8, 3.95, 219.6),
+        ("tatitok-bl64-vq", tatitok, 64, "base", "large", vq, "tatitok_bl64_vq", 390.9, 2.43, 218.8),
+        ("tatitok-bl128-vq", tatitok, 128, "base", "large", vq, "tatitok_bl128_vq", 391.0, 1.53, 222.8),
+        ("tatitok-bl32-vae", tatitok, 32, "base", "large", vae, "tatitok_bl32_vae", 390.2, 1.53, 222.0),
+        ("tatitok-bl64-vae", tatitok, 64, "base", "large", vae, "tatitok_bl64_vae", 390.3, 1.47, 220.7),
+        ("tatitok-sl128-vae", tatitok, 128, "small", "large", vae, "tatitok_sl128_vae", 330.3, 0.90, 227.7),
     ]  # fmt: skip
     return [
         Entry(
@@ -410,7 +439,7 @@ def _rows() -> list[Entry]:
                 "vit_dec_model_size": decoder,
                 **rest,
             },
-            repo=repo,
+            repo=f"{'turkeyju' if paper == tatitok else 'yucornetto'}/tokenizer_{repo}",
             license="Apache-2.0",
             paper=paper,
             parameters=parameters,

@@ -14,8 +14,8 @@ ACTIVATIONS = ("quickgelu", "gelu")
 
 @dataclass(frozen=True)
 class TextStates:
-    """`states` [B, 77, D] after the last block and `ln_final`; `penultimate` [B, 77, D] the last block's input;
-    `pooled` [B, E] the projected state of the end token."""
+    """`states` [B, 77, D] after the last block and `ln_final`; `penultimate` [B, 77, D] the last block's
+    input; `pooled` [B, E] the projected state of the end token."""
 
     states: Tensor
     penultimate: Tensor
@@ -25,8 +25,8 @@ class TextStates:
 class CLIPTextEncoder(nn.Module):
     """The text encoder of CLIP ViT-L/14-336 by default (Radford et al., 2021, arXiv 2103.00020).
 
-    `activation`: OpenAI's weights were trained with "quickgelu", x·sigmoid(1.702x); "gelu" is what open_clip 2.29
-    and later build for the same model name, and so what some published pipelines ran.
+    `activation`: OpenAI's weights were trained with "quickgelu", x·sigmoid(1.702x); "gelu" is what open_clip
+    2.29 and later build for the same model name, and so what some published pipelines ran.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class CLIPTextEncoder(nn.Module):
     def load(cls, source: str | Path = "openai", activation: str = "quickgelu") -> Self:
         """Weights of open_clip's tag for ViT-L-14-336, or of a local file (whole CLIP or text tower alone).
 
-        Raises FileNotFoundError when the tag is neither cached nor reachable, and ValueError listing keys that do
-        not fit.
+        Raises FileNotFoundError when the tag is neither cached nor reachable, and ValueError listing keys
+        that do not fit.
         """
         encoder = cls(activation=activation)
         if Path(source).suffix in checkpoint.SUFFIXES or Path(source).exists():
@@ -89,20 +89,22 @@ class CLIPTextEncoder(nn.Module):
 
 
 def _download(tag: str) -> dict[str, Tensor]:
-    from open_clip import load_state_dict
+    from open_clip.factory import load_state_dict
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     name = "ViT-L-14-336"
     config = get_pretrained_cfg(name, tag)
     if not config:
         raise ValueError(
-            f"{tag!r} is neither a file nor a pretrained tag of {name}; tags: {list_pretrained_tags_by_model(name)}"
+            f"{tag!r} is neither a file nor a pretrained tag of {name}; its tags are "
+            f"{', '.join(list_pretrained_tags_by_model(name))}"
         )
     try:
         path = download_pretrained(config)
     except Exception as error:  # hub and urllib raise many kinds when there is no network
         raise FileNotFoundError(
             f"the CLIP text tower {name}/{tag} is not in the local cache and could not be downloaded "
-            f"({type(error).__name__}). Give its weights file: tokenizer.attach_text_encoder('open_clip_model.safetensors')"
+            f"({type(error).__name__}). Give its weights file: "
+            "tokenizer.attach_text_encoder('open_clip_model.safetensors')"
         ) from error
     return load_state_dict(path)

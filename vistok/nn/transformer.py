@@ -27,7 +27,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """Attend over all of x [B, N, D]; return only the `rows` asked for (all by default)."""
-        batch, length, dim = x.shape
+        dim = x.shape[-1]
         if rows is None:
             query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv(interpolate(x, scale_factor=2))` for a 3×3 convolution with padding 1: [B, C, H, W] → [B, C', 2H, 2W].
+    """`conv(interpolate(x, scale_factor=2))` for a 3×3 convolution with padding 1: [B, C, H, W] → [B, C', 2H,
+    2W].
 
-    An output pixel sees only a 2×2 patch of low-resolution pixels, so the 3×3 kernel folds into four 2×2 kernels, one
-    for each parity of the output's row and column: 16 products a low-resolution pixel instead of 36. Equal up to
-    rounding.
+    An output pixel sees only a 2×2 patch of low-resolution pixels, so the 3×3 kernel folds into four 2×2
+    kernels, one for each parity of the output's row and column: 16 products a low-resolution pixel instead of
+    36. Equal up to rounding.
     """
     height, width = x.shape[2:]
     if (
@@ -28,6 +29,7 @@ def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _folded(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Taps of a size-3 axis that meet on one low-resolution pixel, summed: for even and for odd outputs, size 2."""
+    """Taps of a size-3 axis that meet on one low-resolution pixel, summed: for even and for odd outputs, size
+    2."""
     first, middle, last = weight.unbind(axis)
     return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)

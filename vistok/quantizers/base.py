@@ -22,8 +22,8 @@ class Quantized:
 class Quantizer(nn.Module):
     """Base of all quantizers: `encode`, `decode`, and `forward` for training.
 
-    `kind` says which field of `Tokens` the codes fill; `codebook_sizes` has one entry per codebook and is None
-    for continuous codes.
+    `kind` says which field of `Tokens` the codes fill; `codebook_sizes` has one entry per codebook and is
+    None for continuous codes.
     """
 
     kind: Literal["indices", "bits", "latents"] = "indices"

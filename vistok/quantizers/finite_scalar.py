@@ -1,4 +1,5 @@
-"""Finite scalar quantization: each channel rounds to a few levels, and the code is their mixed-radix number."""
+"""Finite scalar quantization: each channel rounds to a few levels, and the code is their mixed-radix
+number."""
 
 from collections.abc import Sequence
 
@@ -11,10 +12,10 @@ from .base import Quantized, Quantizer
 class FiniteScalarQuantizer(Quantizer):
     """FSQ (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023, arXiv 2309.15505).
 
-    `levels` gives the number of values of each of the D channels; the codebook size is their product. It may also be
-    one such row a token [K, D], all with the same product, so that tokens that carry more energy round more finely; a
-    channel with one level is not used. Latents are unbounded floats; decoded latents lie on a grid in [-1, 1]. No
-    parameters, no losses.
+    `levels` gives the number of values of each of the D channels; the codebook size is their product. It may
+    also be one such row a token [K, D], all with the same product, so that tokens that carry more energy
+    round more finely; a channel with one level is not used. Latents are unbounded floats; decoded latents lie
+    on a grid in [-1, 1]. No parameters, no losses.
     """
 
     def __init__(self, levels: Sequence[int] | Sequence[Sequence[int]]) -> None:
@@ -46,7 +47,8 @@ class FiniteScalarQuantizer(Quantizer):
         return table[:count]
 
     def _digits(self, latents: Tensor) -> Tensor:
-        """Signed integer digits as floats, bounded as in section 3.1 of the paper, with a straight-through gradient."""
+        """Signed integer digits as floats, bounded as in section 3.1 of the paper, with a straight-through
+        gradient."""
         if latents.shape[-1] != self._levels.shape[-1]:
             raise ValueError(
                 f"latents have {latents.shape[-1]} channels; the levels need {self._levels.shape[-1]}"
@@ -64,9 +66,11 @@ class FiniteScalarQuantizer(Quantizer):
         return bounded + (bounded.round() - bounded).detach()
 
     def expand(self, latents: Tensor) -> Tensor:
-        """Decoded latents [B, K, D] → the unbounded values at the centres of their cells (the outer cells at 95%).
+        """Decoded latents [B, K, D] → the unbounded values at the centres of their cells (the outer cells at
+        95%).
 
-        The inverse of the squashing before rounding: what a linear decoder of the original latents wants to see.
+        The inverse of the squashing before rounding: what a linear decoder of the original latents wants to
+        see.
         """
         levels = self._rows(self._levels, latents.shape[-2])
         half = ((levels - 1) / 2).clamp_min(0.5).to(latents.dtype)

@@ -43,13 +43,17 @@ class DiagonalGaussian:
 
 
 class GaussianQuantizer(Quantizer):
-    """KL bottleneck: latents are moments [B, K, 2D], codes are continuous vectors [B, K, D].
+    """KL bottleneck: latents are moments [B, K, 2D], codes are continuous vectors [B, K, D], D = `dim`.
 
     `encode` takes the mean, so it is deterministic; pass a generator to sample the posterior as the published
     KL tokenizers' own `encode` does. No parameters.
     """
 
     kind = "latents"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
 
     def encode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Moments [B, K, 2D] → mean [B, K, D], or a sample of the posterior when a generator is given."""
@@ -58,6 +62,8 @@ class GaussianQuantizer(Quantizer):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Identity: continuous codes are the latents."""
+        if codes.shape[-1] != self.dim:
+            raise ValueError(f"latents have {codes.shape[-1]} channels; this bottleneck has {self.dim}")
         return codes
 
     def forward(self, latents: Tensor) -> Quantized:

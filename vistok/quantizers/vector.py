@@ -11,13 +11,14 @@ class VectorQuantizer(Quantizer):
     """VQ (van den Oord et al., "Neural Discrete Representation Learning", 2017, arXiv 1711.00937).
 
     With `l2_norm` latents and codebook rows are compared, and returned, as unit vectors (ViT-VQGAN, arXiv
-    2110.04627, section 3.1). With `clustering` every training forward pulls rarely used codes towards the latents
-    nearest to them (CVQ-VAE, arXiv 2307.15139), which revives dead codes; the running usage is the buffer
-    `embed_prob`. Distances are computed in float32 or better, whatever the dtype of the latents.
+    2110.04627, section 3.1). With `clustering` every training forward pulls rarely used codes towards the
+    latents nearest to them (CVQ-VAE, arXiv 2307.15139), which revives dead codes; the running usage is the
+    buffer `embed_prob`. Distances are computed in float32 or better, whatever the dtype of the latents.
 
-    Losses of a training forward: `commitment` (times `commitment_cost`), `codebook`, and with `entropy_weight`
-    above 0 `entropy` = weight · (mean entropy of each latent's assignment - entropy of the mean assignment), nats,
-    soft assignments at `entropy_temperature` (MaskGIT-VQGAN, arXiv 2202.04200; MAGVIT-v2, arXiv 2310.05737, eq. 6).
+    Losses of a training forward: `commitment` (times `commitment_cost`), `codebook`, and with
+    `entropy_weight` above 0 `entropy` = weight · (mean entropy of each latent's assignment - entropy of the
+    mean assignment), nats, soft assignments at `entropy_temperature` (MaskGIT-VQGAN, arXiv 2202.04200;
+    MAGVIT-v2, arXiv 2310.05737, eq. 6).
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class VectorQuantizer(Quantizer):
     def _distances(latents: Tensor, codebook: Tensor) -> Tensor:
         flat = latents.reshape(-1, latents.shape[-1])
         norms = flat.square().sum(-1, keepdim=True) + codebook.square().sum(-1)
-        return torch.addmm(norms, flat, codebook.T, alpha=-2.0).view(*latents.shape[:-1], -1)
+        return torch.addmm(norms, flat, codebook.T, alpha=-2.0).view(*latents.shape[:-1], len(codebook))
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents [..., D] → indices int64 [...] of the nearest rows (the first on ties)."""
@@ -84,7 +85,8 @@ class VectorQuantizer(Quantizer):
         return F.normalize(mixed, dim=-1) if self.l2_norm else mixed
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Straight-through quantization with losses by name; in training mode `clustering` updates the codebook."""
+        """Straight-through quantization with losses by name; in training mode `clustering` updates the
+        codebook."""
         with torch.autocast(latents.device.type, enabled=False):
             compared, codebook = self._compare(latents)
             distances = self._distances(compared.detach(), codebook.detach())
@@ -96,7 +98,7 @@ class VectorQuantizer(Quantizer):
             }
             if self.entropy_weight:
                 losses["entropy"] = self.entropy_weight * self._entropy(compared, codebook)
-            if self.clustering and self.training:
+            if self.clustering and self.training and self.embedding.weight.requires_grad:
                 self._update_clusters(latents.detach(), distances, codes)
             quantized = compared + (rows - compared).detach()
         return Quantized(quantized.to(latents.dtype), codes, losses)

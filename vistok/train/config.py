@@ -31,12 +31,12 @@ class TrainConfig:
     """One run of `vistok train`.
 
     `tokenizer` is `{name: registry name or family, …fields}` for `vistok.create`; `data` is what
-    `vistok.train.data.build` takes. `batch_size` is that of one process and one accumulation step. `teacher` names a
-    MaskGIT-VQGAN checkpoint and makes the objective TiTok's stage 1 (proxy codes); without it the objective is
-    pixels. `freeze` lists patterns of parameter names that do not train. `nested_dropout` is the share of images
-    that keep only a random prefix of their tokens (ordered tokenizers). `warm_start_images` fits what the family can
-    fit in closed form to that many images first. `validation` lists shipped photographs (`vistok.train.data`) or
-    image files; keep them out of `data`.
+    `vistok.train.data.build` takes. `batch_size` is that of one process and one accumulation step. `teacher`
+    names a MaskGIT-VQGAN checkpoint and makes the objective TiTok's stage 1 (proxy codes); without it the
+    objective is pixels. `freeze` lists patterns of parameter names that do not train. `nested_dropout` is the
+    share of images that keep only a random prefix of their tokens (ordered tokenizers). `warm_start_images`
+    fits what the family can fit in closed form to that many images first. `validation` lists shipped
+    photographs (`vistok.train.data`) or image files; keep them out of `data`.
     """
 
     tokenizer: dict[str, Any]
@@ -67,14 +67,8 @@ class TrainConfig:
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "gradient_accumulation",
-            "log_every",
-            "validate_every",
-            "checkpoint_every",
-        ):
+        counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "validate_every")
+        for name in (*counts, "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if "name" not in self.tokenizer:
@@ -82,7 +76,10 @@ class TrainConfig:
 
 
 def read(path: str | Path) -> TrainConfig:
-    """The configuration in a YAML file. Raises FileNotFoundError or ValueError that names the file and the key."""
+    """The configuration in a YAML file.
+
+    Raises FileNotFoundError, or ValueError that names the file and the key.
+    """
     import yaml
 
     path = Path(path)
@@ -102,9 +99,9 @@ def read(path: str | Path) -> TrainConfig:
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of a dataclass from a mapping, nested dataclasses included, each value of the field's type."""
+    """A dataclass from a mapping, nested dataclasses included, each value of its field's type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(fields)):
+    if unknown := sorted(str(key) for key in set(values) - set(fields)):
         raise ValueError(f"{where}: unknown key {', '.join(unknown)}; accepted are {', '.join(fields)}")
     required = (dataclasses.MISSING, dataclasses.MISSING)
     if missing := [
@@ -112,7 +109,11 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     ]:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
     hints = typing.get_type_hints(cls)
-    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+    converted = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -121,7 +122,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal and value in arguments:
         return value
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
         return tuple(_convert(arguments[0], item, where) for item in value)
     if origin is dict and isinstance(value, dict):
         return value

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,10 +37,10 @@ def train(
 ) -> Path:
     """Train and return the folder of the finished model (EMA weights), which `vistok.load` reads.
 
-    `output` receives log.jsonl, samples/, checkpoint.pt (the whole state, written aside and renamed) and model/. If
-    it holds a checkpoint of the same configuration the run continues from it. `steps` stops earlier (or later) than
-    the configuration says without changing the schedule. Raises ValueError when the folder holds another run, and
-    FloatingPointError when the loss is no longer finite.
+    `output` receives log.jsonl, samples/, checkpoint.pt (the whole state, written aside and renamed) and
+    model/. If it holds a checkpoint of the same configuration the run continues from it. `steps` stops
+    earlier (or later) than the configuration says without changing the schedule. Raises ValueError when the
+    folder holds another run, and FloatingPointError when the loss is no longer finite.
     """
     return _Run(config, Path(output), progress).train(config.steps if steps is None else steps)
 
@@ -49,6 +50,9 @@ class _Run:
 
     def __init__(self, config: TrainConfig, output: Path, progress: bool) -> None:
         self.config, self.output = config, output
+        _check(config)
+        # Accelerate keeps the precision of a process's first run in a global; a second run may want another.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision=config.precision)
         self.progress = progress and self.accelerator.is_local_main_process
         self.main = self.accelerator.is_main_process
@@ -57,7 +61,8 @@ class _Run:
         self.source = data.build(config.data, self.tokenizer.image_size, config.seed)
         self.teacher = load(config.teacher, device=self.accelerator.device) if config.teacher else None
         self.loss = ReconstructionLoss(config.loss, config.perceptual_weights).to(self.accelerator.device)
-        self.step = 0
+        self.step = self.saved_step = 0
+        self.finite = torch.tensor(True, device=self.accelerator.device)
         resumed = self._resume_point()
         if resumed is None and config.warm_start_images:
             self.tokenizer.fit_linear_path(self._pictures(config.warm_start_images))
@@ -79,11 +84,12 @@ class _Run:
                 self.loss.discriminator, self.discriminator_optimizer
             )
         self.validation = self._validation_images()
-        # On a CPU the fused kernel's backward pass costs a third of a small model's step; plain matmuls do not.
+        # On a CPU the fused kernel's backward pass costs a third of a small model's step; plain matmuls do
+        # not.
         on_cpu = self.accelerator.device.type == "cpu"
         self.attention = partial(sdpa_kernel, SDPBackend.MATH) if on_cpu else nullcontext
 
-    # Set-up ------------------------------------------------------------------------------------------------------
+    # Set-up -------------------------------------------------------------------------------------------------
 
     def _tokenizer(self) -> Tokenizer:
         if self.config.initial:
@@ -99,12 +105,17 @@ class _Run:
             raise ValueError(
                 f"warm_start_images is given, but {tokenizer.label} has nothing to fit in closed form"
             )
-        frozen = 0
-        for name, parameter in tokenizer.named_parameters():
-            parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in self.config.freeze))
-            frozen += not parameter.requires_grad
-        if self.config.freeze and not frozen:
-            raise ValueError(f"freeze={list(self.config.freeze)} matches no parameter of {tokenizer.label}")
+        if self.config.teacher and tokenizer.quantizer.kind != "indices":
+            raise ValueError(
+                f"a teacher's proxy codes train discrete tokens; {tokenizer.label} is continuous"
+            )
+        named = dict(tokenizer.named_parameters())
+        for pattern in self.config.freeze:
+            matched = [parameter for name, parameter in named.items() if fnmatch(name, pattern)]
+            if not matched:
+                raise ValueError(f"freeze pattern {pattern!r} matches no parameter of {tokenizer.label}")
+            for parameter in matched:
+                parameter.requires_grad_(False)
         return tokenizer.train()
 
     def _pictures(self, count: int) -> Tensor:
@@ -125,13 +136,21 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must share to be the same run."""
-        loose = {"steps", "workers", "log_every", "validate_every", "checkpoint_every", "tensorboard", "export_dtype"}
+        loose = {
+            "steps",
+            "workers",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+            "tensorboard",
+            "export_dtype",
+        }
         fields = json.loads(json.dumps(dataclasses.asdict(self.config)))
         if self.config.optimizer.schedule == "cosine":
             loose -= {"steps"}
         return {name: value for name, value in fields.items() if name not in loose}
 
-    # Checkpoints -------------------------------------------------------------------------------------------------
+    # Checkpoints --------------------------------------------------------------------------------------------
 
     def _resume_point(self) -> dict[str, Any] | None:
         path = self.output / "checkpoint.pt"
@@ -145,7 +164,7 @@ class _Run:
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step = self.saved_step = state["step"]
         self.tokenizer.load_state_dict(state["model"])
         self.ema = state["ema"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -174,8 +193,9 @@ class _Run:
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
         with written_aside(self.output / "checkpoint.pt") as path:
             torch.save(state, path)
+        self.saved_step = self.step
 
-    # The loop ----------------------------------------------------------------------------------------------------
+    # The loop -----------------------------------------------------------------------------------------------
 
     def train(self, steps: int) -> Path:
         """Run to step `steps`; return the model's folder."""
@@ -200,16 +220,11 @@ class _Run:
             bar.update()
             last = self.step == steps
             if self.step % config.log_every == 0 or last:
+                self._require_finite()
                 row = {
                     name: float(accelerator.gather(value.reshape(1)).mean())
                     for name, value in figures.items()
                 }
-                if not all(math.isfinite(value) for value in row.values()):
-                    raise FloatingPointError(
-                        f"step {self.step}: {row} is not finite. The checkpoint of step "
-                        f"{self.step // config.checkpoint_every * config.checkpoint_every} is untouched; lower the "
-                        "learning rate or use precision: 'no'"
-                    )
                 bar.set_postfix(
                     {name: f"{value:.4g}" for name, value in row.items() if name in ("loss", "psnr")}
                 )
@@ -217,9 +232,19 @@ class _Run:
             if self.step % config.validate_every == 0 or last:
                 log(self._validate())
             if self.step % config.checkpoint_every == 0 or last:
+                self._require_finite()
                 self._save()
         bar.close()
         return self._export()
+
+    def _require_finite(self) -> None:
+        """Stop before anything that is not a number reaches the log or a checkpoint."""
+        if not self.finite:
+            kept = f"The checkpoint of step {self.saved_step} is untouched. " if self.saved_step else ""
+            raise FloatingPointError(
+                f"the loss was not finite by step {self.step}. {kept}Lower the learning rate, or use "
+                "precision: 'no'"
+            )
 
     def _optimise(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
         """One optimisation step of the tokenizer, and of the discriminator when it takes part."""
@@ -228,11 +253,10 @@ class _Run:
         for micro in range(config.gradient_accumulation):
             images = next(batches).to(accelerator.device).float() / 255
             more = micro + 1 < config.gradient_accumulation
-            with accelerator.no_sync(self.model) if more else nullcontext():
-                with self.attention():
-                    output = self.model(images, **self._lengths(len(images)))
-                    total, parts = self._tokenizer_loss(images, output)
-                    accelerator.backward(total / config.gradient_accumulation)
+            with accelerator.no_sync(self.model) if more else nullcontext(), self.attention():
+                output = self.model(images, **self._lengths(len(images)))
+                total, parts = self._tokenizer_loss(images, output)
+                accelerator.backward(total / config.gradient_accumulation)
             if adversary:
                 wrapped = self.loss.discriminator
                 with accelerator.no_sync(wrapped) if more else nullcontext():
@@ -252,6 +276,7 @@ class _Run:
                 config.steps - start,
             )
         self._average()
+        self.finite &= torch.isfinite(total.detach())
         figures = {"loss": total.detach(), **parts}
         if self.teacher is None:
             mse = (output.images.detach().float().clamp(0, 1) - images).square().mean((1, 2, 3))
@@ -286,17 +311,19 @@ class _Run:
             else:
                 average.copy_(current[name])
 
-    # What a person looks at --------------------------------------------------------------------------------------
+    # What a person looks at ---------------------------------------------------------------------------------
 
     def _averaged(self) -> Tokenizer:
         """The tokenizer with EMA weights, in eval mode."""
         fields = dict(self.config.tokenizer)
         model = load(self.config.initial) if self.config.initial else create(fields.pop("name"), **fields)
         model.load_state_dict(self.ema)
+        model.name = None  # it is not the published model it may have started from
         return model.eval().to(self.accelerator.device)
 
     def _validate(self) -> dict[str, float]:
-        """Mean PSNR of the EMA model on the validation pictures at each length, in dB; writes a sample sheet."""
+        """Mean PSNR of the EMA model on the validation pictures at each length, in dB; writes a sample
+        sheet."""
         if not self.main or not len(self.validation) or self.teacher is not None:
             return {}
         model = self._averaged()
@@ -318,7 +345,8 @@ class _Run:
             return lambda row: None
         path = self.output / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if line.startswith("{") and json.loads(line)["step"] <= self.step]
+        # A kill can cut the last line; what follows the checkpoint is written again.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
         with written_aside(path) as fresh:
             fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         writer = None
@@ -343,6 +371,21 @@ class _Run:
         if self.main:
             self._averaged().to(getattr(torch, self.config.export_dtype)).save_pretrained(folder)
         return folder
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse schedules that would only fail late in the run."""
+    parts = [("optimizer", config.optimizer, 0)]
+    if config.loss.discriminator_weight > 0:
+        parts.append(
+            ("discriminator_optimizer", config.discriminator_optimizer, config.loss.discriminator_start)
+        )
+    for name, optimizer, start in parts:
+        if optimizer.schedule == "cosine" and config.steps - start <= optimizer.warmup:
+            raise ValueError(
+                f"{name}.warmup is {optimizer.warmup}, but only {config.steps - start} steps follow its "
+                "start; give a shorter warm-up, more steps, or schedule: constant"
+            )
 
 
 def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:

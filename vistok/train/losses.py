@@ -30,7 +30,7 @@ VGG_MINIMUM_SIZE = 16
 PERCEPTUAL_NETWORKS = ("lpips", "convnext_s")
 
 
-# ---- adversarial ---------------------------------------------------------------------------------
+# ---- adversarial -------------------------------------------------------------------------------------------
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def lecam_loss(
     return (real_excess + fake_excess).mean()
 
 
-# ---- perceptual ----------------------------------------------------------------------------------
+# ---- perceptual --------------------------------------------------------------------------------------------
 
 
 def parse_perceptual_name(name: str) -> dict[str, float]:
@@ -182,7 +182,7 @@ def _read_torchvision(
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# ---- image reconstruction ------------------------------------------------------------------------
+# ---- image reconstruction ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -258,9 +258,10 @@ class ReconstructionLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The tokenizer's weighted loss, and its parts by name, unweighted and detached.
 
-        `images`, `reconstructions`: [B, 3, H, W], images in [0, 1]; `quantizer_loss` and `kl` (summed
-        over tokens and channels, mean over images) scalars where the bottleneck has them. Parts: `reconstruction`, and where they apply `perceptual`,
-        `adversarial`, `quantizer`, `kl`. Raises ValueError when the two batches differ in shape.
+        `images`, `reconstructions`: [B, 3, H, W], images in [0, 1]; `quantizer_loss` and `kl` (summed over
+        tokens and channels, mean over images) scalars where the bottleneck has them. Parts: `reconstruction`,
+        and where they apply `perceptual`, `adversarial`, `quantizer`, `kl`. Raises ValueError when the two
+        batches differ in shape.
         """
         _check_pair(images, reconstructions)
         config, weighted = self.config, {}
@@ -326,7 +327,7 @@ def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
         )
 
 
-# ---- tokens --------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
 
 def proxy_code_loss(
