@@ -88,7 +88,7 @@ def fetch(
     if weights is None:
         raise FileNotFoundError(
             f"could not get {' or '.join(names)} of the hub repository {repo!r}: it is not in the local "
-            f"cache and the hub did not give it ({type(problem).__name__}). Download the file on a machine with "
+            f"cache and the hub did not give it ({type(problem).__name__}). Download it on a machine with "
             f"internet and pass its path: load(..., weights='path/to/{names[0]}')"
         ) from problem
     try:

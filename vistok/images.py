@@ -37,7 +37,8 @@ def load_image(source: ImageFile | Image.Image) -> Image.Image:
     if hasattr(source, "read"):
         return _open(source, str(getattr(source, "name", "the image file")))
     raise TypeError(
-        f"load_image takes a path, bytes, a binary file or a PIL image; got {type(source).__name__}"
+        "an image is a path, bytes, a binary file or a PIL image (for to_tensor also an array or a tensor); "
+        f"got {type(source).__name__}"
     )
 
 
@@ -74,7 +75,7 @@ def to_tensor(source: ImageSource | Sequence[ImageSource], size: int | None, *, 
         raise ValueError(
             f"images of one batch need one device; got {found}: move the tensors to the CPU first"
         )
-    return torch.cat(batches)
+    return torch.cat(batches).contiguous()  # PIL and NumPy have their channels last
 
 
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -124,6 +125,7 @@ def side_by_side(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | 
         raise ValueError("side_by_side got no images: it takes rows of at least one")
     if labels is not None and len(labels) != columns:
         raise ValueError(f"side_by_side takes one label per column, here {columns}; got {len(labels)}")
+    rows = [[load_image(image) for image in row] for row in rows]  # upright, as they are measured below
     gap, font = 4, ImageFont.load_default(14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
     boxes = [measure((0, 0), label, font=font) for label in labels or ()]
@@ -142,7 +144,7 @@ def side_by_side(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | 
     top = header + gap
     for row, height in zip(rows, heights, strict=True):
         for left, image in zip(lefts, row, strict=False):
-            canvas.paste(load_image(image), (left, top))
+            canvas.paste(image, (left, top))
         top += height + gap
     return canvas
 
@@ -179,6 +181,8 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Load the pixels and make them upright 8-bit RGB."""
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels: it is {image.width} x {image.height}")
     with _decoding(name):
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -276,8 +280,8 @@ def _resize_and_crop(batch: Tensor, size: int, crop: bool) -> Tensor:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and size * long_side > limit:
             raise ValueError(
-                f"an image of {width} x {height} pixels is too narrow to resize: with {size} on the shorter side "
-                f"it would have more than PIL.Image.MAX_IMAGE_PIXELS = {limit} pixels: crop it first"
+                f"an image of {width} x {height} pixels is too narrow to resize: with {size} on the shorter "
+                f"side it would have more than PIL.Image.MAX_IMAGE_PIXELS = {limit} pixels: crop it first"
             )
         batch = _resize(batch, resized)
     if not crop:

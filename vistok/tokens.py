@@ -15,7 +15,6 @@ The packed form, version 1 (integers are LEB128 varints unless a width is named)
 import dataclasses
 import operator
 import os
-import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from .files import written_aside
 
 _MAGIC = b"VTOK"
 _VERSION = 1
@@ -88,9 +89,7 @@ class Tokens:
         dtypes = {"indices": (torch.int64,), "bits": (torch.bool,), "latents": _LATENT_DTYPES}[kind]
         if data.dtype not in dtypes:
             accepted = ", ".join(map(str, dtypes))
-            raise ValueError(
-                f"Tokens takes {kind} as {accepted}; got {data.dtype}: convert with .to({dtypes[-1]})"
-            )
+            raise ValueError(f"Tokens takes {kind} as {accepted}; got {data.dtype}: convert with .to(dtype)")
         ranks, layout = ((2, 3), "[B, K] or [B, K, Q]") if kind == "indices" else ((3,), "[B, K, D]")
         if data.ndim not in ranks or 0 in data.shape[2:]:
             raise ValueError(
@@ -187,9 +186,7 @@ class Tokens:
         """B, the number of images."""
         return self._data.shape[0]
 
-    def __getitem__(
-        self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray
-    ) -> "Tokens":
+    def __getitem__(self, index: int | slice | list[int] | list[bool] | Tensor | np.ndarray) -> "Tokens":
         """Pick images; the batch axis stays, so `tokens[3]` is a batch of one, and so does K."""
         rows = _batch_index(index, len(self))
         return self._with(self._data[rows], None if self.lengths is None else self.lengths[rows])
@@ -308,7 +305,7 @@ class Tokens:
         elif kind == "bits":
             payload = np.packbits(data.numpy()).tobytes()
         else:
-            payload = _little_endian(_as_integers(data).numpy()).tobytes()
+            payload = _as_integers(data).numpy().astype(f"<i{data.itemsize}", copy=False).tobytes()
         body = b"".join([_MAGIC, bytes([_VERSION]), _varint(len(header) + len(payload) + 4), header, payload])
         return body + zlib.crc32(body).to_bytes(4, "little")
 
@@ -333,12 +330,20 @@ class Tokens:
         _check_expansion(max(batch, 1) * max(num_tokens, 1) * width, len(reader.data))
         lengths, count = None, batch * num_tokens
         if flags & _HAS_LENGTHS:
-            bits = num_tokens.bit_length()
-            lengths = _unpack(reader.take((batch * bits + 7) // 8), batch, [bits])[:, 0]
+            lengths = _unpack(reader, batch, [num_tokens.bit_length()])[:, 0]
             _check_range(torch.from_numpy(lengths), num_tokens, "length", f"{num_tokens} tokens an image")
             count = int(lengths.sum())
 
-        values = _read_payload(reader, kind, count, sizes or [2] * width, dtype)
+        if sizes is not None:
+            values = _unpack(reader, count, _index_widths(sizes))
+        elif kind == "bits":
+            packed = reader.take((count * width + 7) // 8)
+            values = np.unpackbits(packed, count=count * width).view(np.bool_).reshape(count, width)
+        else:  # integers of the same bits
+            integer = f"i{dtype.itemsize}"
+            raw = reader.take(count * width * dtype.itemsize)
+            values = raw.view(f"<{integer}").astype(f"={integer}").reshape(count, width)
+        reader.finish()
         if lengths is not None:
             padded = np.zeros((batch, num_tokens, width), values.dtype)
             padded[np.arange(num_tokens) < lengths[:, None]] = values
@@ -355,19 +360,10 @@ class Tokens:
         return tokens
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_bytes` to a file, whole or not at all (aside in the same folder, then moved)."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"cannot save {path}: the folder {path.parent} does not exist; make it first"
-            )
+        """Write `to_bytes` to a file, whole or not at all; missing folders are made."""
         data = self.to_bytes()
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
+        with written_aside(path) as aside:
             aside.write_bytes(data)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokens":
@@ -380,13 +376,13 @@ class Tokens:
 
 
 def _batch_index(
-    index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray, size: int
+    index: int | slice | list[int] | list[bool] | Tensor | np.ndarray, size: int
 ) -> slice | Tensor:
     """What picks rows of a batch of `size`, for torch, keeping the batch axis."""
     if isinstance(index, slice):
         rows = range(size)[index]
         return index if rows.step > 0 else torch.tensor(list(rows), dtype=torch.int64)
-    if isinstance(index, (list, np.ndarray)) or (isinstance(index, Tensor) and index.ndim):
+    if isinstance(index, list) or getattr(index, "ndim", 0):
         picked = torch.as_tensor(index) if len(index) else torch.zeros(0, dtype=torch.int64)
         if picked.ndim != 1 or picked.is_floating_point():
             raise TypeError(
@@ -442,41 +438,22 @@ def _pack(values: np.ndarray, widths: Sequence[int]) -> bytes:
     return b"".join(packed)
 
 
-def _unpack(packed: np.ndarray, count: int, widths: Sequence[int]) -> np.ndarray:
-    """Undo `_pack`: uint8 bytes to int64 [count, Q]."""
-    values = np.zeros((count, len(widths)), np.int64)
+def _unpack(reader: "_Reader", count: int, widths: Sequence[int]) -> np.ndarray:
+    """Undo `_pack`: the next bytes of a file to int64 [count, Q]."""
     total = sum(widths)
+    packed = reader.take((count * total + 7) // 8)
+    values = np.zeros((count, len(widths)), np.int64)
     for start in range(0, count, _CHUNK):
         rows = min(_CHUNK, count - start)
         first = start * total // 8
-        bits = np.unpackbits(packed[first : first + (rows * total + 7) // 8], count=rows * total).reshape(
-            rows, total
-        )
+        chunk = packed[first : first + (rows * total + 7) // 8]
+        bits = np.unpackbits(chunk, count=rows * total).reshape(rows, total)
         for q, width in enumerate(widths):
             column, bits = bits[:, :width], bits[:, width:]
             octets = np.zeros((rows, 64), np.uint8)
             octets[:, 64 - width :] = column
             values[start : start + rows, q] = np.packbits(octets, axis=1).view(">i8")[:, 0]
     return values
-
-
-def _read_payload(
-    reader: "_Reader", kind: str, count: int, codebook_sizes: Sequence[int], dtype: torch.dtype
-) -> np.ndarray:
-    """The rest of the file as `count` tokens [count, Q or D]; latents come as integers of the same bits."""
-    width, integer = len(codebook_sizes), f"i{dtype.itemsize}"
-    bits = 8 * dtype.itemsize * width if kind == "latents" else sum(_index_widths(codebook_sizes))
-    payload = reader.take((count * bits + 7) // 8)
-    reader.finish()
-    if kind == "indices":
-        return _unpack(payload, count, _index_widths(codebook_sizes))
-    if kind == "bits":
-        return np.unpackbits(payload, count=count * width).view(np.bool_).reshape(count, width)
-    return np.frombuffer(payload.tobytes(), f"<{integer}").astype(f"={integer}").reshape(count, width)
-
-
-def _little_endian(integers: np.ndarray) -> np.ndarray:
-    return integers.astype(integers.dtype.newbyteorder("<"), copy=False)
 
 
 def _varint(value: int) -> bytes:

@@ -49,6 +49,11 @@ class MaskGITVQGANConfig:
         return [self.hidden_channels * multiplier for multiplier in self.channel_mult]
 
 
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor nobody else holds: in place where autograd allows."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResidualBlock(nn.Module):
     """Two normalised 3×3 convolutions; keys norm1, conv1, norm2, conv2, nin_shortcut."""
 
@@ -63,13 +68,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C', H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
         if hasattr(self, "nin_shortcut"):
             # Parity: the shortcut convolves the block's output and the block's input is dropped, as in the
             # JAX original.
-            return h + self.nin_shortcut(h)
-        return x + h
+            x = self.nin_shortcut(h)
+        return x + h if torch.is_grad_enabled() else h.add_(x)
 
 
 class Level(nn.Module):
@@ -111,7 +116,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
         for depth, level in enumerate(self.down):
             x = level(x if depth == 0 else F.avg_pool2d(x, 2))
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(_silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -143,7 +148,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(features.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x))).contiguous()
+        return self.conv_out(_silu(self.norm_out(x))).contiguous()
 
 
 @register_family("maskgit-vqgan")

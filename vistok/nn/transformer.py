@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import linear
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter layout of `torch.nn.MultiheadAttention`.
@@ -29,14 +31,14 @@ class Attention(nn.Module):
         """Attend over all of x [B, N, D]; return only the `rows` asked for (all by default)."""
         dim = x.shape[-1]
         if rows is None:
-            query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            query, key, value = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
             # Rows nobody reads need keys and values but no queries.
-            query = F.linear(x[:, rows], self.in_proj_weight[:dim], self.in_proj_bias[:dim])
-            key, value = F.linear(x, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
+            query = linear(x[:, rows], self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+            key, value = linear(x, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  [B, h, N, d]
         out = F.scaled_dot_product_attention(split(query), split(key), split(value))
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
 
 class MLP(nn.Module):
@@ -49,7 +51,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        hidden = F.gelu(linear(x, self.c_fc.weight, self.c_fc.bias))
+        return linear(hidden, self.c_proj.weight, self.c_proj.bias)
 
 
 class Block(nn.Module):

@@ -1,12 +1,12 @@
 """Procedural pictures with the statistics of photographs, to train tokenizers without a data set.
 
-A picture is built back to front, as the dead-leaves model of natural images has it ("Occlusion Models for Natural
-Images", Lee, Mumford, Huang, 2001): a backdrop, then layers of shapes whose sizes follow a power law and which
-occlude one another, every shape with its own colour and texture; then light, lens and sensor.
+A picture is built back to front, as the dead-leaves model of natural images has it ("Occlusion Models for
+Natural Images", Lee, Mumford, Huang, 2001): a backdrop, then layers of shapes whose sizes follow a power law
+and which occlude one another, every shape with its own colour and texture; then light, lens and sensor.
 """
 
-import functools
 import math
+from functools import cache, lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -20,8 +20,8 @@ _HUES = ((0.07, 0.03), (0.10, 0.04), (0.25, 0.06), (0.58, 0.04), (0.02, 0.03), (
 def scene(seed: int, index: int, size: int) -> np.ndarray:
     """Draw picture number `index` of the endless sequence `seed`: uint8 [size, size, 3], sRGB.
 
-    A pure function of its arguments (for one version of NumPy and Pillow). `seed` and `index` are integers from 0,
-    `size` is in pixels, at least 16.
+    A pure function of its arguments (for one version of NumPy and Pillow). `seed` and `index` are integers
+    from 0, `size` is in pixels, at least 16.
 
     Raises:
         ValueError: a negative seed or index, or a size below 16.
@@ -34,30 +34,31 @@ def scene(seed: int, index: int, size: int) -> np.ndarray:
     canvas = _backdrop(rng, size, palette, textures)
     style = rng.choice(5, p=(0.30, 0.34, 0.12, 0.12, 0.12))
     if style == 0:  # a few big things
-        plans = [(_shapes, int(rng.integers(1, 6)), (0.12, 0.6), 1.5)]
+        plans = [partial(_shapes, count=int(rng.integers(1, 6)), radii=(0.12, 0.6), power=1.5)]
     elif style == 1:  # dead leaves: everything everywhere, then something in front
         smallest = math.exp(rng.uniform(math.log(0.012), math.log(0.1)))
-        plans = [(_shapes, int(rng.integers(30, 110)), (smallest, 0.5), rng.uniform(2.0, 3.2))]
+        count, power = int(rng.integers(30, 110)), rng.uniform(2.0, 3.2)
+        plans = [partial(_shapes, count=count, radii=(smallest, 0.5), power=power)]
         if rng.random() < 0.5:
-            plans.append((_shapes, int(rng.integers(1, 8)), (0.06, 0.45), 2.0))
+            plans.append(partial(_shapes, count=int(rng.integers(1, 8)), radii=(0.06, 0.45), power=2.0))
     elif style == 2:  # a subject before things that repeat
-        plans = [(_strokes, 0, (0.0, 0.0), 0.0), (_shapes, int(rng.integers(1, 12)), (0.05, 0.4), 2.0)]
+        plans = [_strokes, partial(_shapes, count=int(rng.integers(1, 12)), radii=(0.05, 0.4), power=2.0)]
     elif style == 3:  # something built
-        plans = [(_facade, 0, (0.0, 0.0), 0.0), (_shapes, int(rng.integers(0, 10)), (0.02, 0.3), 2.0)]
+        plans = [_facade, partial(_shapes, count=int(rng.integers(0, 10)), radii=(0.02, 0.3), power=2.0)]
     else:  # open view
-        plans = [(_shapes, int(rng.integers(0, 25)), (0.015, 0.3), 2.5)]
+        plans = [partial(_shapes, count=int(rng.integers(0, 25)), radii=(0.015, 0.3), power=2.5)]
     if rng.random() < 0.12:
-        plans.append((_writing, 0, (0.0, 0.0), 0.0))
-    for draw, count, radii, power in plans:
+        plans.append(_writing)
+    for draw in plans:
         if rng.random() < 0.25:
             canvas = _blur(canvas, size * rng.uniform(0.004, 0.03))  # what lies behind is out of focus
         layer = _Layer(size)
-        draw(rng, layer, palette, count, radii, power)
+        draw(rng, layer, palette)
         canvas = _composite(rng, canvas, layer, textures)
     return _expose(rng, canvas, textures)
 
 
-# Colour ---------------------------------------------------------------------------------------------------------
+# Colour -----------------------------------------------------------------------------------------------------
 
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -86,10 +87,10 @@ def _pick(rng: np.random.Generator, palette: np.ndarray, count: int, jitter: flo
     return np.clip(colours * light + rng.normal(0, 0.3 * jitter, size=(count, 3)), 0.01, 0.99)
 
 
-# Fields ---------------------------------------------------------------------------------------------------------
+# Fields -----------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
+@lru_cache(maxsize=8)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Column and row coordinates in [-1, 1], and log frequency; each float32 [size, size]."""
     line = np.linspace(-1, 1, size, dtype=np.float32)
@@ -100,7 +101,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _noise(rng: np.random.Generator, size: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two independent noise fields, amplitude falling as 1/f^alpha; float32 [size, size], mean 0, variance 1."""
+    """Two independent noise fields, amplitude falling as 1/f^alpha: float32 [size, size], variance 1."""
     white = rng.standard_normal((size, size, 2), dtype=np.float32).view(np.complex64)[..., 0]
     x, y, log_frequency = _grid(size)
     stretch = rng.uniform(-0.8, 0.8) if rng.random() < 0.3 else 0.0
@@ -112,7 +113,7 @@ def _noise(rng: np.random.Generator, size: int, alpha: float) -> tuple[np.ndarra
 
 
 def _pattern(rng: np.random.Generator, size: int, warp: np.ndarray) -> np.ndarray:
-    """A regular texture: stripes, grating, checks or weave, bent by `warp`; float32 [size, size] in about [-1, 1]."""
+    """Stripes, a grating, checks or a weave, bent by `warp`: float32 [size, size] in about [-1, 1]."""
     x, y, _ = _grid(size)
     angle, cycles = rng.uniform(0, math.pi), math.exp(rng.uniform(math.log(3), math.log(size / 5)))
     phase = math.pi * cycles * (x * math.cos(angle) + y * math.sin(angle)) + warp * rng.uniform(0, 2.5)
@@ -127,7 +128,7 @@ def _pattern(rng: np.random.Generator, size: int, warp: np.ndarray) -> np.ndarra
 
 
 def _textures(rng: np.random.Generator, size: int) -> list[np.ndarray]:
-    """Four fields [size, size] that shapes are modulated with: slow shading, fine grain, a pattern, colour drift."""
+    """Four fields [size, size] that modulate shapes: slow shading, fine grain, a pattern, colour drift."""
     shading, drift = _noise(rng, size, rng.uniform(1.6, 2.6))
     grain, spots = _noise(rng, size, rng.uniform(0.3, 1.5))
     pattern = _pattern(rng, size, shading) if rng.random() < 0.5 else np.tanh(spots * rng.uniform(0.5, 4))
@@ -150,7 +151,7 @@ def _bytes(canvas: np.ndarray) -> np.ndarray:
 def _backdrop(
     rng: np.random.Generator, size: int, palette: np.ndarray, textures: list[np.ndarray]
 ) -> np.ndarray:
-    """What lies behind everything: a plain or cloudy gradient, often with ridges of land; float32 [size, size, 3]."""
+    """What lies behind everything, a gradient with clouds, grain or land: float32 [size, size, 3]."""
     x, y, _ = _grid(size)
     first, second, third = _pick(rng, palette, 3).astype(np.float32)
     angle = rng.normal(0, 0.3) if rng.random() < 0.6 else rng.uniform(0, 2 * math.pi)
@@ -169,7 +170,7 @@ def _backdrop(
     return canvas
 
 
-# Layers ---------------------------------------------------------------------------------------------------------
+# Layers -----------------------------------------------------------------------------------------------------
 
 
 class _Layer:
@@ -221,14 +222,13 @@ def _composite(
     colours = np.asarray(layer.colours.reduce(2), dtype=np.float32) / 255
     strengths = np.asarray(layer.strengths.reduce(2), dtype=np.float32) / 128
     cover = colours[..., 3:]
+    # The colours are not multiplied by the cover, so edges come out light: kept, models were trained on it.
     gain = 1 + 0.7 * (strengths[..., 0] - 1) * textures[0]
     gain += strengths[..., 1] * textures[1]
     gain += strengths[..., 2] * textures[2]
     tint = rng.normal(0, 0.25, size=3).astype(np.float32)
     ink = colours[..., :3] * np.maximum(gain, 0.05)[..., None]
-    ink += (
-        ((strengths[..., 3] - 1) * textures[3])[..., None] * tint * cover
-    )  # cover is premultiplied into the ink
+    ink += ((strengths[..., 3] - 1) * textures[3])[..., None] * tint * cover
     if shadow and rng.random() < 0.45:
         reach = layer.size * rng.uniform(0.01, 0.06)
         offset = rng.normal(0, reach, size=2).round().astype(int)
@@ -239,7 +239,7 @@ def _composite(
 
 
 def _outlines(rng: np.random.Generator, count: int, radii: np.ndarray, side: int) -> list[list[float]]:
-    """Outlines of `count` shapes of radius `radii` [count] (sheet pixels): ellipses, boxes, blobs, polygons."""
+    """Outlines of ellipses, boxes, blobs or polygons; `radii` [count] and the outlines in sheet pixels."""
     smooth = rng.random() < 0.65
     corners = int(rng.choice([20, 28, 36])) if smooth else int(rng.choice([3, 4, 4, 4, 5, 6, 9]))
     angle = np.arange(corners) * (2 * math.pi / corners) + np.zeros((count, 1))
@@ -274,7 +274,7 @@ def _shapes(
     radii: tuple[float, float],
     power: float,
 ) -> None:
-    """`count` shapes, radius density falling as r^-power between `radii` (parts of the side); strokes among them."""
+    """Shapes, their density falling as radius^-power between `radii` (parts of the side), balls, curves."""
     if not count:
         return
     exponent = 1 - power
@@ -298,7 +298,7 @@ def _shapes(
         _curves(rng, layer, palette, int(rng.integers(1, 8)))
 
 
-@functools.cache
+@cache
 def _ball() -> tuple[Image.Image, Image.Image]:
     """A round body lit from the upper left, 96 pixels wide: its outline, and how dark each point is."""
     line = np.linspace(-1.02, 1.02, 96)
@@ -334,16 +334,13 @@ def _curves(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, count:
         layer.line(points.ravel().tolist(), fill, texture, max(1, int(widest * rng.uniform(0.4, 1))))
 
 
-def _strokes(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, *_: object) -> None:
+def _strokes(rng: np.random.Generator, layer: _Layer, palette: np.ndarray) -> None:
     """Many strokes that share a direction: fur, grass, straw, rain, hatching."""
     count = int(rng.integers(40, 160))
     fills, textures = layer.fills(_pick(rng, palette[:4], count, jitter=0.1)), layer.textures(rng, count)
     direction, spread = rng.uniform(0, 2 * math.pi), rng.choice([0.05, 0.25, 0.7])
-    heading = (
-        direction
-        + rng.normal(0, spread, size=(count, 1))
-        + np.arange(5) * rng.normal(0, 0.12, size=(count, 1))
-    )
+    heading = direction + rng.normal(0, spread, size=(count, 1))
+    heading = heading + np.arange(5) * rng.normal(0, 0.12, size=(count, 1))
     length = layer.side * rng.uniform(0.01, 0.09) * np.exp(rng.normal(0, 0.3, size=(count, 1)))
     centre = rng.uniform(0, 1, size=(2, count, 1)) * layer.side
     if rng.random() < 0.5:  # a patch, not the whole picture
@@ -356,7 +353,7 @@ def _strokes(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, *_: o
         layer.line(points, fill, texture, width)
 
 
-def _facade(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, *_: object) -> None:
+def _facade(rng: np.random.Generator, layer: _Layer, palette: np.ndarray) -> None:
     """Walls with rows of windows, shelves, tiles or bricks, seen at a slant."""
     for _wall in range(int(rng.integers(1, 4))):
         side = layer.side
@@ -372,10 +369,8 @@ def _facade(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, *_: ob
         brick = 0.5 * (rng.random() < 0.3)
         for row in range(rows):
             for column in range(columns):
-                cell = (box * (1 - gap) + gap / 2 + (column + brick * (row % 2), row)) / (
-                    columns + brick,
-                    rows,
-                )
+                cell = box * (1 - gap) + gap / 2 + (column + brick * (row % 2), row)
+                cell = cell / (columns + brick, rows)
                 pane = 0 if odd[row, column] < 0.7 else 1 + (row + column) % 2
                 points = ((cell * extent) @ slant.T + corner).ravel().tolist()
                 layer.polygon(points, panes[pane], textures[1 + pane])
@@ -394,12 +389,12 @@ def _ridges(rng: np.random.Generator, layer: _Layer, palette: np.ndarray) -> Non
         layer.polygon([*points, layer.side, layer.side, 0, layer.side], fill, texture)
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(pixels)
 
 
-def _writing(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, *_: object) -> None:
+def _writing(rng: np.random.Generator, layer: _Layer, palette: np.ndarray) -> None:
     """A word on a sign, or lines of print."""
     lines = int(rng.choice([1, 2, 6], p=[0.5, 0.25, 0.25]))
     pixels = max(10, int(layer.side * rng.uniform(0.06, 0.3 if lines == 1 else 0.12)) // 2 * 2)
@@ -421,7 +416,7 @@ def _writing(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, *_: o
     layer.paint.multiline_text(place, text, fill=ink, font=_font(pixels))
 
 
-# Light and lens -------------------------------------------------------------------------------------------------
+# Light and lens ---------------------------------------------------------------------------------------------
 
 
 def _expose(rng: np.random.Generator, canvas: np.ndarray, textures: list[np.ndarray]) -> np.ndarray:
