@@ -129,8 +129,7 @@ class _Run:
 
     def _validation_images(self) -> Tensor:
         images = [
-            data.photo(name) if name in data.photo_names() else load_image(name)
-            for name in self.config.validation
+            load_image(name) if Path(name).is_file() else data.photo(name) for name in self.config.validation
         ]
         return to_tensor(images, self.tokenizer.image_size).to(self.accelerator.device)
 
@@ -374,7 +373,15 @@ class _Run:
 
 
 def _check(config: TrainConfig) -> None:
-    """Refuse schedules that would only fail late in the run."""
+    """Refuse schedules that would only fail late in the run, and validation on pictures that train."""
+    for source in config.data.get("sources", ()):
+        if isinstance(source, dict) and source.get("kind") == "photos":
+            if seen := sorted(
+                set(config.validation) & set(data.photo_names()) - set(source.get("exclude", ()))
+            ):
+                raise ValueError(
+                    f"validation photographs {', '.join(seen)} also train; exclude them from `photos`"
+                )
     parts = [("optimizer", config.optimizer, 0)]
     if config.loss.discriminator_weight > 0:
         parts.append(
