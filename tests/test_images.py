@@ -415,12 +415,12 @@ def test_float_tensors_of_any_width_become_float32(dtype):
 @settings(deadline=None, max_examples=200)
 @given(st.integers(2, 90), st.integers(2, 90), st.integers(1, 40), st.booleans())
 def test_floats_are_resized_and_cropped_as_pil_does_it(height, width, size, crop):
-    array = smooth(height, width)
+    array = noise(height, width) // 2 + 64  # no overshoot to clip: PIL clips between its two passes as well
     by_pil = to_tensor(Image.fromarray(array), size, crop=crop)
     floats = to_tensor(array / np.float32(255), size, crop=crop)
     assert floats.shape == by_pil.shape
     assert min(floats.shape[2:]) == size
-    assert (floats - by_pil).abs().max() < 2.5 / 255  # PIL rounds twice
+    assert (floats - by_pil).abs().max() < 2 / 255  # PIL rounds after each pass
 
 
 @pytest.mark.parametrize(

@@ -294,8 +294,7 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Stop at this step.")] = None,
 ) -> None:
-    """Train a tokenizer; run again to continue. Several processes: `accelerate launch -m vistok.cli train
-    …`."""
+    """Train a tokenizer; run again to continue. Several processes: `accelerate launch -m vistok.cli`."""
     from .train.config import read
     from .train.loop import train as run
 
@@ -311,8 +310,7 @@ def verify(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16, float16.")] = "float32",
 ) -> None:
-    """Compare our numbers with recorded outputs of the originals; exit 1 on a miss, 2 on a case it cannot
-    build."""
+    """Compare with recorded outputs of the originals; exit 1 on a miss, 2 on what cannot be built."""
     import torch
 
     from .eval.parity.case import CannotBuild
@@ -361,8 +359,7 @@ def speed(
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
 ) -> None:
-    """Encode + decode images/s and peak memory against a straightforward implementation, paired in one
-    run."""
+    """Images/s and peak memory against a straightforward implementation, paired in one run."""
     from .eval.speed import HEADER, measure
 
     if threads:
@@ -386,8 +383,7 @@ def tokens(
     out: Annotated[Path, typer.Option("--out", help="Folder for plot and JSON.")] = Path("rate-distortion"),
     device: Device = "auto",
 ) -> None:
-    """Rate–distortion: PSNR at every prefix length beside thumbnail, JPEG and WebP at their real byte
-    counts."""
+    """PSNR at every prefix length beside thumbnail, JPEG and WebP at their real byte counts."""
     from .eval.rate_distortion import HEADER, measure, plot
 
     model, bad = _load(tokenizer, device, weights), _Bad()

@@ -15,8 +15,7 @@ from .tokens import Tokens
 
 @dataclasses.dataclass
 class TrainingOutput:
-    """What a training forward gives: images as the decoder made them (not clamped), and the quantizer's
-    losses."""
+    """Of a training forward: images as the decoder made them (not clamped) and the quantizer's losses."""
 
     images: Tensor
     codes: Tensor
@@ -127,8 +126,7 @@ class Tokenizer(nn.Module):
         return self.decode(self.encode(images, num_tokens), **options)
 
     def forward(self, images: Tensor) -> TrainingOutput:
-        """One training pass with gradients: straight-through (or sampled) codes, decoder output, quantizer
-        losses."""
+        """One pass with gradients: straight-through or sampled codes, decoder output, quantizer losses."""
         quantized = self.quantizer(self.latents(images))
         return TrainingOutput(self.pixels(quantized.latents), quantized.codes, quantized.losses)
 
@@ -141,8 +139,7 @@ class Tokenizer(nn.Module):
         )
 
     def dequantize(self, tokens: Tokens | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (or bare codes) → latents [B, K, D] and lengths on this model's device, checked against
-        it."""
+        """Tokens (or bare codes) → latents [B, K, D] and lengths, checked and on this model's device."""
         if isinstance(tokens, Tensor):
             tokens = self.as_tokens(tokens)
         codes = getattr(tokens, self.quantizer.kind)
@@ -323,8 +320,7 @@ def _identify(
     located: checkpoint.Located,
     entry: registry.Entry | None,
 ) -> tuple[type[Tokenizer], dict[str, Any]]:
-    """Family and configuration fields: by the `given` config, the registry row, a config.json, or the
-    keys."""
+    """Family and fields: by the `given` config, the registry row, a config.json, or the keys."""
     known = registry.families()
     config = given or located.config
     named = (config or {}).get("family")

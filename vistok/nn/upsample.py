@@ -29,7 +29,6 @@ def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _folded(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Taps of a size-3 axis that meet on one low-resolution pixel, summed: for even and for odd outputs, size
-    2."""
+    """Taps of a size-3 axis summed where they meet on one low-resolution pixel: for even, for odd outputs."""
     first, middle, last = weight.unbind(axis)
     return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)

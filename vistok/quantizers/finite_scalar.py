@@ -47,8 +47,7 @@ class FiniteScalarQuantizer(Quantizer):
         return table[:count]
 
     def _digits(self, latents: Tensor) -> Tensor:
-        """Signed integer digits as floats, bounded as in section 3.1 of the paper, with a straight-through
-        gradient."""
+        """Signed integer digits as floats (paper, section 3.1), with a straight-through gradient."""
         if latents.shape[-1] != self._levels.shape[-1]:
             raise ValueError(
                 f"latents have {latents.shape[-1]} channels; the levels need {self._levels.shape[-1]}"

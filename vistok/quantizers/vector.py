@@ -85,8 +85,7 @@ class VectorQuantizer(Quantizer):
         return F.normalize(mixed, dim=-1) if self.l2_norm else mixed
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Straight-through quantization with losses by name; in training mode `clustering` updates the
-        codebook."""
+        """Straight-through codes and losses by name; in training mode `clustering` moves the codebook."""
         with torch.autocast(latents.device.type, enabled=False):
             compared, codebook = self._compare(latents)
             distances = self._distances(compared.detach(), codebook.detach())

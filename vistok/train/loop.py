@@ -374,14 +374,11 @@ class _Run:
 
 def _check(config: TrainConfig) -> None:
     """Refuse schedules that would only fail late in the run, and validation on pictures that train."""
-    for source in config.data.get("sources", ()):
-        if isinstance(source, dict) and source.get("kind") == "photos":
-            if seen := sorted(
-                set(config.validation) & set(data.photo_names()) - set(source.get("exclude", ()))
-            ):
-                raise ValueError(
-                    f"validation photographs {', '.join(seen)} also train; exclude them from `photos`"
-                )
+    sources = [source for source in config.data.get("sources") or () if isinstance(source, dict)]
+    for source in sources:
+        drawn = set(data.photo_names()) if source.get("kind") == "photos" else set()
+        if seen := sorted((drawn - set(source.get("exclude", ()))) & set(config.validation)):
+            raise ValueError(f"validation photographs {', '.join(seen)} also train; exclude them from photos")
     parts = [("optimizer", config.optimizer, 0)]
     if config.loss.discriminator_weight > 0:
         parts.append(
