@@ -2,6 +2,7 @@
 step."""
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -283,8 +284,8 @@ def _training_step(case: Case) -> Outputs:
 
 
 def _losses(case: Case) -> Outputs:
-    yield from _vector_quantizer(case, "vq_l2", 64, 12, l2_norm=True)
-    yield from _vector_quantizer(case, "vq_plain", 48, 16, l2_norm=False)
+    for owner in ("vq_l2", "vq_plain"):
+        yield from _vector_quantizer(case, owner)
     yield from _clustering(case)
     posterior = DiagonalGaussian(_rows(case.recorded("kl.params")))
     yield "kl.mean", _column(posterior.mean)
@@ -293,18 +294,27 @@ def _losses(case: Case) -> Outputs:
     yield "kl.kl", posterior.kl()
     yield from _image_losses(case, posterior)
     yield from _token_losses(case)
-    settings = {"base": 1e-4, "warmup": 10}
+    yield from _schedules(case)
+
+
+def _schedules(case: Case) -> Outputs:
+    said = case.description("lr.cosine")
+    base, end, warmup, total = (
+        float(re.search(rf"{name} ([-+.e\d]+)", said)[1]) for name in ("base", "end", "warmup", "total")
+    )
     steps = range(len(case.tensors["lr.cosine"]))
-    cosine = [cosine_schedule(step, end=1e-5, total=50, **settings) for step in steps]
+    cosine = [cosine_schedule(step, base, end, int(warmup), int(total)) for step in steps]
     yield "lr.cosine", torch.tensor(cosine, dtype=torch.float64)
-    constant = [constant_schedule(step, **settings) for step in steps]
+    constant = [constant_schedule(step, base, int(warmup)) for step in steps]
     yield "lr.constant", torch.tensor(constant, dtype=torch.float64)
-    decays = [ema_decay(step) for step in (0, 1, 2, 3, 10, 100, 1000, 8990, 8991, 10000, 20000)]
+    listed = re.search(r"steps ([\d,]+)", case.description("ema.decay"))[1]
+    decays = [ema_decay(int(step)) for step in listed.split(",")]
     yield "ema.decay", torch.tensor(decays, dtype=torch.float64)
 
 
-def _vector_quantizer(case: Case, owner: str, size: int, dim: int, l2_norm: bool) -> Outputs:
-    quantizer = case.build(lambda: VectorQuantizer(size, dim, l2_norm=l2_norm), f"{owner}:")
+def _vector_quantizer(case: Case, owner: str) -> Outputs:
+    size, dim = case.data["state_dict"][f"{owner}:embedding.weight"][1]
+    quantizer = case.build(lambda: VectorQuantizer(size, dim, l2_norm=owner == "vq_l2"), f"{owner}:")
     latents = case.recorded(f"{owner}.z").requires_grad_()
     with torch.enable_grad():
         quantized = quantizer(_rows(latents))
