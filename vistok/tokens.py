@@ -1,21 +1,8 @@
-"""`Tokens`: what an encoder hands to a decoder, and its packed form on disk.
-
-The packed form, version 1 (integers are LEB128 varints unless a width is named):
-
-    "VTOK" | version: 1 byte | bytes that follow | header | payload | CRC32 of all before it: 4 bytes
-
-    header   flags: 1 byte (bits 0-1 kind, 2 Q axis, 3 lengths, 4 tokenizer's name, 5-6 dtype of latents)
-             B | K | D, or Q and the Q codebook sizes | the name's byte count and UTF-8
-             lengths, each packed at K.bit_length() bits
-    payload  the tokens of all images in order, padding left out; indices at ceil(log2(codebook size)) bits
-             each, most significant bit first, one codebook after the other; bits at one bit each; latents as
-             raw numbers (these and the CRC32 little-endian)
-"""
+"""`Tokens`: the value between encode and decode, and its packed form on disk (layout: `vistok.packing`)."""
 
 import dataclasses
 import operator
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +12,12 @@ import torch
 from torch import Tensor
 
 from .files import written_aside
+from .packing import Reader, check_expansion, checked_body, index_widths, pack, seal, unpack, varint
 
-_MAGIC = b"VTOK"
-_VERSION = 1
 _KINDS = ("indices", "bits", "latents")
 _LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HAS_CODEBOOK_AXIS, _HAS_LENGTHS, _HAS_TOKENIZER = 4, 8, 16
-_CHUNK = 1 << 16  # tokens packed at a time; a multiple of 8, so that every chunk ends on a whole byte
-_FREE_ELEMENTS = 1 << 28  # a file may unpack to this many numbers whatever its size; see _check_expansion
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -171,7 +155,7 @@ class Tokens:
 
     def _bits_per_token(self) -> int:
         if self._kind == "indices":
-            return sum(_index_widths(self._require_codebook_sizes()))
+            return sum(index_widths(self._require_codebook_sizes()))
         return self._width * (1 if self._kind == "bits" else 8 * self._data.element_size())
 
     def _require_codebook_sizes(self) -> tuple[int, ...]:
@@ -277,13 +261,13 @@ class Tokens:
         ValueError for indices without codebook_sizes or with a value outside its codebook.
         """
         kind = self._kind
-        widths = _index_widths(self._require_codebook_sizes()) if kind == "indices" else ()
+        widths = index_widths(self._require_codebook_sizes()) if kind == "indices" else ()
         self.validate()
         data = self._data.detach().cpu()
         flags = _KINDS.index(kind)
         header = bytearray(1)
-        header += _varint(len(self)) + _varint(self.num_tokens) + _varint(self._width)
-        header += b"".join(map(_varint, self.codebook_sizes or ()))
+        header += varint(len(self)) + varint(self.num_tokens) + varint(self._width)
+        header += b"".join(map(varint, self.codebook_sizes or ()))
         if kind == "indices" and data.ndim == 3:
             flags |= _HAS_CODEBOOK_AXIS
         if kind == "latents":
@@ -291,23 +275,22 @@ class Tokens:
         if self.tokenizer is not None:
             flags |= _HAS_TOKENIZER
             name = self.tokenizer.encode()
-            header += _varint(len(name)) + name
+            header += varint(len(name)) + name
         if self.lengths is None:
             data = data.flatten(0, 1)  # [N, ...], N tokens in all
         else:
             flags |= _HAS_LENGTHS
             lengths = self.lengths.cpu()
-            header += _pack(lengths[:, None].numpy(), [self.num_tokens.bit_length()])
+            header += pack(lengths[:, None].numpy(), [self.num_tokens.bit_length()])
             data = data[torch.arange(self.num_tokens) < lengths[:, None]]
         header[0] = flags
         if kind == "indices":
-            payload = _pack(data.reshape(-1, self._width).numpy(), widths)
+            payload = pack(data.reshape(-1, self._width).numpy(), widths)
         elif kind == "bits":
             payload = np.packbits(data.numpy()).tobytes()
         else:
             payload = _as_integers(data).numpy().astype(f"<i{data.itemsize}", copy=False).tobytes()
-        body = b"".join([_MAGIC, bytes([_VERSION]), _varint(len(header) + len(payload) + 4), header, payload])
-        return body + zlib.crc32(body).to_bytes(4, "little")
+        return seal(bytes(header) + payload)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> "Tokens":
@@ -316,7 +299,7 @@ class Tokens:
         ValueError for anything else: no token file, a newer version, truncated, trailing bytes, a checksum
         that does not match. The checksum is verified before any size in the header is believed.
         """
-        reader = _Reader(_checked_body(np.frombuffer(bytes(data), np.uint8)))
+        reader = Reader(checked_body(np.frombuffer(bytes(data), np.uint8)))
         flags = reader.byte()
         kind_number, dtype_number = flags & 3, flags >> 5
         if kind_number >= len(_KINDS) or dtype_number >= len(_LATENT_DTYPES):
@@ -327,15 +310,15 @@ class Tokens:
         if sizes is not None and not all(1 <= size <= 2**63 for size in sizes):
             raise ValueError(f"corrupt vistok token file: codebook sizes {sizes} are outside 1..2**63")
         tokenizer = reader.take(reader.varint()).tobytes().decode() if flags & _HAS_TOKENIZER else None
-        _check_expansion(max(batch, 1) * max(num_tokens, 1) * width, len(reader.data))
+        check_expansion(max(batch, 1) * max(num_tokens, 1) * width, len(reader.data))
         lengths, count = None, batch * num_tokens
         if flags & _HAS_LENGTHS:
-            lengths = _unpack(reader, batch, [num_tokens.bit_length()])[:, 0]
+            lengths = unpack(reader, batch, [num_tokens.bit_length()])[:, 0]
             _check_range(torch.from_numpy(lengths), num_tokens, "length", f"{num_tokens} tokens an image")
             count = int(lengths.sum())
 
         if sizes is not None:
-            values = _unpack(reader, count, _index_widths(sizes))
+            values = unpack(reader, count, index_widths(sizes))
         elif kind == "bits":
             packed = reader.take((count * width + 7) // 8)
             values = np.unpackbits(packed, count=count * width).view(np.bool_).reshape(count, width)
@@ -418,125 +401,3 @@ def _check_range(values: Tensor, highest: int, what: str, owner: str) -> None:
     low, high = (int(extreme) for extreme in values.aminmax())
     if low < 0 or high > highest:
         raise ValueError(f"{what} {low if low < 0 else high} is outside 0..{highest} ({owner})")
-
-
-def _index_widths(codebook_sizes: Sequence[int]) -> list[int]:
-    """Bits per index, ceil(log2(size))."""
-    return [(size - 1).bit_length() for size in codebook_sizes]
-
-
-def _pack(values: np.ndarray, widths: Sequence[int]) -> bytes:
-    """Pack int64 [N, Q] at widths[q] bits each, row after row, big-endian bits; zeros fill the last byte."""
-    packed = []
-    for start in range(0, len(values), _CHUNK):
-        columns = []
-        for column, width in zip(values[start : start + _CHUNK].T, widths, strict=True):
-            used = (width + 7) // 8
-            octets = np.ascontiguousarray(column.astype(">i8")).view(np.uint8).reshape(-1, 8)[:, 8 - used :]
-            columns.append(np.unpackbits(octets, axis=1)[:, 8 * used - width :])
-        packed.append(np.packbits(np.concatenate(columns, axis=1)).tobytes())
-    return b"".join(packed)
-
-
-def _unpack(reader: "_Reader", count: int, widths: Sequence[int]) -> np.ndarray:
-    """Undo `_pack`: the next bytes of a file to int64 [count, Q]."""
-    total = sum(widths)
-    packed = reader.take((count * total + 7) // 8)
-    values = np.zeros((count, len(widths)), np.int64)
-    for start in range(0, count, _CHUNK):
-        rows = min(_CHUNK, count - start)
-        first = start * total // 8
-        chunk = packed[first : first + (rows * total + 7) // 8]
-        bits = np.unpackbits(chunk, count=rows * total).reshape(rows, total)
-        for q, width in enumerate(widths):
-            column, bits = bits[:, :width], bits[:, width:]
-            octets = np.zeros((rows, 64), np.uint8)
-            octets[:, 64 - width :] = column
-            values[start : start + rows, q] = np.packbits(octets, axis=1).view(">i8")[:, 0]
-    return values
-
-
-def _varint(value: int) -> bytes:
-    """LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
-class _Reader:
-    """Reads a header front to back, and refuses to read past its end."""
-
-    def __init__(self, data: np.ndarray, offset: int = 0) -> None:
-        self.data, self.offset = data, offset
-
-    def take(self, count: int) -> np.ndarray:
-        if count > len(self.data) - self.offset:
-            left = len(self.data) - self.offset
-            raise ValueError(
-                f"corrupt vistok token file: the header promises {count} bytes where {left} are left"
-            )
-        self.offset += count
-        return self.data[self.offset - count : self.offset]
-
-    def byte(self) -> int:
-        return int(self.take(1)[0])
-
-    def varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            octet = self.byte()
-            value |= (octet & 127) << shift
-            if octet < 128:
-                return value
-        raise ValueError("corrupt vistok token file: a number in the header does not end")
-
-    def finish(self) -> None:
-        if self.offset != len(self.data):
-            left = len(self.data) - self.offset
-            raise ValueError(f"corrupt vistok token file: {left} bytes more than the header promises")
-
-
-def _checked_body(data: np.ndarray) -> np.ndarray:
-    """Header and payload of a packed file [bytes], once its magic, version, length and checksum are right."""
-    start = data[: len(_MAGIC)].tobytes()
-    if start != _MAGIC[: len(start)]:
-        raise ValueError(f"not a vistok token file: it starts with {start!r}, not {_MAGIC!r}")
-    if len(data) < len(_MAGIC) + 2:
-        raise ValueError(f"truncated vistok token file: got {len(data)} bytes, too few for a header")
-    version = int(data[len(_MAGIC)])
-    if version > _VERSION:
-        raise ValueError(
-            f"vistok token file of version {version}, newer than version {_VERSION} read here: upgrade vistok"
-        )
-    if version < _VERSION:
-        raise ValueError(f"corrupt vistok token file: there is no version {version}")
-    reader = _Reader(data, len(_MAGIC) + 1)
-    try:
-        promised = reader.varint() + reader.offset
-    except ValueError:
-        raise ValueError(
-            f"truncated or corrupt vistok token file: got {len(data)} bytes, its size is unreadable"
-        ) from None
-    if len(data) < promised:
-        raise ValueError(
-            f"truncated vistok token file: got {len(data)} bytes, the header promises {promised}"
-        )
-    if len(data) > promised:
-        raise ValueError(
-            f"{len(data) - promised} trailing bytes after a vistok token file: "
-            f"got {len(data)} bytes, the header promises {promised}"
-        )
-    checksum, body = int.from_bytes(data[-4:].tobytes(), "little"), data[:-4]
-    if zlib.crc32(body) != checksum:
-        raise ValueError("corrupt vistok token file: checksum mismatch, some of its bytes have changed")
-    return body[reader.offset :]
-
-
-def _check_expansion(elements: int, file_bytes: int) -> None:
-    """Refuse a tiny file that asks for vast tensors: padding and one-word codebooks cost no payload."""
-    if elements > max(_FREE_ELEMENTS, 1024 * file_bytes):
-        raise ValueError(
-            f"corrupt vistok token file: {file_bytes} bytes would unpack to {elements} numbers with padding"
-        )

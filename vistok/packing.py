@@ -1,0 +1,155 @@
+"""The packed form of tokens: bit packing, numbers, and a container with a checksum.
+
+The packed form, version 1 (integers are LEB128 varints unless a width is named):
+
+    "VTOK" | version: 1 byte | bytes that follow | header | payload | CRC32 of all before it: 4 bytes
+
+    header   flags: 1 byte (bits 0-1 kind, 2 Q axis, 3 lengths, 4 tokenizer's name, 5-6 dtype of latents)
+             B | K | D, or Q and the Q codebook sizes | the name's byte count and UTF-8
+             lengths, each packed at K.bit_length() bits
+    payload  the tokens of all images in order, padding left out; indices at ceil(log2(codebook size)) bits
+             each, most significant bit first, one codebook after the other; bits at one bit each; latents as
+             raw numbers (these and the CRC32 little-endian)
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+MAGIC = b"VTOK"
+VERSION = 1
+_CHUNK = 1 << 16  # tokens packed at a time; a multiple of 8, so that every chunk ends on a whole byte
+_FREE_ELEMENTS = 1 << 28  # a file may unpack to this many numbers whatever its size; see check_expansion
+
+
+def index_widths(codebook_sizes: Sequence[int]) -> list[int]:
+    """Bits per index, ceil(log2(size))."""
+    return [(size - 1).bit_length() for size in codebook_sizes]
+
+
+def pack(values: np.ndarray, widths: Sequence[int]) -> bytes:
+    """Pack int64 [N, Q] at widths[q] bits each, row after row, big-endian bits; zeros fill the last byte."""
+    packed = []
+    for start in range(0, len(values), _CHUNK):
+        columns = []
+        for column, width in zip(values[start : start + _CHUNK].T, widths, strict=True):
+            used = (width + 7) // 8
+            octets = np.ascontiguousarray(column.astype(">i8")).view(np.uint8).reshape(-1, 8)[:, 8 - used :]
+            columns.append(np.unpackbits(octets, axis=1)[:, 8 * used - width :])
+        packed.append(np.packbits(np.concatenate(columns, axis=1)).tobytes())
+    return b"".join(packed)
+
+
+def unpack(reader: "Reader", count: int, widths: Sequence[int]) -> np.ndarray:
+    """Undo `pack`: the next bytes of a file to int64 [count, Q]."""
+    total = sum(widths)
+    packed = reader.take((count * total + 7) // 8)
+    values = np.zeros((count, len(widths)), np.int64)
+    for start in range(0, count, _CHUNK):
+        rows = min(_CHUNK, count - start)
+        first = start * total // 8
+        chunk = packed[first : first + (rows * total + 7) // 8]
+        bits = np.unpackbits(chunk, count=rows * total).reshape(rows, total)
+        for q, width in enumerate(widths):
+            column, bits = bits[:, :width], bits[:, width:]
+            octets = np.zeros((rows, 64), np.uint8)
+            octets[:, 64 - width :] = column
+            values[start : start + rows, q] = np.packbits(octets, axis=1).view(">i8")[:, 0]
+    return values
+
+
+def varint(value: int) -> bytes:
+    """LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+class Reader:
+    """Reads a header front to back, and refuses to read past its end."""
+
+    def __init__(self, data: np.ndarray, offset: int = 0) -> None:
+        self.data, self.offset = data, offset
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` bytes."""
+        if count > len(self.data) - self.offset:
+            left = len(self.data) - self.offset
+            raise ValueError(
+                f"corrupt vistok token file: the header promises {count} bytes where {left} are left"
+            )
+        self.offset += count
+        return self.data[self.offset - count : self.offset]
+
+    def byte(self) -> int:
+        """The next byte as a number."""
+        return int(self.take(1)[0])
+
+    def varint(self) -> int:
+        """The next LEB128 number."""
+        value = 0
+        for shift in range(0, 70, 7):
+            octet = self.byte()
+            value |= (octet & 127) << shift
+            if octet < 128:
+                return value
+        raise ValueError("corrupt vistok token file: a number in the header does not end")
+
+    def finish(self) -> None:
+        """Refuse bytes that nobody asked for."""
+        if self.offset != len(self.data):
+            left = len(self.data) - self.offset
+            raise ValueError(f"corrupt vistok token file: {left} bytes more than the header promises")
+
+
+def seal(content: bytes) -> bytes:
+    """A whole packed file around header and payload: magic, version and size before them, a CRC32 behind."""
+    body = b"".join([MAGIC, bytes([VERSION]), varint(len(content) + 4), content])
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def checked_body(data: np.ndarray) -> np.ndarray:
+    """Header and payload of a packed file [bytes], once its magic, version, length and checksum are right."""
+    start = data[: len(MAGIC)].tobytes()
+    if start != MAGIC[: len(start)]:
+        raise ValueError(f"not a vistok token file: it starts with {start!r}, not {MAGIC!r}")
+    if len(data) < len(MAGIC) + 2:
+        raise ValueError(f"truncated vistok token file: got {len(data)} bytes, too few for a header")
+    version = int(data[len(MAGIC)])
+    if version > VERSION:
+        raise ValueError(
+            f"vistok token file of version {version}, newer than version {VERSION} read here: upgrade vistok"
+        )
+    if version < VERSION:
+        raise ValueError(f"corrupt vistok token file: there is no version {version}")
+    reader = Reader(data, len(MAGIC) + 1)
+    try:
+        promised = reader.varint() + reader.offset
+    except ValueError:
+        raise ValueError(
+            f"truncated or corrupt vistok token file: got {len(data)} bytes, its size is unreadable"
+        ) from None
+    if len(data) < promised:
+        raise ValueError(
+            f"truncated vistok token file: got {len(data)} bytes, the header promises {promised}"
+        )
+    if len(data) > promised:
+        raise ValueError(
+            f"{len(data) - promised} trailing bytes after a vistok token file: "
+            f"got {len(data)} bytes, the header promises {promised}"
+        )
+    checksum, body = int.from_bytes(data[-4:].tobytes(), "little"), data[:-4]
+    if zlib.crc32(body) != checksum:
+        raise ValueError("corrupt vistok token file: checksum mismatch, some of its bytes have changed")
+    return body[reader.offset :]
+
+
+def check_expansion(elements: int, file_bytes: int) -> None:
+    """Refuse a tiny file that asks for vast tensors: padding and one-word codebooks cost no payload."""
+    if elements > max(_FREE_ELEMENTS, 1024 * file_bytes):
+        raise ValueError(
+            f"corrupt vistok token file: {file_bytes} bytes would unpack to {elements} numbers with padding"
+        )
