@@ -487,7 +487,7 @@ def test_a_standard_normal_posterior_costs_nothing():
 def test_gaussian_encode_is_the_mean_and_decode_the_identity():
     quantizer, latents = GaussianQuantizer(3), torch.randn(2, 4, 6)
     assert torch.equal(quantizer.encode(latents), latents[..., :3])
-    assert torch.equal(quantizer.decode(latents), latents)
+    assert torch.equal(quantizer.decode(latents[..., :3]), latents[..., :3])
     assert quantizer.codebook_sizes is None
 
 

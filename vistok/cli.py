@@ -79,7 +79,7 @@ def demo(
         payload = int(prefix.bits_per_image[0]) / 8
         quality = float(psnr(decoded, pixels)[0])
         columns += to_pil(decoded)
-        labels.append(f"{count} tokens, {payload:g} bytes")
+        labels.append(f"{count} token{'s' * (count > 1)}, {payload:g} bytes")
         rows.append(
             [
                 str(count),

@@ -233,8 +233,7 @@ class Tokenizer(nn.Module):
         return next(self.parameters()).dtype
 
     def add_companion(self, name: str, module: nn.Module) -> None:
-        """Attach a frozen module that moves with this one but is not part of its checkpoint (a text tower,
-        say)."""
+        """Take over a module, frozen: it moves with this one but is not in its checkpoint (a text tower)."""
         self._companions[name] = module.eval().requires_grad_(False).to(self.device, self.dtype)
 
     def companion(self, name: str) -> nn.Module | None:

@@ -294,16 +294,15 @@ class TiTok(Tokenizer):
         return drawer.decode(output.argmax(1).flatten(1))
 
     def attach_pixel_tokenizer(self, source: Tokenizer | str | Path) -> None:
-        """Give stage-1 weights the MaskGIT-VQGAN (itself, its registry name or a path) that draws their
-        codes."""
+        """Give stage-1 weights the MaskGIT-VQGAN that draws their codes: itself, its name or a path."""
         if not self.config.is_legacy or self.config.finetune_decoder:
             raise ValueError(
                 f"{self.label} decodes to pixels by itself; only stage-1 weights take a pixel tokenizer"
             )
-        tokenizer = source if isinstance(source, MaskGITVQGAN) else load(source)
+        tokenizer = copy.deepcopy(source) if isinstance(source, Tokenizer) else load(source)
         if not isinstance(tokenizer, MaskGITVQGAN):
             raise ValueError(
-                f"{source} is a {tokenizer.family} tokenizer; stage-1 weights need maskgit-vqgan"
+                f"{tokenizer.label} is a {tokenizer.family} tokenizer; stage-1 weights need maskgit-vqgan"
             )
         self.add_companion("pixel_tokenizer", tokenizer)
 
@@ -364,8 +363,7 @@ class TATiTok(TiTok):
     def attach_text_encoder(
         self, source: "str | Path | nn.Module" = "openai", activation: str = "quickgelu"
     ) -> None:
-        """Give the decoder its CLIP text tower: open_clip's tag, a local weights file, or a
-        CLIPTextEncoder."""
+        """Give the decoder its CLIP text tower: open_clip's tag, a weights file, or a CLIPTextEncoder."""
         from ..nn.clip_text import CLIPTextEncoder
 
         if isinstance(source, CLIPTextEncoder):
