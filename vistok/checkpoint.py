@@ -65,14 +65,13 @@ def fetch(
     hub cannot be reached and nothing is cached.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def get(name: str) -> Path:
-        return Path(
-            hf_hub_download(
-                repo, name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-            )
-        )
+        # Once the hub could not be reached only the cache is asked: the client retries for long, for each file.
+        offline = local_files_only or isinstance(problem, LocalEntryNotFoundError)
+        found = hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline)
+        return Path(found)
 
     names = [file] if file else list(WEIGHTS_NAMES)
     weights = problem = None
@@ -93,9 +92,7 @@ def fetch(
         ) from problem
     try:
         config = get(CONFIG_NAME)
-    except (
-        EntryNotFoundError
-    ):  # raw weight repositories have none; the architecture is then read off the keys
+    except EntryNotFoundError:  # raw weight repositories have none; the keys then tell the architecture
         return Located(weights, None)
     return Located(weights, read_config(config))
 
