@@ -68,7 +68,7 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def get(name: str) -> Path:
-        # Once the hub could not be reached only the cache is asked: the client retries for long, for each file.
+        # Once the hub could not be reached only the cache is asked: the client retries for long, every file.
         offline = local_files_only or isinstance(problem, LocalEntryNotFoundError)
         found = hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline)
         return Path(found)
