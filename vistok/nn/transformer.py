@@ -1,5 +1,7 @@
 """Pre-norm transformer blocks on `scaled_dot_product_attention`, in the CLIP/TiTok key layout."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,8 +52,17 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] → [..., D]."""
-        hidden = F.gelu(linear(x, self.c_fc.weight, self.c_fc.bias))
+        """[B, N, D] → [B, N, D]."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._layers(x, F.gelu)
+        # The hidden layer is the largest thing in memory: activate it in place, and on a CPU for few images
+        # at a time.
+        parts = x.split(4) if x.device.type == "cpu" and len(x) > 4 else (x,)
+        parts = [self._layers(part, torch.ops.aten.gelu_) for part in parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _layers(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        hidden = activation(linear(x, self.c_fc.weight, self.c_fc.bias))
         return linear(hidden, self.c_proj.weight, self.c_proj.bias)
 
 
