@@ -1,0 +1,1 @@
+"""Where each host model family keeps its tower, projector, decoder layers and visual tokens."""
