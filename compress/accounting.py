@@ -1,0 +1,22 @@
+"""Multiply-adds of transformer blocks as a function of the tokens that enter them.
+
+Papers call these FLOPs; a multiply-add is two floating-point operations.
+"""
+
+
+def llm_block_macs(n: int, d: int, m: int, kv_dim: int | None = None) -> int:
+    """Multiply-adds of one language-model block on `n` tokens: width `d`, gated MLP of hidden width `m`.
+
+    4 n d² + 2 n² d + 3 n d m (FastV and its successors). `kv_dim` is the width of keys and values, heads
+    times head width, where grouped queries make it less than `d`.
+    """
+    kv_dim = d if kv_dim is None else kv_dim
+    return 2 * n * d * (d + kv_dim) + 2 * n * n * d + 3 * n * d * m
+
+
+def vit_block_macs(n: int, C: int) -> int:
+    """Multiply-adds of one ViT block on `n` tokens, class token included: width `C`, MLP width 4 C.
+
+    12 n C² + 2 n² C.
+    """
+    return 12 * n * C * C + 2 * n * n * C

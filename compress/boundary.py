@@ -1,0 +1,220 @@
+"""Dropping and merging visual tokens at the border of the language model, before its first layer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import physical
+from .call import Call, past_columns, read_prompt
+from .hosts.families import Host
+from .layout import Layout, Span, compact, gather
+from .reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count
+
+
+def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
+    """What a reducer is given of one image: its tokens [N, D], the prompt's text [T, D], and what was recorded."""
+    record, items = span.record, slice(span.item, span.item + span.items)
+    grid = span.grid
+
+    def per_item(stored: list[Tensor] | None) -> Tensor | None:
+        if not stored:
+            return None
+        tiles = torch.cat(stored[items])
+        if host.family.segment == "tiles":  # items are samples: take the tiles of this image
+            first = span.offset // tiles.shape[-1]
+            tiles = tiles[first : first + len(features) // tiles.shape[-1]]
+        return tiles
+
+    return Image(
+        features=features,
+        text=text,
+        grid=grid,
+        number=span.number,
+        rows={layer: rows for layer, stored in record.rows.items() if (rows := per_item(stored)) is not None},
+        states=per_item(record.states),
+        keys=per_item(record.keys),
+        project=getattr(host.core, "multi_modal_projector", None),
+        newline=getattr(host.core, "image_newline", None),
+    )
+
+
+def budget_of(keep: Budget, image: Image, default: float | None) -> float | int | None:
+    """The budget of one image: what `keep` says or returns for it, else the method's default."""
+    keep = keep(image) if callable(keep) else keep
+    return default if keep is None else fraction_or_count(keep)
+
+
+def choose(
+    host: Host,
+    call: Call,
+    embeds: Tensor,
+    reducer: FeatureReducer | None,
+    keep: Budget,
+    groups: Callable[[Span], Tensor | None],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Which tokens of the prompt stay.
+
+    Returns keep [B, L], the embeddings with merged values written in, and the places kept of each span, as token
+    numbers. Tokens that the tower merged (`groups(span)` [N], equal numbers are one group) stay once. Images
+    that stand in several rows (beams) are decided once.
+    """
+    stay = call.start.valid.clone()
+    text_mask = call.start.valid & (call.prompt.image < 0)
+    changed = embeds
+    kept: list[Tensor] = []
+    decided: dict[tuple[int, int, int], tuple[Selection, Tensor]] = {}
+    for span in call.prompt.spans:
+        places = span.places.to(embeds.device)
+        features = embeds[span.row, places]
+        key = (id(span.record), span.item, span.offset)
+        if key not in decided:
+            with call.timed():
+                image = view(host, span, features, embeds[span.row, text_mask[span.row].to(embeds.device)])
+                decided[key] = decide(image, reducer, keep, groups(span))
+        selection, numbers = decided[key]
+        if len(selection.kept) < len(places) and places[-1] == embeds.shape[1] - 1:
+            # The last token's output predicts the next: it stays even if it is visual.
+            numbers = torch.cat([numbers[numbers < len(places) - 1], numbers.new_tensor([len(places) - 1])])
+            selection = Selection(numbers)
+        if selection.values is not None:
+            if changed is embeds:
+                changed = embeds.clone()
+            changed[span.row, places[numbers]] = selection.values.to(embeds)
+        gone = torch.ones(len(places), dtype=torch.bool, device=stay.device)
+        gone[numbers.to(stay.device)] = False
+        stay[span.row, span.places[gone]] = False
+        kept.append(numbers)
+    return stay, changed, kept
+
+
+def decide(
+    image: Image, reducer: FeatureReducer | None, keep: Budget, groups: Tensor | None
+) -> tuple[Selection, Tensor]:
+    """What stays of one image: the reducer's answer, and the numbers of the kept tokens among all N.
+
+    Raises ValueError for features that are not finite, budgets above N and selections of nothing.
+    """
+    numbers = torch.arange(image.num_tokens, device=image.features.device)
+    if groups is not None:
+        first = torch.zeros(image.num_tokens, dtype=torch.bool)
+        seen, inverse = torch.unique(groups.cpu(), dim=0, return_inverse=True)
+        order = torch.full((len(seen),), image.num_tokens).scatter_reduce(
+            0, inverse, torch.arange(image.num_tokens), "amin"
+        )
+        first[order] = True
+        numbers = first.nonzero().squeeze(1).to(image.features.device)
+        image.features = image.features[numbers]
+        if image.grid is not None:
+            left = numbers.cpu()
+            image.grid = replace(image.grid, tile=image.grid.tile[left], index=image.grid.index[left])
+    if reducer is None:
+        return Selection(numbers), numbers
+    if not torch.isfinite(image.features).all():
+        raise ValueError(
+            "the image's features hold NaN or infinite values, so no selection means anything; check the pixel "
+            "values and the precision of the vision tower"
+        )
+    budget = budget_of(keep, image, reducer.default_keep)
+    if budget == 1.0 and isinstance(budget, float):
+        return Selection(numbers), numbers
+    selection = reducer.reduce(image, budget)
+    if not len(selection.kept):
+        raise ValueError(f"{type(reducer).__name__} kept no token of an image with {image.num_tokens}; raise keep")
+    return selection, numbers[selection.kept.to(numbers.device)]
+
+
+def shorten(
+    host: Host,
+    call: Call,
+    kwargs: dict[str, Any],
+    stay: Tensor,
+    positions: str,
+) -> dict[str, Any]:
+    """The language model's arguments without the tokens that do not stay: compacted to the right, with an
+    explicit 2-D mask (an all-ones mask keeps the gaps in position ids from being read as packed sequences)."""
+    index, valid, ragged = compact(stay)
+    call.layout = Layout(index, valid, ragged)
+    kwargs = dict(kwargs)
+    kwargs["inputs_embeds"] = gather(kwargs["inputs_embeds"], index)
+    kwargs["position_ids"] = _positions(kwargs["position_ids"], call.layout, positions)
+    if kwargs.get("visual_pos_masks") is not None:
+        shown = kwargs["visual_pos_masks"]
+        remaining = stay.to(shown.device)[shown]
+        kwargs["visual_pos_masks"] = gather(shown, index) & valid.to(shown.device)
+        kwargs["deepstack_visual_embeds"] = [
+            x[remaining.to(x.device)] for x in kwargs["deepstack_visual_embeds"]
+        ]
+    kwargs["attention_mask"] = _mask(host, call, kwargs.get("attention_mask"))
+    return kwargs
+
+
+def _positions(position_ids: Tensor, layout: Layout, positions: str) -> Tensor:
+    index = layout.index.to(position_ids.device)
+    if position_ids.ndim == 3:
+        index = index.expand(position_ids.shape[0], *index.shape)
+        kept = position_ids.expand(*index.shape[:2], -1).gather(2, index)
+        if positions == "keep":
+            return kept
+        start = kept.masked_fill(~layout.valid, torch.iinfo(kept.dtype).max).amin((0, 2), keepdim=True)
+    else:
+        kept = position_ids.expand(index.shape[0], -1).gather(1, index)
+        if positions == "keep":
+            return kept
+        start = kept.masked_fill(~layout.valid, torch.iinfo(kept.dtype).max).amin(1, keepdim=True)
+    return ((layout.valid.long().cumsum(1) - 1).clamp_min(0) + start).expand(kept.shape)
+
+
+def _mask(host: Host, call: Call, mask: Any) -> Any:
+    layout, entries = call.layout, call.entries[0]
+    valid = torch.cat([past_columns(call, 0), layout.valid], 1) if entries else layout.valid
+    if isinstance(mask, dict):
+        full = _shrunk(mask["full_attention"], layout, valid, entries)
+        shorter = {"full_attention": full}
+        if "sliding_attention" in mask:
+            shorter["sliding_attention"] = _slide(full, host.lm.config.sliding_window)
+        return shorter
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return _shrunk(mask, layout, valid, entries)
+    return valid.long()
+
+
+def _shrunk(mask: Tensor, layout: Layout, valid: Tensor, entries: int) -> Tensor:
+    """Rows and columns of a 4-D mask [B, 1, L, entries + L] that remain; columns that are not real are masked."""
+    batch, index = len(layout.index), layout.index.to(mask.device)
+    rows = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+    mask = mask.expand(batch, -1, -1, -1).gather(2, rows)
+    past = torch.arange(entries, device=index.device).expand(batch, -1)
+    columns = torch.cat([past, index + entries], 1)[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+    mask = mask.gather(3, columns)
+    hidden = ~valid.to(mask.device)[:, None, None]
+    return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
+def _slide(full: Tensor, window: int) -> Tensor:
+    """The part of a full mask within a window, counted in tokens that are left."""
+    rows = torch.arange(full.shape[2], device=full.device) + full.shape[3] - full.shape[2]
+    near = torch.arange(full.shape[3], device=full.device) > rows[:, None] - window
+    return full & near if full.dtype == torch.bool else full.masked_fill(~near, torch.finfo(full.dtype).min)
+
+
+def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:
+    """The position ids of a call, as the model would number them when none are given."""
+    embeds = kwargs["inputs_embeds"]
+    given = kwargs.get("position_ids")
+    if given is not None:
+        return given
+    return torch.arange(embeds.shape[1], device=embeds.device)[None] + length
+
+
+def enter(host: Host, call: Call, kwargs: dict[str, Any]) -> None:
+    """Note what the language model is given and what its cache holds, before it runs."""
+    call.cache = kwargs.get("past_key_values")
+    call.entries = [physical(call.cache, i) for i in range(len(host.layers))]
+    call.length = 0 if call.cache is None else call.cache.get_seq_length()
+    embeds = kwargs.get("inputs_embeds")
+    call.positions = None if embeds is None else explicit_positions(kwargs, call.length)
+    if call.prefill:
+        read_prompt(host, call, embeds.shape[1])

@@ -1,0 +1,100 @@
+"""A key-value cache whose layers hold fewer tokens than the model has read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+
+@dataclass
+class CacheState:
+    """What a reduced cache holds.
+
+    Tokens are counted logically (as the model read them: `length`) and physically (entries in a layer).
+    `columns[i]` [B, physical] says which entries of layer i are real, as of `length`; None stands for the
+    caller's own mask. `ragged[i]`: some entry is not real. `next` [B] is the position id after the last token,
+    `planes` how many position planes the model takes (0: one-dimensional); `compact`: positions are renumbered,
+    and `removed[i]` [B] is what layer i subtracts on top.
+    """
+
+    length: int
+    columns: list[Tensor | None]
+    ragged: list[bool]
+    removed: list[Tensor | None]
+    gap: list[int]
+    next: Tensor
+    planes: int = 0
+    compact: bool = False
+
+
+class ReducedDynamicCache(DynamicCache):
+    """A DynamicCache that answers `get_seq_length` with the tokens read, and masks with the entries held."""
+
+    reduction: CacheState
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that the layer has read, dropped ones included."""
+        gap = self.reduction.gap
+        return super().get_seq_length(layer_idx) + (gap[layer_idx] if layer_idx < len(gap) else 0)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Entries that the layer holds."""
+        return super().get_seq_length(layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: entries and tokens no longer correspond. Raises NotImplementedError."""
+        raise NotImplementedError(
+            "a cache that a reducer has shortened cannot be cropped (assisted decoding, prefix reuse); generate "
+            "without it, or shorten the inputs up front with session.prepare(inputs)"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        super().batch_select_indices(indices)
+        self._rows(lambda x: x[indices])
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        state = self.reduction
+        for name in ("columns", "removed"):
+            setattr(state, name, [x if x is None else change(x) for x in getattr(state, name)])
+        state.next = change(state.next)
+
+
+def state_of(cache: Cache | None) -> CacheState | None:
+    """The reduction a cache has been through, if any."""
+    return cache.reduction if isinstance(cache, ReducedDynamicCache) else None
+
+
+def adopt(cache: DynamicCache, state: CacheState) -> None:
+    """Turn the caller's own cache object into a reduced one."""
+    cache.__class__ = ReducedDynamicCache
+    cache.reduction = state
+
+
+def physical(cache: Cache | None, layer: int) -> int:
+    """Entries that a layer of the cache holds."""
+    if cache is None:
+        return 0
+    return Cache.get_seq_length(cache, layer)
+
+
+def extended(state: CacheState, layer: int, entries: int, mask: Tensor | None) -> Tensor | None:
+    """Which of a layer's `entries` are real by now: those of `columns`, then what came after by the caller's mask
+    [B, tokens read]. None when the layer follows the caller's mask alone."""
+    columns = state.columns[layer]
+    if columns is None:
+        return None
+    new = entries - columns.shape[1]
+    if mask is None:
+        later = columns.new_ones(columns.shape[0], new)
+    else:
+        later = mask[:, state.length : state.length + new].bool()
+    return torch.cat([columns, later.to(columns.device)], 1)

@@ -1,0 +1,208 @@
+"""One forward of a model with reducers attached: what it is given, what was dropped, what the cache must know."""
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from .cache import CacheState, ReducedDynamicCache, adopt, extended, physical, state_of
+from .hosts.families import Host, Record
+from .layout import Layout, Prompt, find_spans
+
+CURRENT: ContextVar["Call | None"] = ContextVar("vistok_call", default=None)
+
+FUNCTIONAL = (
+    "use the functional mode, which needs no hooks in the language model: prepared = session.prepare(inputs); "
+    "model.generate(**prepared.inputs, ...)"
+)
+
+
+@dataclass
+class Call:
+    """State of one forward of the core; it lives in a context variable, so threads do not meet."""
+
+    prefill: bool = False
+    ids: Tensor | None = None
+    mask: Tensor | None = None  # the caller's 2-D mask
+    outputs: dict[str, Any] = field(default_factory=dict)
+    state: CacheState | None = None
+    cache: Cache | None = None
+    entries: list[int] = field(default_factory=list)  # physical lengths before the call
+    length: int = 0  # logical length before the call
+    full: int = 0  # tokens of this call before reduction
+    prompt: Prompt | None = None
+    start: Layout | None = None  # of the whole prompt
+    entering: Layout | None = None  # of the language model's input
+    layout: Layout | None = None  # of the layer that runs now
+    layouts: list[Layout] = field(default_factory=list)  # of every layer
+    relative: Tensor | None = None  # [B, L'] places in the language model's input, once a layer has cut
+    positions: Tensor | None = None  # [B, L'] or [planes, B, L'] as the language model got them
+    removed: list[Tensor | None] = field(default_factory=list)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    measured: Tensor | None = None
+    deepstack: list[Tensor] | None = None
+    derived: dict[Any, Any] = field(default_factory=dict)  # masks and rotations shared by layers
+    kept: list[Tensor] = field(default_factory=list)  # token numbers of each span that entered the model
+    seconds: float = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what happens inside as time spent in the reducer."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], unclaimed: bool) -> tuple[Call, dict]:
+    """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
+
+    Raises NotImplementedError for static caches, masks that are already 4-D and chunked prefill, ValueError for
+    images without placeholders.
+    """
+    bound = inspect.signature(host.core.forward).bind(*args, **kwargs).arguments
+    arguments = {**bound.pop("kwargs", {}), **bound}
+    cache = arguments.get("past_key_values")
+    call = Call(cache=cache, state=state_of(cache))
+    outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
+    pixels = any(arguments.get(f"pixel_values{suffix}") is not None for suffix in ("", "_videos"))
+    if any(getattr(_record_of(output), "reduced", False) for output in outputs.values()):
+        return call, arguments
+    mask = arguments.get("attention_mask")
+    if (outputs or pixels or call.state) and not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+        raise NotImplementedError(
+            "reducers need the 2-D attention mask (1 for real tokens), and this call brings a prepared one, as "
+            f"static caches and compiled generation do; {FUNCTIONAL}"
+        )
+    call.mask = mask
+    if outputs or pixels:
+        _begin_prefill(host, call, arguments, outputs, unclaimed)
+    if call.state is not None:
+        _correct(call, arguments)
+    return call, arguments
+
+
+def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, Any], unclaimed: bool) -> None:
+    cache = call.cache
+    if cache is not None and type(cache) not in (DynamicCache, ReducedDynamicCache):
+        raise NotImplementedError(
+            f"reducers shorten a DynamicCache, and this call brings a {type(cache).__name__}; {FUNCTIONAL}"
+        )
+    if unclaimed and any(_record_of(output) is None for output in outputs.values()):
+        raise NotImplementedError(
+            "this prefill is cut into chunks (prefill_chunk_size), so a reducer would see pieces of an image; "
+            f"leave prefill_chunk_size unset, or {FUNCTIONAL}"
+        )
+    call.ids = arguments.get("input_ids")
+    if call.ids is None:
+        call.ids = _ids_of(host, arguments["inputs_embeds"])
+    media = torch.tensor(list(host.media_ids.values()), device=call.ids.device)
+    if not torch.isin(call.ids, media).any():
+        raise ValueError(
+            f"images were given, but the prompt holds none of the placeholder tokens {host.media_ids}; build "
+            "prompt and images together with the model's processor"
+        )
+    call.prefill, call.outputs = True, outputs
+
+
+def _ids_of(host: Host, embeds: Tensor) -> Tensor:
+    """Placeholder ids [B, L] recognised by their embedding; 0 or another free id elsewhere."""
+    table = host.model.get_input_embeddings()
+    ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+    for token in host.media_ids.values():
+        vector = table(torch.tensor(token, device=table.weight.device)).to(embeds)
+        ids[(embeds == vector).all(-1)] = token
+    return ids
+
+
+def _correct(call: Call, arguments: dict[str, Any]) -> None:
+    """The mask and positions of a call that goes on from a shortened cache."""
+    state, cache, mask = call.state, call.cache, call.mask
+    embeds = arguments.get("inputs_embeds")
+    tokens = arguments["input_ids"] if embeds is None else embeds
+    batch, new = tokens.shape[:2]
+    logical = cache.get_seq_length()
+    columns = extended(state, 0, physical(cache, 0), mask)
+    if columns is not None and (mask is not None or state.ragged[0]):
+        latest = columns.new_ones(batch, new) if mask is None else mask[:, logical : logical + new].bool()
+        arguments["attention_mask"] = torch.cat([columns, latest.to(columns.device)], 1).long()
+    if arguments.get("position_ids") is None or state.compact:
+        if mask is None:
+            since = torch.arange(new, device=tokens.device)[None] + (logical - state.length)
+        else:
+            since = (mask[:, state.length :].long().cumsum(1) - 1).clamp_min(0)[:, -new:]
+        positions = state.next.to(since.device)[:, None] + since
+        if state.planes:
+            positions = positions.expand(state.planes, batch, new)
+        arguments["position_ids"] = positions
+
+
+def _record_of(output: Any) -> Record | None:
+    return getattr(output, "vistok_record", None)
+
+
+def read_prompt(host: Host, call: Call, length: int) -> None:
+    """Find the images of the prompt once the core has merged their features."""
+    records = {}
+    for modality, output in call.outputs.items():
+        lengths = [len(item) for item in output.pooler_output]
+        record = _record_of(output) or Record(modality, lengths)
+        records[modality] = (record, lengths)
+    call.full = length
+    real = torch.ones_like(call.ids, dtype=torch.bool) if call.mask is None else call.mask[:, -length:].bool()
+    call.prompt = find_spans(host, call.ids, real, records)
+    index = torch.arange(length, device=real.device).expand(real.shape[0], -1)
+    call.start = call.layout = Layout(index, real, ragged=call.mask is not None)
+    call.prompt.image = call.prompt.image.to(real.device)
+    for span in call.prompt.spans:
+        span.places = span.places.to(real.device)
+
+
+def finish(call: Call, cache: Cache | None, compact: bool) -> None:
+    """Write into the cache what its layers hold after a prefill that dropped tokens."""
+    if cache is None or physical(cache, 0) == 0:  # no cache, or gradient checkpointing emptied it
+        return
+    state, length = call.state, call.length + call.full
+    columns, ragged, gap, removed = [], [], [], []
+    shared: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+    for i, layout in enumerate(call.layouts):
+        past = None if state is None else state.columns[i]
+        if past is None and layout is call.start:
+            columns.append(None)
+            ragged.append(call.mask is not None)
+        else:
+            key = (id(past), id(layout))
+            if key not in shared:
+                real = torch.cat([past_columns(call, i), layout.valid], 1)
+                shared[key] = (real, not bool(real.all()))
+            columns.append(shared[key][0])
+            ragged.append(shared[key][1])
+        gap.append(length - physical(cache, i) if physical(cache, i) else 0)
+        before, now = None if state is None else state.removed[i], call.removed[i]
+        removed.append(before if now is None else now if before is None else before + now)
+    positions, planes = call.positions, 0
+    if positions.ndim == 3:
+        planes = positions.shape[0]
+        positions = positions[-3:].amax(0)  # a fourth plane, in front, counts text
+    valid = call.layouts[0].valid.to(positions.device)
+    last = positions.expand(valid.shape).masked_fill(~valid, -1).amax(1)
+    adopt(cache, CacheState(length, columns, ragged, removed, gap, last + 1, planes, compact))
+
+
+def past_columns(call: Call, layer: int) -> Tensor:
+    """Which entries that a layer held before this call are real [B, entries]."""
+    entries, valid = call.entries[layer], call.start.valid
+    if call.state is not None and call.state.columns[layer] is not None:
+        return extended(call.state, layer, entries, call.mask)
+    if call.mask is None:
+        return valid.new_ones(valid.shape[0], entries)
+    return call.mask[:, :entries].bool()

@@ -1,0 +1,220 @@
+"""What is remembered while a tower makes features: sizes and grids, and the attention rows reducers asked for."""
+
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import attention_rows, column_sums, probing
+from ..layout import Span
+from .families import MEDIA, Host, Record
+
+
+def tower_attentions(tower: nn.Module) -> list[nn.Module]:
+    """The self-attention modules of a vision tower, first layer first."""
+    return [
+        module
+        for module in tower.modules()
+        if type(module).__name__.endswith("Attention") and not isinstance(module, nn.MultiheadAttention)
+    ]
+
+
+class FeatureRecorder:
+    """Wraps `get_image_features` and `get_video_features` of a model's core as instance attributes.
+
+    `layers` maps tower layers (negative: from the end) to whether probabilities (True) or logits are wanted;
+    `states` asks for the tower's states and mean keys at the feature layer. `done(modality, output, record)` gets
+    what was made.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        layers: dict[int, bool],
+        states: bool,
+        done: Callable[[str, Any, Record], None],
+        merging: Any = None,
+    ) -> None:
+        self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, merging
+        self.attentions = tower_attentions(host.tower) if layers or states else []
+        for layer in layers:
+            if not -len(self.attentions) <= layer < len(self.attentions):
+                raise ValueError(
+                    f"the reducer reads attention of tower layer {layer}, but {type(host.tower).__name__} has "
+                    f"{len(self.attentions)} layers"
+                )
+
+    def attach(self) -> None:
+        """Put the wrappers in place."""
+        for modality in MEDIA:
+            name = f"get_{modality}_features"
+            stock = getattr(self.host.core, name, None)
+            if stock is not None:
+                setattr(self.host.core, name, self._wrapper(modality, stock))
+
+    def remove(self) -> None:
+        """Restore the core."""
+        for modality in MEDIA:
+            self.host.core.__dict__.pop(f"get_{modality}_features", None)
+
+    def _wrapper(self, modality: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(stock)
+
+        @wraps(stock)  # generate reads the signature
+        def get_features(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs).arguments
+            arguments = {**arguments.pop("kwargs", {}), **arguments}
+            with self._watching() as seen:
+                output = stock(*args, **{**kwargs, "return_dict": True})
+            record = self._record(modality, output, arguments, seen)
+            self.done(modality, output, record)
+            return output
+
+        return get_features
+
+    @contextmanager
+    def _watching(self) -> Any:
+        seen: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        keys: list[Tensor] = []
+        probes: dict[nn.Module, list[Callable[..., None]]] = {}
+        for layer, softmax in self.layers.items():
+
+            def rows(module, query, key, mask, scaling, layer=layer, softmax=softmax):  # noqa: ANN001
+                seen[layer].append(_class_rows(query, key, scaling, mask, softmax))
+
+            probes.setdefault(self.attentions[layer], []).append(rows)
+        if self.states:
+            module = self.attentions[self.depth - 1]
+            probes.setdefault(module, []).append(lambda module, query, key, *_: keys.append(key.mean(1)))
+        with ExitStack() as stack:
+            if probes:
+                stack.enter_context(probing({m: _all(functions) for m, functions in probes.items()}))
+            yield seen, keys
+
+    @property
+    def depth(self) -> int:
+        """How many tower layers it takes to make the features (hidden_states[i] is the output of i layers)."""
+        count = len(tower_attentions(self.host.tower))
+        chosen = getattr(self.host.config, "vision_feature_layer", -1)
+        chosen = [chosen] if isinstance(chosen, int) else chosen
+        return max(layer % (count + 1) for layer in chosen)
+
+    def token_groups(self, span: Span) -> Tensor | None:
+        """Which patches stand behind each of an image's tokens, by the groups that merging made of them [N, pool²];
+        tokens with equal rows are equal. None where the layout of the tokens is not known."""
+        grid, record = span.grid, span.record
+        if grid is None:
+            return None
+        first = self._tiles(record)[span.item][0]
+        if self.host.family.segment == "tiles":
+            first += span.offset // grid.tokens_per_tile
+        pool, width = self.host.pool, grid.width
+        rows, cols = grid.index.clamp_min(0) // width, grid.index.clamp_min(0) % width
+        offsets = torch.arange(pool)
+        patch_rows = (rows[:, None] * pool + offsets)[:, :, None]
+        patch_cols = (cols[:, None] * pool + offsets)[:, None, :]
+        patches = (patch_rows * width * pool + patch_cols).flatten(1)  # [N, pool²]
+        tile = (first + grid.tile.clamp_min(0))[:, None]
+        groups = torch.cat([tile, record.groups.cpu()[tile, patches]], 1)
+        separators = grid.tile < 0
+        groups[separators] = -1 - torch.arange(int(separators.sum()))[:, None]  # none is like another
+        return groups
+
+    def _record(self, modality: str, output: Any, arguments: dict[str, Any], seen: Any) -> Record:
+        rows, keys = seen
+        record = Record(modality, [len(item) for item in output.pooler_output], arguments)
+        tiles = self._tiles(record)
+        for layer, found in rows.items():
+            record.rows[layer] = self._per_item(torch.cat(found, -1 if self.packed else 0), record, tiles)
+        chosen = getattr(self.host.config, "vision_feature_layer", None)
+        if keys and len(keys) == 1 and isinstance(chosen, int) and self.host.pool == 1:
+            states = output.hidden_states[chosen] if output.hidden_states is not None else None
+            if states is not None and len(states) == tiles[-1][1]:
+                record.states = [states[a:b] for a, b in tiles]
+                record.keys = [keys[0][a:b] for a, b in tiles]
+        if self.merging is not None:
+            record.groups = self.merging.trace.patch_groups()
+        return record
+
+    def _tiles(self, record: Record) -> list[tuple[int, int]]:
+        """The tiles of each item, as ranges of the tower's batch."""
+        if self.host.family.segment == "tiles":
+            vision = self.host.config.vision_config
+            tokens = (vision.image_size // vision.patch_size // self.host.pool) ** 2
+            counts = [length // tokens for length in record.lengths]
+        else:
+            counts = [1 if grid is None else grid.num_tiles for grid in self.host.grids(record)]
+        ends = torch.tensor(counts, dtype=torch.long).cumsum(0).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    @property
+    def packed(self) -> bool:
+        """Whether the tower sees all images as one sequence."""
+        return self.host.family.order != "raster"
+
+    def _per_item(self, rows: Tensor, record: Record, tiles: list[tuple[int, int]]) -> list[Tensor]:
+        """Rows over patches, [tiles, H, patches] or [1, H, all patches], as [tiles, H, n] an item over its visual
+        tokens: the mean of each token's block of patches."""
+        order, pool = self.host.family.order, self.host.pool
+        if order == "raster":
+            if pool > 1:
+                side = math.isqrt(rows.shape[-1])
+                rows = rows.unflatten(-1, (side // pool, pool, side // pool, pool)).mean((3, 5)).flatten(-2)
+            return [rows[a:b] for a, b in tiles]
+        if order == "images":  # one image after the other, each in raster order
+            grids = self.host.grids(record)
+            pieces = rows.split([length * pool * pool for length in record.lengths], -1)
+            return [
+                piece.unflatten(-1, (grid.height, pool, grid.width, pool)).mean((3, 5)).flatten(-2)
+                for piece, grid in zip(pieces, grids, strict=True)
+            ]
+        units = rows.unflatten(-1, (-1, pool * pool)).mean(-1)
+        if order == "window":
+            units = units[..., self._window_order(record).argsort()]
+        return [
+            piece.unflatten(-1, (b - a, -1))[0].transpose(0, 1)
+            for piece, (a, b) in zip(units.split(record.lengths, -1), tiles, strict=True)
+        ]
+
+    def _window_order(self, record: Record) -> Tensor:
+        """The original unit at each place of a windowed tower's sequence."""
+        from transformers.vision_utils import get_vision_window_index
+
+        tower = self.host.tower
+        return get_vision_window_index(
+            record.arguments[f"{record.modality}_grid_thw"],
+            spatial_merge_size=tower.spatial_merge_size,
+            window_size=tower.window_size,
+            patch_size=tower.patch_size,
+        )[0]
+
+
+def _all(functions: list[Callable[..., None]]) -> Callable[..., None]:
+    def probe(*args: Any) -> None:
+        for function in functions:
+            function(*args)
+
+    return probe
+
+
+def _class_rows(
+    query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None, softmax: bool
+) -> Tensor:
+    """The class token's attention to each patch [T, H, n]; in towers without one, what each patch receives on
+    average."""
+    tokens = key.shape[2]
+    if math.isqrt(tokens - 1) ** 2 == tokens - 1 and math.isqrt(tokens) ** 2 != tokens:
+        row = mask_of_first(mask)
+        return attention_rows(query[:, :, :1], key, scaling=scaling, mask=row, softmax=softmax)[:, :, 0, 1:]
+    received = column_sums(query, key, scaling=scaling, mask=mask) / query.shape[2]
+    return received if softmax else received.clamp_min(1e-12).log()
+
+
+def mask_of_first(mask: Tensor | None) -> Tensor | None:
+    """The part of a 4-D mask that belongs to the first query."""
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., :1, :]

@@ -1,0 +1,101 @@
+"""Vision reducers in the Hugging Face towers of vision-language models, and in such towers alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..reducer import Budget, VisionReducer
+from .merging import BlockParts, VisionMerging, refuse_replaced
+
+_CLIP = BlockParts("layer_norm1", "self_attn", "layer_norm2", "mlp", keys="k_proj")
+_INTERNVL = BlockParts(
+    "layernorm_before",
+    "attention",
+    "layernorm_after",
+    "mlp",
+    keys="k_norm",
+    after_attention=("lambda_1",),
+    after_mlp=("dropout", "lambda_2"),
+)
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches."""
+
+    blocks: str
+    block: str
+    parts: BlockParts
+    prefix: int
+
+
+TOWERS = {
+    "CLIPVisionModel": _Tower("encoder.layers", "CLIPEncoderLayer", _CLIP, 1),
+    "SiglipVisionModel": _Tower("encoder.layers", "SiglipEncoderLayer", _CLIP, 0),
+    "Idefics3VisionTransformer": _Tower("encoder.layers", "Idefics3EncoderLayer", _CLIP, 0),
+    "SmolVLMVisionTransformer": _Tower("encoder.layers", "SmolVLMEncoderLayer", _CLIP, 0),
+    "InternVLVisionModel": _Tower("encoder.layer", "InternVLVisionLayer", _INTERNVL, 1),
+}
+
+
+def install(
+    tower: nn.Module,
+    reducer: VisionReducer,
+    *,
+    keep: Budget = None,
+    depth: int | None = None,
+    unmerge: bool = True,
+) -> VisionMerging:
+    """Have `tower` merge tokens in every forward, until `remove` of what is returned.
+
+    With `unmerge`, `last_hidden_state` and `hidden_states` leave at full length, each patch with its group's
+    vector, and `merging.trace.patch_groups()` tells who is whose; otherwise merged tokens leave. `depth`
+    is the number of layers up to the one whose output is used (all but one for `vision_feature_layer=-2`).
+    Raises TypeError for towers of other classes.
+    """
+    kind = supported(tower)
+    refuse_replaced(tower)
+    blocks = list(tower.get_submodule(kind.blocks))
+    merging = VisionMerging(reducer, blocks, kind.parts, kind.prefix, keep=keep, depth=depth)
+
+    def forward(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        as_tuple = kwargs.pop("return_dict", getattr(tower.config, "return_dict", True)) is False
+        if tower.training and getattr(blocks[0], "gradient_checkpointing", False):
+            raise ValueError("merging cannot recompute layers: call model.gradient_checkpointing_disable()")
+        with merging.run() as trace:
+            output = type(tower).forward(tower, *args, return_dict=True, **kwargs)
+        if unmerge:
+            output.last_hidden_state = trace.unmerge(output.last_hidden_state)
+            states = getattr(output, "hidden_states", None)
+            if states is not None:
+                output.hidden_states = tuple(
+                    None if state is None else trace.unmerge(state, blocks=layer)
+                    for layer, state in enumerate(states)
+                )
+        return output.to_tuple() if as_tuple else output
+
+    def spread(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        trace = merging.running
+        return args if trace is None else (trace.unmerge(args[0]), *args[1:])
+
+    merging.replace(tower, "forward", forward)
+    if isinstance(head := getattr(tower, "head", None), nn.Module):
+        # SigLIP's head pools over patches: it sees each as often as tokens merged into it.
+        merging.undo(head.register_forward_pre_hook(spread).remove)
+    return merging
+
+
+def supported(tower: nn.Module) -> _Tower:
+    """How `tower` keeps its layers. Raises TypeError naming the class if merging inside it is not known."""
+    name = type(tower).__name__
+    kind = TOWERS.get(name)
+    if kind is None:
+        raise TypeError(
+            f"cannot merge inside a {name}: merging knows {', '.join(TOWERS)}; towers that pack images "
+            "into one sequence are not among them"
+        )
+    for layer in tower.get_submodule(kind.blocks):
+        if type(layer).__name__ != kind.block:
+            raise TypeError(f"{name} has layers of class {type(layer).__name__}; merging knows {kind.block}")
+    return kind

@@ -1,0 +1,422 @@
+"""Dropping visual tokens between the layers of a language model, and evicting them from its cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_causal_mask
+
+from .attention import Probe, Seen, attention_rows, mask_rows, probing
+from .boundary import budget_of, view
+from .cache import extended
+from .call import CURRENT, Call, past_columns
+from .hosts.families import Host
+from .layout import Layout, Span, compact, gather
+from .reducer import Budget, CacheReducer, LayerReducer, LayerTokens, count_of
+
+Trace = Callable[[str, Tensor], None]
+
+
+class LayerCuts:
+    """Hooks on the decoder layers that drop tokens at a reducer's cuts and give the layers after them masks,
+    positions and rotations of their own length."""
+
+    def __init__(
+        self, host: Host, reducer: LayerReducer | None, keep: Callable[[], Budget], compact_positions: bool, trace: Trace
+    ) -> None:
+        self.host, self.reducer, self.keep, self.compact = host, reducer, keep, compact_positions
+        self.trace = trace
+        count = len(host.layers)
+        self.cuts = sorted(reducer.cuts(count)) if reducer is not None else []
+        outside = [k for k in self.cuts if not 0 <= k < count]
+        if outside:
+            raise ValueError(
+                f"{type(reducer).__name__} drops tokens before layers {outside}, but {host.name} has {count} layers "
+                f"(0 to {count - 1})"
+            )
+        if reducer is not None and reducer.rows and reducer.rows_of == "previous" and 0 in self.cuts:
+            raise ValueError(
+                f"{type(reducer).__name__} ranks tokens by the attention of the layer before, so it cannot drop "
+                "before layer 0"
+            )
+        self.measured = reducer.measured_layers(count) if reducer is not None else ()
+        self.first = self.cuts[0] if self.cuts else 0  # without cuts: layers whose cache is evicted
+
+    def attach(self) -> list[Any]:
+        """Register the hooks; returns their handles."""
+        handles = []
+        deepstack = hasattr(self.host.lm, "_deepstack_process")
+        for i, layer in enumerate(self.host.layers):
+            if i >= self.first:
+                handles.append(layer.register_forward_pre_hook(self._before(i), with_kwargs=True))
+            if deepstack:
+                handles.append(layer.register_forward_hook(self._after(i)))
+            if i in self.measured:
+                for name, module in (("attention", self.host.attention(i)), ("mlp", layer.mlp)):
+                    handles.append(module.register_forward_hook(self._measure(i, name), with_kwargs=True))
+        return handles
+
+    def probes(self, call: Call) -> dict[nn.Module, Probe]:
+        """What the attention of the layers before the cuts must report during this call."""
+        if self.reducer is None or not call.prefill or not self.reducer.rows or self.reducer.rows_of != "previous":
+            return {}
+        return {self.host.attention(k - 1): self._row_probe(call, k) for k in self.cuts}
+
+    # Scores -------------------------------------------------------------------------------------------------
+
+    def _row_probe(self, call: Call, cut: int) -> Probe:
+        def probe(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+            with torch.no_grad():
+                call.scores[cut] = self._rows(call, query, key, mask, scaling)
+
+        return probe
+
+    def _rows(self, call: Call, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+        """Head-mean attention [B, L] that each token of the call gets from the reducer's rows."""
+        index, real = self._row_index(call)
+        length = query.shape[2]
+        wanted = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        rows = attention_rows(
+            wanted, key, scaling=scaling, mask=mask_rows(mask, index, length, key.shape[2] - length)
+        ).mean(1)
+        weights = real / real.sum(1, keepdim=True)
+        return (rows * weights[..., None]).sum(1)[:, -length:]
+
+    def _row_index(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Places [B, R] of the rows to read, and which of them exist."""
+        layout = call.layout
+        places = torch.arange(layout.valid.shape[1], device=layout.valid.device)
+        last = (layout.valid * places).amax(1, keepdim=True)
+        one = torch.ones_like(last, dtype=torch.float32)
+        if self.reducer.rows == "last":
+            return last, one
+        visual = call.prompt.image.gather(1, layout.index) >= 0
+        end = torch.where(visual, places, -1).amax(1, keepdim=True)
+        after = (places > end) & layout.valid
+        count = max(1, int(after.sum(1).max()))
+        index = after.to(torch.uint8).sort(1, descending=True, stable=True).indices[:, :count]
+        real = after.gather(1, index)
+        nothing = ~real.any(1, keepdim=True)  # no instruction after the image: the last row stands in
+        index = torch.where(nothing, last, index)
+        real = real | (nothing & (torch.arange(count, device=index.device) == 0))
+        return index, real.float()
+
+    def _next_rows(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The rows of layer i on the states that are about to enter it: its attention is called and left as soon
+        as queries and keys are there."""
+        layer, attention, found = self.host.layers[i], self.host.attention(i), []
+
+        def probe(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+            if call.entries[i]:
+                key = torch.cat([call.cache.layers[i].keys.to(key.device), key], 2)
+            found.append(self._rows(call, query, key, mask, scaling))
+            raise Seen
+
+        passed = {**kwargs, "past_key_values": None, "use_cache": False}
+        with torch.no_grad(), probing({attention: probe}):
+            try:
+                attention(hidden_states=layer.input_layernorm(hidden), **passed)
+            except Seen:
+                return found[0]
+        raise RuntimeError(f"{type(attention).__name__} did not report its queries and keys")
+
+    def _measure(self, i: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            call = CURRENT.get()
+            if call is None or not call.prefill:
+                return
+            inputs = args[0] if args else kwargs["hidden_states"]
+            outputs = output[0] if isinstance(output, tuple) else output
+            with torch.no_grad(), call.timed():
+                visual = call.prompt.image.gather(1, call.layout.index) >= 0
+                vector = self.reducer.measure(name, inputs, outputs, call.layout.valid, visual & call.layout.valid)
+                self.trace(f"{name}.{i}", vector)
+                call.measured = vector if call.measured is None else call.measured + vector
+
+        return hook
+
+    # Hooks --------------------------------------------------------------------------------------------------
+
+    def _before(self, i: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            call = CURRENT.get()
+            if call is None:
+                return None
+            if not call.prefill:
+                if call.state is None:
+                    return None
+                changed = self._continue(call, i, args, kwargs)
+                return None if changed is None else (args, changed)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            current = self._adjusted(call, i, hidden, kwargs)
+            if i in self.cuts:
+                # Row probes saw this layer's or the previous one's queries with today's layout.
+                with call.timed():
+                    stay = self._decide(call, i, hidden, current)
+                if stay is not None:
+                    hidden = self._cut(call, i, hidden, stay)
+                    current = self._adjusted(call, i, hidden, kwargs)
+            call.layouts.append(call.layout)
+            call.removed.append(call.derived.get("removed"))
+            if current is kwargs:
+                return None
+            if args:
+                return (hidden, *args[1:]), current
+            return args, {**current, "hidden_states": hidden}
+
+        return hook
+
+    def _after(self, i: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            call = CURRENT.get()
+            if call is None or not call.deepstack or i >= len(call.deepstack):
+                return None
+            added = call.deepstack[i]
+            if call.relative is not None:
+                added = gather(added, call.relative)
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden + added.to(hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def _decide(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Which tokens of the current layout stay [B, L], or None when all do."""
+        reducer, layout = self.reducer, call.layout
+        attention = call.scores.get(i)
+        if reducer.rows and reducer.rows_of == "next":
+            attention = self._next_rows(call, i, hidden, kwargs)
+        image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
+        stay, dropped = layout.valid.clone(), False
+        for number, span in enumerate(call.prompt.spans):
+            places = (image[span.row] == number).nonzero().squeeze(1)
+            original = call.derived.setdefault(("tokens", number), len(places))
+            count = self._count(call, span, i, original, hidden)
+            if count >= len(places) or not len(places):
+                continue
+            tokens = LayerTokens(
+                layer=i,
+                hidden=hidden[span.row, places.to(hidden.device)],
+                attention=None if attention is None else attention[span.row, places.to(attention.device)],
+                measured=None if call.measured is None else call.measured[span.row, places.to(hidden.device)],
+                record=lambda name, value, number=number: self.trace(f"{name}.{i}", value),
+            )
+            with torch.no_grad():
+                score = reducer.score(tokens)
+            self.trace(f"score.{i}", score)
+            order = score.sort(descending=True, stable=True).indices
+            if places[-1] == layout.valid.shape[1] - 1:  # the last token's output predicts the next
+                order = torch.cat([order[order == len(places) - 1], order[order != len(places) - 1]])
+            kept = order[:count].sort().values
+            self.trace(f"kept.{i}", kept)
+            stay[span.row, places] = False
+            stay[span.row, places[kept.to(places.device)]] = True
+            dropped = True
+        return stay if dropped else None
+
+    def _count(self, call: Call, span: Span, i: int, original: int, hidden: Tensor) -> int:
+        """Tokens of an image that stay at cut i, of the `original` ones that entered the language model."""
+        key = ("shares", id(span))
+        if key not in call.derived:
+            keep = self.keep()
+            if callable(keep):
+                features = hidden.new_empty(original, hidden.shape[-1])
+                keep = keep(view(self.host, span, features, hidden.new_empty(0, hidden.shape[-1])))
+            budget = budget_of(keep, None, None)
+            if isinstance(budget, int) and budget > original:
+                raise ValueError(
+                    f"keep is {budget} tokens, but this image has {original}; give at most that, or a fraction in "
+                    "(0, 1]"
+                )
+            share = budget / original if isinstance(budget, int) else budget
+            call.derived[key] = (self.reducer.schedule(len(self.host.layers), share), budget)
+        shares, budget = call.derived[key]
+        if isinstance(budget, int) and i == max(shares):
+            return budget
+        return max(1, self.reducer.count(shares[i], original))
+
+    def _cut(self, call: Call, i: int, hidden: Tensor, stay: Tensor) -> Tensor:
+        """Leave out tokens from here on."""
+        old = call.layout
+        index, valid, ragged = compact(stay)
+        call.layout = Layout(old.index.gather(1, index), valid, ragged)
+        call.relative = index if call.relative is None else call.relative.gather(1, index)
+        if call.measured is not None:
+            call.measured = gather(call.measured, index)
+        if self.compact:
+            gone = (old.valid.sum(1) - valid.sum(1)).to(stay.device)
+            before = call.derived.get("removed")
+            call.derived["removed"] = gone if before is None else before + gone
+        for key in [k for k in call.derived if isinstance(k, tuple) and k[0] in ("mask", "rotary")]:
+            del call.derived[key]
+        return gather(hidden, index)
+
+    # Masks and positions ------------------------------------------------------------------------------------
+
+    def _adjusted(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A layer's arguments at prefill, for the tokens that are left."""
+        if call.relative is None:
+            if call.state is None or call.state.columns[i] is call.state.columns[0]:
+                return kwargs
+            return {**kwargs, "attention_mask": self._mask(call, i, hidden, kwargs.get("attention_mask"))}
+        changed = {**kwargs, "attention_mask": self._mask(call, i, hidden, kwargs.get("attention_mask"))}
+        if self.compact:
+            positions = self._renumbered(call, hidden)
+            key = ("rotary", self.host.layer_type(i))
+            if key not in call.derived:
+                call.derived[key] = self.host.rotary(i, hidden, positions)
+            changed["position_embeddings"] = call.derived[key]
+            changed["position_ids"] = positions
+            return changed
+        embeddings = kwargs.get("position_embeddings")
+        if embeddings is not None:
+            key = ("rotary", id(embeddings))
+            if key not in call.derived:
+                call.derived[key] = _gather_rotary(embeddings, call.relative)
+            changed["position_embeddings"] = call.derived[key]
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            changed["position_ids"] = positions.expand(len(call.relative), -1).gather(1, call.relative)
+        return changed
+
+    def _renumbered(self, call: Call, hidden: Tensor) -> Tensor:
+        positions = call.positions
+        if positions.ndim != 2:
+            raise ValueError(
+                f"{self.host.name} has positions in several planes (M-RoPE), where renumbering inside the layers is "
+                'not defined; attach with positions="keep"'
+            )
+        valid = call.layout.valid
+        full = positions.expand(len(valid), -1)
+        start = full.masked_fill(~call.entering.valid, torch.iinfo(full.dtype).max).amin(1, keepdim=True)
+        return (valid.long().cumsum(1) - 1).clamp_min(0) + start
+
+    def _mask(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        layout = call.layout
+        columns = None if call.state is None else call.state.columns[i]
+        key = ("mask", self.host.layer_type(i), id(columns))
+        if key in call.derived:
+            return call.derived[key]
+        if not call.entries[i]:
+            made = self._first_mask(call, i, hidden, mask)
+        elif mask is None and not layout.ragged and call.mask is None and hidden.shape[1] == 1:
+            made = None
+        else:
+            real = torch.cat([past_columns(call, i), layout.valid], 1)
+            made = _build(self.host, i, hidden, real, call.cache)
+        call.derived[key] = made
+        return made
+
+    def _first_mask(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        layout = call.layout
+        if mask is None:
+            if not layout.ragged:
+                return None
+            return create_causal_mask(self.host.lm.config, hidden, layout.valid, None, None)
+        index = call.relative.to(mask.device)
+        if mask.ndim == 2:
+            return mask.gather(1, index) * layout.valid.to(mask)
+        mask = mask.expand(len(index), -1, -1, -1)
+        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, index[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
+        hidden_columns = ~layout.valid.to(mask.device)[:, None, None]
+        return mask.masked_fill(
+            hidden_columns, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        )
+
+    def _continue(self, call: Call, i: int, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """A layer's arguments in a later call on a cache whose layers hold different tokens."""
+        state, changed = call.state, None
+        if i and state.columns[i] is not state.columns[0]:
+            mask = kwargs.get("attention_mask")
+            if mask is not None or state.ragged[i]:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                key = ("mask", self.host.layer_type(i), id(state.columns[i]))
+                if key not in call.derived:
+                    call.derived[key] = self._later_mask(call, i, hidden)
+                changed = {**kwargs, "attention_mask": call.derived[key]}
+        if state.removed[i] is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            key = ("rotary", self.host.layer_type(i), id(state.removed[i]))
+            if key not in call.derived:
+                positions = call.positions.to(hidden.device) - state.removed[i].to(hidden.device)[:, None]
+                call.derived[key] = (positions, self.host.rotary(i, hidden, positions))
+            positions, embeddings = call.derived[key]
+            changed = {**(changed or kwargs), "position_embeddings": embeddings, "position_ids": positions}
+        return changed
+
+    def _later_mask(self, call: Call, i: int, hidden: Tensor) -> Tensor | None:
+        state, new = call.state, hidden.shape[1]
+        real = None
+        if state.ragged[i] or call.mask is not None:
+            entries = call.entries[i]
+            past = extended(state, i, entries, call.mask)
+            if past is None and call.mask is not None:
+                past = call.mask[:, :entries].bool()
+            elif past is None:
+                past = torch.ones(len(hidden), entries, dtype=torch.bool, device=hidden.device)
+            latest = past.new_ones(len(past), new)
+            if call.mask is not None:
+                latest = call.mask[:, call.length : call.length + new].bool().to(past.device)
+            real = torch.cat([past, latest], 1)
+        return _build(self.host, i, hidden, real, call.cache)
+
+
+def _build(host: Host, i: int, hidden: Tensor, real: Tensor | None, cache: Any) -> Tensor | None:
+    """The mask of layer i for new states on top of its own entries; `real` [B, entries + new]."""
+    make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[host.layer_type(i)]
+    return make(
+        config=host.lm.config,
+        inputs_embeds=hidden,
+        attention_mask=real,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=i,
+    )
+
+
+def _gather_rotary(embeddings: Any, index: Tensor) -> Any:
+    if isinstance(embeddings, tuple):
+        return tuple(_gather_rotary(part, index) for part in embeddings)
+    return gather(embeddings.expand(len(index), *embeddings.shape[1:]), index)
+
+
+def evict(host: Host, call: Call, reducer: CacheReducer, keep: Budget) -> None:
+    """Remove entries of visual tokens from every full-attention layer, after the prompt has been read.
+
+    Writes the remaining entries into the cache's state; layers of sliding windows are left alone.
+    """
+    state, cache = call.cache.reduction, call.cache
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+            continue
+        layout, entries = call.layouts[i], call.entries[i]
+        image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
+        real = torch.cat([past_columns(call, i), layout.valid], 1).clone()
+        dropped = False
+        for number, span in enumerate(call.prompt.spans):
+            places = (image[span.row] == number).nonzero().squeeze(1)
+            if not len(places):
+                continue
+            tokens = (places + entries).to(layer.keys.device)
+            keys, values = layer.keys[span.row][:, tokens], layer.values[span.row][:, tokens]
+            features = keys.transpose(0, 1).flatten(1)
+            budget = budget_of(keep, view(host, span, features, features[:0]), None)
+            count = len(places) if budget is None else count_of(budget, len(places))
+            if count >= len(places):
+                continue
+            with call.timed():
+                order = reducer.score(i, keys, values).sort(descending=True, stable=True).indices
+            gone = places[order[count:].to(places.device)]
+            real[span.row, gone + entries] = False
+            dropped = True
+        if not dropped:
+            continue
+        index, valid, ragged = compact(real)
+        where = index[:, None, :, None].to(layer.keys.device)
+        layer.keys = layer.keys.gather(2, where.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
+        layer.values = layer.values.gather(2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+        state.columns[i], state.ragged[i] = valid, ragged
+        state.gap[i] = state.length - index.shape[1]

@@ -1,0 +1,153 @@
+"""Where the tokens of a batch of prompts are: visual tokens, their images, and shortened sequences."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+from .hosts.families import Host, Record, tiled
+
+
+@dataclass
+class Span:
+    """One image in one prompt: `places` [N] of its tokens in row `row`, `item` and `offset` of its first token
+    in the record its features came from."""
+
+    row: int
+    places: Tensor
+    record: Record
+    item: int
+    offset: int = 0
+    items: int = 1
+    number: int = 0
+    grid: Grid | None = None
+
+
+@dataclass
+class Layout:
+    """A (shortened) batch of sequences: `index` [B, L] says where each token stood in the full call, `valid`
+    [B, L] which entries are real (the rest is padding, on the left), `ragged` whether there is padding."""
+
+    index: Tensor
+    valid: Tensor
+    ragged: bool
+
+
+@dataclass
+class Prompt:
+    """The visual tokens of one call: `image` [B, L] numbers the span of each token (-1: text)."""
+
+    image: Tensor
+    spans: list[Span] = field(default_factory=list)
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """The kept tokens of each row, moved to the right: keep [B, L] → index [B, L'], valid [B, L'], ragged.
+
+    L' is the longest row's count; padding entries point at dropped tokens.
+    """
+    counts = keep.sum(1).tolist()
+    longest = max(counts, default=0)
+    order = keep.to(torch.uint8).sort(dim=1, stable=True).indices  # dropped first, order kept within
+    index = order[:, keep.shape[1] - longest :]
+    return index, keep.gather(1, index), min(counts, default=0) < longest
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens [B, L, ...] at index [B, L']."""
+    index = index.to(x.device)
+    while index.ndim < x.ndim:
+        index = index.unsqueeze(-1)
+    return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))
+
+
+def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[Record, list[int]]]) -> Prompt:
+    """The images of a batch of prompts.
+
+    `ids` [B, L] are the token ids, `real` [B, L] what is not padding, `records[modality]` the record of the
+    features and the lengths of the items as they are merged now (each sample's repeated under beams). Raises
+    ValueError when placeholders and features do not match.
+    """
+    spans: list[Span] = []
+    image = torch.full(ids.shape, -1, dtype=torch.long)
+    ids, real = ids.cpu(), real.cpu()
+    for modality, (record, lengths) in records.items():
+        placeholder = (ids == host.media_ids[modality]) & real
+        beams = max(1, len(lengths) // max(1, len(record.lengths)))
+        grids = host.grids(record)
+        cursor = original = 0
+        for row in range(ids.shape[0]):
+            places = placeholder[row].nonzero().squeeze(1)
+            taken, total = 0, 0
+            while total < len(places) and cursor + taken < len(lengths):
+                total += lengths[cursor + taken]
+                taken += 1
+            if total != len(places):
+                raise ValueError(
+                    f"prompt {row} holds {len(places)} {modality} placeholders, which is not a whole number of "
+                    f"the {modality} items given ({lengths[cursor : cursor + taken]} tokens); prompt and images "
+                    "do not belong together, or the prefill was cut into chunks"
+                )
+            found = _row_spans(host, record, ids[row], places, lengths[cursor : cursor + taken], original, grids)
+            for number, span in enumerate(found):
+                span.row, span.number = row, number
+                image[row, span.places] = len(spans)
+                spans.append(span)
+            cursor += taken
+            if (row + 1) % beams == 0:
+                original += taken
+    return Prompt(image, spans)
+
+
+def _row_spans(
+    host: Host,
+    record: Record,
+    ids: Tensor,
+    places: Tensor,
+    lengths: list[int],
+    first: int,
+    grids: list[Grid | None],
+) -> list[Span]:
+    starts = [0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()]
+    segment = host.family.segment
+    if segment == "items":
+        return [
+            Span(0, places[a:b], record, first + i, grid=grids[first + i])
+            for i, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+        ]
+    runs = _runs(places)
+    if segment == "runs":  # tiles are items, an image is a run of them
+        spans = []
+        for a, b in runs:
+            items = [i for i, start in enumerate(starts[:-1]) if a <= start < b]
+            grid = tiled([lengths[i] for i in items], None, thumbnail_last=record.modality == "image")
+            spans.append(Span(0, places[a:b], record, first + items[0], items=len(items), grid=grid))
+        return spans
+    # Items are whole samples, tiles are runs; the token before a run tells a tile from a whole image, and
+    # every image ends with the tile that shows it whole.
+    before = [int(ids[places[a] - 1]) for a, _ in runs]
+    spans, start = [], 0
+    for i, token in enumerate(before):
+        if token == before[-1]:
+            image_runs = runs[start : i + 1]
+            a, b = image_runs[0][0], image_runs[-1][1]
+            grid = tiled([e - s for s, e in image_runs], _columns(places, image_runs), thumbnail_last=True)
+            spans.append(Span(0, places[a:b], record, first, offset=a, grid=grid))
+            start = i + 1
+    return spans
+
+
+def _runs(places: Tensor) -> list[tuple[int, int]]:
+    """Stretches of consecutive places, as ranges into `places`."""
+    if not len(places):
+        return []
+    breaks = ((places[1:] - places[:-1]) != 1).nonzero().squeeze(1) + 1
+    edges = [0, *breaks.tolist(), len(places)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _columns(places: Tensor, runs: list[tuple[int, int]]) -> int | None:
+    """How many tiles stand in a row: the gap between tiles is longer where a row ends."""
+    gaps = [int(places[b[0]] - places[a[1] - 1]) for a, b in zip(runs[:-1], runs[1:], strict=True)]
+    return next((i + 1 for i, gap in enumerate(gaps) if gap > gaps[0]), None)

@@ -1,0 +1,43 @@
+"""PyramidDrop: half of the tokens at a time, at three depths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..reducer import LayerReducer, LayerTokens
+
+
+@dataclass(kw_only=True)
+class PyramidDrop(LayerReducer):
+    """PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction (Xing et
+    al., CVPR 2025, arXiv 2410.17247).
+
+    After as many layers as `layer_list` says, the share of `image_token_ratio_list` stays: the tokens with the
+    most attention from the last prompt token in the next layer, mean over heads. `keep` sets the last share and
+    scales the others. The paper renumbers positions (`positions="paper"`).
+    """
+
+    layer_list: Sequence[int] = (8, 16, 24)
+    image_token_ratio_list: Sequence[float] = (0.5, 0.25, 0.125)
+
+    rows: ClassVar = "last"
+    rows_of: ClassVar = "next"
+    paper_positions: ClassVar = "compact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.layer_list) != len(self.image_token_ratio_list):
+            raise ValueError(
+                f"layer_list has {len(self.layer_list)} layers and image_token_ratio_list "
+                f"{len(self.image_token_ratio_list)} shares; give one share a layer"
+            )
+
+    def cuts(self, num_layers: int) -> dict[int, float]:
+        """A cut after as many layers as each entry of the list says."""
+        return dict(zip(self.layer_list, self.image_token_ratio_list, strict=True))
+
+    def score(self, tokens: LayerTokens) -> Tensor:
+        """Attention of the last prompt token [N]."""
+        return tokens.attention

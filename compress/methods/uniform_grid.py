@@ -1,0 +1,24 @@
+"""Tokens at even distances: the baseline without any look at the image."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import select
+from ..grid import Grid
+from ..reducer import FeatureReducer
+
+
+@dataclass(kw_only=True)
+class UniformGrid(FeatureReducer):
+    """Keeps tokens at even distances along the sequence."""
+
+    paper_positions: ClassVar = "keep"
+
+    def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
+        """Mask [N] of `count` evenly spaced tokens."""
+        mask = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+        mask[select.uniform(len(features), count, features.device)] = True
+        return mask

@@ -1,0 +1,259 @@
+"""What a reducer is: the stage it acts at, what it is given there, and what it answers.
+
+A method is a dataclass of its hyper-parameters under the paper's names, in one file of `methods/`, and one
+function that scores or selects. Hooks, positions, masks, batches and caches are the session's work.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+from .merge import Matching
+
+Budget = float | int | Callable[["Image"], float | int] | None
+Positions = Literal["keep", "compact", "paper"]
+
+
+class Stage(Enum):
+    """Where a reducer acts."""
+
+    VISION = "vision"  # inside the vision tower
+    FEATURES = "features"  # between the projector and the language model
+    LAYER = "layer"  # before some layers of the language model
+    CACHE = "cache"  # on the keys and values, after the prompt
+
+
+def fraction_or_count(keep: float | int, what: str = "keep") -> float | int:
+    """`keep` if it is a float in (0, 1] or an integer of at least 1. Raises TypeError or ValueError."""
+    accepted = "a fraction in (0, 1] or a count of tokens (an integer of at least 1)"
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise TypeError(f"{what} is {keep!r}; it takes {accepted}, or a function of the image that returns one")
+    if isinstance(keep, int):
+        if keep < 1:
+            raise ValueError(f"{what} is {keep}; it takes {accepted}")
+    elif not 0 < keep <= 1:
+        hint = f" (did you mean the count {int(keep)}?)" if keep > 1 and keep == int(keep) else ""
+        raise ValueError(f"{what} is {keep}; it takes {accepted}{hint}")
+    return keep
+
+
+@dataclass
+class Image:
+    """One image (or video) as a reducer sees it, N visual tokens in the order they enter the language model.
+
+    `features` [N, D] are the projected tokens, `text` [T, D] the embeddings of the prompt's other tokens,
+    `grid` says where each token lies (None where the family does not tell), `number` is the image's place in
+    its prompt. `rows` holds what the method asked of the tower, layer by layer: [tiles, heads, n] for the n
+    tokens of each tile. `states` and `keys` [tiles, 1 + n, C] are the tower's, for methods that merge before the
+    projector (`project`).
+    """
+
+    features: Tensor
+    text: Tensor
+    grid: Grid | None = None
+    number: int = 0
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    states: Tensor | None = None
+    keys: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    newline: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.features.shape[0]
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator that depends on the image and the seed alone: equal images in a batch, in beams or alone
+        draw the same."""
+        digest = self.features[:: max(1, self.num_tokens // 16)].double().abs().sum()
+        return torch.Generator().manual_seed(seed * 1_000_003 + int(digest * 1024) % (1 << 31))
+
+
+@dataclass
+class Selection:
+    """What stays of an image: `kept` [n] ascending places among its N tokens.
+
+    `values` [n, D] replaces the kept tokens (merged ones), `source` [n] tells which of the N tokens each
+    value shows (-1: none of them).
+    """
+
+    kept: Tensor
+    values: Tensor | None = None
+    source: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Reducer:
+    """A method. `keep` is the budget of `attach` when that gives none; None means the paper's own."""
+
+    keep: Budget = None
+
+    stage: ClassVar[Stage]
+    paper_positions: ClassVar[Literal["keep", "compact"]] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not callable(self.keep):
+            fraction_or_count(self.keep)
+
+
+@dataclass(kw_only=True)
+class FeatureReducer(Reducer):
+    """Picks or merges tokens between the projector and the language model.
+
+    Subclasses give `select` (which tokens, exactly `count` of them) or, when they merge or choose their own
+    number, `reduce`.
+    """
+
+    stage: ClassVar[Stage] = Stage.FEATURES
+    paper_positions: ClassVar[Literal["keep", "compact"]] = "compact"
+    default_keep: ClassVar[float] = 0.25
+
+    def tower_layers(self) -> dict[int, bool]:
+        """Layers of the vision tower (negative: from the end) whose class-token attention is wanted, and
+        whether as probabilities."""
+        return {}
+
+    def wants_states(self) -> int | None:
+        """The tower layer whose output states and keys are wanted, or None."""
+        return None
+
+    def retained_count(self, grid: Grid | int, budget: float | int) -> int:
+        """How many tokens of an image stay, from its layout (or its number of tokens) and the budget alone."""
+        tokens = grid if isinstance(grid, int) else grid.num_tokens
+        return count_of(budget, tokens)
+
+    def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
+        """The tokens to keep as a mask [N] with exactly `count` True; features [N, D], `scores` as the
+        method defines them."""
+        raise NotImplementedError(f"{type(self).__name__} has no select")
+
+    def scores(self, image: Image) -> Tensor | None:
+        """What `select` takes as `scores`, from what the tower gave."""
+        return None
+
+    def reduce(self, image: Image, budget: float | int) -> Selection:
+        """What stays of the image."""
+        count = self.retained_count(image.grid or image.num_tokens, budget)
+        mask = self.select(image.features, image.grid, count, self.scores(image))
+        return Selection(mask.nonzero().squeeze(1))
+
+
+@dataclass(kw_only=True)
+class VisionReducer(Reducer):
+    """Merges tokens inside the vision tower.
+
+    `metric` says what tokens are compared by (mean "keys" of the block, or "hidden" states), `where` merging
+    happens (after the "attention" of a block, or after the whole "layer"), `weighted` whether means count
+    original tokens, `prop_attn` whether attention does.
+    """
+
+    stage: ClassVar[Stage] = Stage.VISION
+    metric = "keys"
+    where = "attention"
+    weighted = True
+    prop_attn = False
+
+    def plan(self, num_blocks: int, num_tokens: int, prefix: int, keep: int | None) -> list[int]:
+        """Tokens merged in each of `num_blocks` blocks, from `num_tokens` patches (without the `prefix` of class
+        and register tokens) down to `keep` of them, or by the paper's schedule."""
+        raise NotImplementedError
+
+    def match(self, block: int, num_blocks: int, metric: Tensor, r: int, prefix: int) -> Matching:
+        """Which r tokens of `metric` [B, N, C] merge in a block."""
+        raise NotImplementedError
+
+
+@dataclass
+class LayerTokens:
+    """One prompt at a cut inside the language model, as a reducer sees it.
+
+    N visual tokens are left. `attention` [N] is the head-mean attention they get in the layer and from the
+    rows that the method asked for, `measured` [N] the sum of what `measure` returned in the layers since the
+    start, `hidden` [N, D] their hidden states.
+    """
+
+    layer: int
+    hidden: Tensor
+    attention: Tensor | None = None
+    measured: Tensor | None = None
+    record: Callable[[str, Tensor], None] = lambda name, value: None  # noqa: E731
+
+
+@dataclass(kw_only=True)
+class LayerReducer(Reducer):
+    """Drops tokens before some layers of the language model, by their score there."""
+
+    stage: ClassVar[Stage] = Stage.LAYER
+    rows: ClassVar[Literal["last", "instruction"] | None] = None
+    rows_of: ClassVar[Literal["previous", "next"]] = "previous"
+
+    def cuts(self, num_layers: int) -> dict[int, float]:
+        """0-based layers before which tokens are dropped → the share of the image's tokens kept from there on,
+        by the paper's schedule."""
+        raise NotImplementedError
+
+    def measured_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers whose modules `measure` wants to see."""
+        return ()
+
+    def measure(self, module: str, inputs: Tensor, outputs: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
+        """A score [B, L] a token from the "attention" or "mlp" module's input and output [B, L, D]."""
+        raise NotImplementedError
+
+    def score(self, tokens: LayerTokens) -> Tensor:
+        """[N], higher stays."""
+        raise NotImplementedError
+
+    def count(self, share: float, tokens: int) -> int:
+        """How many of an image's `tokens` are a `share`."""
+        return int(tokens * share)
+
+    def schedule(self, num_layers: int, budget: float | None) -> dict[int, float]:
+        """The cuts with `budget` as the share that the last one leaves.
+
+        Earlier cuts follow on the paper's curve: each share is raised to the power that takes the last one to
+        the budget, so a budget of 1 drops nothing.
+        """
+        cuts = dict(sorted(self.cuts(num_layers).items()))
+        if budget is None or not cuts:
+            return cuts
+        last = cuts[max(cuts)]
+        if last == 1:
+            return cuts if budget == 1 else {layer: budget for layer in cuts}
+        power = math.log(budget) / math.log(last)
+        shares = {layer: share**power for layer, share in cuts.items()}
+        shares[max(cuts)] = budget
+        return shares
+
+
+@dataclass(kw_only=True)
+class CacheReducer(Reducer):
+    """Evicts visual tokens from the cache once the prompt has been read, layer by layer."""
+
+    stage: ClassVar[Stage] = Stage.CACHE
+
+    def score(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
+        """[N] for the N visual tokens' keys and values [H_k, N, D] of one prompt; higher stays."""
+        raise NotImplementedError
+
+
+def count_of(budget: float | int, tokens: int) -> int:
+    """A budget as a count of an image's `tokens`: fractions rounded (halves to even), at least 1.
+
+    Raises ValueError for a count above `tokens`.
+    """
+    if isinstance(fraction_or_count(budget), float):
+        return max(1, round(budget * tokens))
+    if budget > tokens:
+        raise ValueError(
+            f"keep is {budget} tokens, but this image has {tokens}; give at most that, a fraction in (0, 1], or "
+            f"keep=lambda image: min({budget}, image.num_tokens)"
+        )
+    return budget

@@ -1,0 +1,123 @@
+"""What a session tells of its last prompt: tokens kept, computation and memory spared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .accounting import llm_block_macs
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .hosts.families import Host
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """Visual tokens of one image in one prompt: `tokens` it has, `layers` of them in each layer, `cache` in
+    each layer's cache."""
+
+    row: int
+    number: int
+    tokens: int
+    layers: list[int]
+
+    @property
+    def average(self) -> float:
+        """Tokens averaged over the layers, the field's unit for comparing methods."""
+        return sum(self.layers) / max(1, len(self.layers))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last prompt with images. Floating-point operations are counted (two a multiply-add), not measured, and
+    cover the language model's layers at prefill; cache bytes are those held after it; `seconds` is the time spent
+    in the reducers themselves. They are None for models where they are not counted."""
+
+    reducers: list[str]
+    images: list[ImageReport]
+    flops: int | None = None
+    flops_full: int | None = None
+    cache_bytes: int | None = None
+    cache_bytes_full: int | None = None
+    seconds: float | None = None
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens an image, averaged over layers and images."""
+        return sum(image.average for image in self.images) / max(1, len(self.images))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        images = [vars(image) | {"average": image.average} for image in self.images]
+        return vars(self) | {"images": images, "average_tokens": self.average_tokens}
+
+    def __str__(self) -> str:
+        lines = [f"{' + '.join(self.reducers)}: {self.average_tokens:.1f} visual tokens a layer and image"]
+        for image in self.images:
+            steps = [f"{image.layers[0]}"] + [
+                f"{after} from layer {i}"
+                for i, (before, after) in enumerate(zip(image.layers[:-1], image.layers[1:], strict=True), 1)
+                if after != before
+            ]
+            lines.append(f"  prompt {image.row}, image {image.number}: {image.tokens} tokens, kept {', '.join(steps)}")
+        if self.flops is not None:
+            lines.append(
+                f"  prefill {self.flops / 1e9:.3g} of {self.flops_full / 1e9:.3g} GFLOPs, cache {self.cache_bytes / 1e6:.3g} of "
+                f"{self.cache_bytes_full / 1e6:.3g} MB, {1000 * self.seconds:.1f} ms in the reducer"
+            )
+        return "\n".join(lines)
+
+
+def of(host: Host, call: Call, reducers: list[str]) -> Report:
+    """The report of one call."""
+    layouts = call.layouts
+    counted: dict[int, list[int]] = {}
+    for layout in layouts:
+        if id(layout) not in counted:
+            image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
+            counted[id(layout)] = torch.bincount(image[image >= 0], minlength=len(call.prompt.spans)).tolist()
+    images = [
+        ImageReport(span.row, span.number, len(span.places), [counted[id(layout)][i] for layout in layouts])
+        for i, span in enumerate(call.prompt.spans)
+    ]
+    entering = [_lengths(layout.valid) for layout in layouts]
+    full = [_lengths(call.start.valid)] * len(layouts)
+    state = getattr(call.cache, "reduction", None)
+    held = entering
+    if state is not None:
+        held = [
+            lengths if columns is None else _lengths(columns)
+            for lengths, columns in zip(entering, state.columns, strict=True)
+        ]
+    return Report(
+        reducers,
+        images,
+        _flops(host, entering),
+        _flops(host, full),
+        _cache_bytes(host, held),
+        _cache_bytes(host, full),
+        call.seconds,
+    )
+
+
+def _lengths(valid: torch.Tensor) -> list[int]:
+    return valid.sum(1).tolist()
+
+
+def _flops(host: Host, lengths: list[list[int]]) -> int:
+    config = host.lm.config
+    width, heads = config.hidden_size, config.num_attention_heads
+    kv = (config.num_key_value_heads or heads) * (getattr(config, "head_dim", None) or width // heads)
+    return 2 * sum(llm_block_macs(n, width, config.intermediate_size, kv) for rows in lengths for n in rows)
+
+
+def _cache_bytes(host: Host, lengths: list[list[int]]) -> int:
+    config = host.lm.config
+    heads = config.num_attention_heads
+    kv = (config.num_key_value_heads or heads) * (
+        getattr(config, "head_dim", None) or config.hidden_size // heads
+    )
+    return 2 * kv * host.lm.dtype.itemsize * sum(n for rows in lengths for n in rows)

@@ -1,0 +1,333 @@
+"""Attaching reducers to a model, and what an attached session tells."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import report
+from .attention import watch, watched
+from .boundary import choose, enter, shorten
+from .call import CURRENT, Call, begin, finish
+from .explain import Explanation, explain
+from .functional import Prepared, prepare
+from .hosts import cutpoints, standalone, tower
+from .hosts.families import Record, resolve
+from .hosts.features import FeatureRecorder
+from .layers import LayerCuts, evict
+from .layout import Span
+from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
+from .registry import reducer_by_name
+from .report import Report
+
+_ATTACHED: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def attach(
+    model: nn.Module,
+    reducer: Reducer | str | list[Reducer | str],
+    *,
+    keep: Budget = None,
+    positions: Positions = "keep",
+) -> Session:
+    """Have a stock model spend fewer visual tokens, until `detach` (or the end of a `with` block).
+
+    `model` is a transformers VLM; a timm VisionTransformer or a CLIP or SigLIP tower takes merging reducers.
+    `reducer` is a name (`list_reducers()`), an instance, or a list of these, at most one a stage. `keep` is the
+    budget of every method: a fraction in (0, 1] of an image's tokens, a count of tokens an image, or a function
+    of the image that returns either; without it each method uses its own. `positions`: kept tokens "keep" their
+    position ids, are renumbered ("compact"), or as the paper of each method does ("paper").
+
+    Weights and sources of the model stay as they are, and after `detach` its outputs are bit-identical. Raises
+    TypeError for models that cannot host a reducer and ValueError for a model with a session already.
+    """
+    if positions not in ("keep", "compact", "paper"):
+        raise ValueError(f'positions is {positions!r}; it takes "keep", "compact" or "paper"')
+    given = reducer if isinstance(reducer, list | tuple) else [reducer]
+    reducers = [reducer_by_name(item) if isinstance(item, str) else item for item in given]
+    if not reducers:
+        raise ValueError("no reducer was given; see list_reducers() for names")
+    stages: dict[Stage, Reducer] = {}
+    for item in reducers:
+        if not isinstance(item, Reducer):
+            raise TypeError(f"{item!r} is not a reducer; give a name from list_reducers() or an instance")
+        if item.stage in stages:
+            raise ValueError(
+                f"{type(stages[item.stage]).__name__} and {type(item).__name__} both act at {item.stage}; attach one of "
+                "them, or one a stage"
+            )
+        stages[item.stage] = item
+    with _LOCK:
+        if model in _ATTACHED:
+            raise ValueError(
+                f"this {type(model).__name__} already has a session with "
+                f"{', '.join(type(r).__name__ for r in _ATTACHED[model].reducers)}; detach it first, change "
+                "session.keep between calls, or attach one list of reducers"
+            )
+        session = Session(model, stages, keep, positions)
+        _ATTACHED[model] = session
+    return session
+
+
+class Session:
+    """Reducers at work in a model. Use as a context manager, or call `detach`."""
+
+    def __init__(
+        self, model: nn.Module, stages: dict[Stage, Reducer], keep: Budget, positions: Positions
+    ) -> None:
+        self.model, self.reducers = model, list(stages.values())
+        self.trace: dict[str, list[Tensor]] | None = None
+        self._stages, self._positions = stages, positions
+        self._undo: list[Callable[[], Any]] = []
+        self._last: Call | None = None
+        self._unclaimed = threading.local()
+        self.keep = keep
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def keep(self) -> Budget:
+        """The budget of the calls to come; None: each method's own."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: Budget) -> None:
+        if keep is not None and not callable(keep):
+            fraction_or_count(keep)
+        self._keep = keep
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take everything out of the model again. Doing so twice is harmless.
+
+        Caches made while attached cannot be continued afterwards.
+        """
+        while self._undo:
+            self._undo.pop()()
+        if _ATTACHED.get(self.model) is self:
+            del _ATTACHED[self.model]
+
+    # What happened ------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Tokens kept, computation and cache spared by the last prompt with images. Raises RuntimeError before one."""
+        names = [type(reducer).__name__ for reducer in self.reducers]
+        if self._elsewhere is not None:
+            return self._elsewhere.report(names)
+        return report.of(self.host, self._call(), names)
+
+    def explain(self, layer: int = -1) -> list[Explanation]:
+        """Which tokens of each image of the last prompt reached a layer (the last one unless told), and the part of
+        the picture that each shows. Raises RuntimeError before a prompt with images."""
+        return explain(self._call(), layer)
+
+    def overlay(self, image: Any, *, index: int = 0, layer: int = -1) -> Any:
+        """The picture with the patches of kept tokens lit and the others dimmed, as a PIL image.
+
+        `image` is what `vistok.images.load_image` takes (path, PIL, array), the `index`-th image of the last prompt,
+        as the tower saw it: families that crop show the crop. Raises ValueError where the family does not tell the
+        layout of its tokens.
+        """
+        found = self.explain(layer)
+        if not 0 <= index < len(found):
+            raise ValueError(f"index is {index}; the last prompt held {len(found)} images")
+        return found[index].overlay(image)
+
+    def prepare(self, inputs: Mapping[str, Any]) -> Prepared:
+        """The inputs without the tokens that the reducer drops, for `model.generate(**prepared.inputs)`: no hook
+        acts on the language model, so static caches, compiled models and chunked prefill work.
+
+        See `Prepared`. Raises NotImplementedError for reducers that act inside the language model.
+        """
+        return prepare(self, inputs)
+
+    def _call(self) -> Call:
+        if self._elsewhere is not None:
+            raise NotImplementedError(
+                f"tokens of a {type(self.model).__name__} are not traced to the picture; see report()"
+            )
+        if self._last is None:
+            raise RuntimeError("no prompt with images has run in this session yet")
+        return self._last
+
+    # Attaching ----------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        self.host, self._elsewhere = None, None
+        for place in (standalone, cutpoints):
+            self._elsewhere = place.attach(self.model, self._stages, self._budget_of(self.reducers[0]))
+            if self._elsewhere is not None:
+                self._undo.append(self._elsewhere.remove)
+                return
+        host = self.host = resolve(self.model)
+        vision, features = self._stages.get(Stage.VISION), self._stages.get(Stage.FEATURES)
+        layer, cache = self._stages.get(Stage.LAYER), self._stages.get(Stage.CACHE)
+        wanted = {} if features is None else features.tower_layers()
+        states = features is not None and features.wants_states()
+        self._features = FeatureRecorder(host, wanted, states, self._made)
+        if vision is not None:
+            merging = tower.install(host.tower, vision, keep=vision.keep, depth=self._features.depth)
+            self._undo.append(merging.remove)
+            self._features.merging = merging
+        self._features.attach()
+        self._undo.append(self._features.remove)
+        watch_text = layer is not None and layer.rows is not None
+        if watch_text or wanted or states:
+            self._watch(text=watch_text, vision=bool(wanted or states))
+        core, lm = host.core, host.lm
+        hooks = [
+            core.register_forward_pre_hook(self._core_before, with_kwargs=True, prepend=True),
+            core.register_forward_hook(self._core_after, with_kwargs=True, always_call=True),
+            lm.register_forward_pre_hook(self._lm_before, with_kwargs=True),
+            lm.register_forward_hook(self._lm_after, with_kwargs=True),
+        ]
+        self._cuts = None
+        if layer is not None or cache is not None:
+            self._cuts = LayerCuts(host, layer, self._budget_of(layer), self._compact(layer), self._note)
+            hooks += self._cuts.attach()
+        self._undo += [hook.remove for hook in hooks]
+
+    def _watch(self, *, text: bool, vision: bool) -> None:
+        """Have the attention of the language model or the tower report to probes; the kernels stay."""
+        config, names, stock = self.model.config, {}, {}
+        for part, module, wanted in (("text", self.host.lm, text), ("vision", self.host.tower, vision)):
+            if not wanted:
+                continue
+            name = next((k for k in config.sub_configs if getattr(config, k, None) is module.config), None)
+            if name is None:
+                raise TypeError(
+                    f"the attention of {type(module).__name__} cannot be observed: its configuration is not one of the "
+                    f"model's ({', '.join(config.sub_configs) or 'none'}); use a reducer that reads no {part} attention"
+                )
+            stock[name] = module.config._attn_implementation
+            names[name] = watched(stock[name])
+        self.model.set_attn_implementation(names)
+        self._undo.append(lambda: self.model.set_attn_implementation(stock))
+
+    def _budget_of(self, reducer: Reducer | None) -> Callable[[], Budget]:
+        return lambda: None if reducer is None else reducer.keep if self._keep is None else self._keep
+
+    def _compact(self, reducer: Reducer | None) -> bool:
+        if reducer is None:
+            return False
+        positions = reducer.paper_positions if self._positions == "paper" else self._positions
+        return positions == "compact"
+
+    # Hooks --------------------------------------------------------------------------------------------------
+
+    def _made(self, modality: str, output: Any, record: Record) -> None:
+        output.vistok_record = record
+        call = CURRENT.get()
+        if call is None:
+            self._unclaimed.output = output
+        else:
+            call.outputs[modality] = output
+
+    def _core_before(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        unclaimed = getattr(self._unclaimed, "output", None) is not None
+        call, arguments = begin(self.host, args, kwargs, unclaimed)
+        if not call.prefill and call.state is None:
+            return None
+        self._unclaimed.output = None
+        CURRENT.set(call)
+        return (), arguments
+
+    def _core_after(self, core: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = CURRENT.get()
+        if call is None:
+            return
+        CURRENT.set(None)
+        watch(None)
+
+    def _lm_before(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = CURRENT.get()
+        if call is None:
+            return None
+        enter(self.host, call, kwargs)
+        if call.prefill:
+            kwargs = self._reduce(call, kwargs)
+            if self._cuts is not None:
+                watch(self._cuts.probes(call))
+        return args, kwargs
+
+    def _reduce(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+        features = self._stages.get(Stage.FEATURES)
+        call.kept = [torch.arange(len(span.places)) for span in call.prompt.spans]
+        if features is not None or Stage.VISION in self._stages:
+            budget = self._budget_of(features)()
+            embeds = kwargs["inputs_embeds"]
+            with torch.no_grad() if not embeds.requires_grad else torch.enable_grad():
+                stay, changed, call.kept = choose(self.host, call, embeds, features, budget, self._groups)
+            kwargs = {**kwargs, "inputs_embeds": changed, "position_ids": call.positions}
+            if not torch.equal(stay, call.start.valid):
+                positions = "compact" if self._compact(features) else "keep"
+                kwargs = shorten(self.host, call, kwargs, stay, positions)
+                call.positions = kwargs["position_ids"]
+        call.entering = call.layout
+        before = len(self.host.layers) if self._cuts is None else self._cuts.first
+        call.layouts, call.removed = [call.layout] * before, [None] * before
+        if self._cuts is not None and kwargs.get("deepstack_visual_embeds") is not None:
+            kwargs = self._spread_deepstack(call, kwargs)
+        return kwargs
+
+    def _spread_deepstack(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Features that Qwen3-VL adds after its first layers, as tensors [B, L, D] that can be cut like tokens."""
+        shown, embeds = kwargs["visual_pos_masks"], kwargs["inputs_embeds"]
+        call.deepstack = []
+        for features in kwargs["deepstack_visual_embeds"]:
+            spread = embeds.new_zeros(embeds.shape[0], embeds.shape[1], features.shape[-1])
+            spread[shown.to(spread.device)] = features.to(spread)
+            call.deepstack.append(spread)
+        return {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}
+
+    def _groups(self, span: Span) -> Tensor | None:
+        """Which tokens of an image the tower made equal by merging: rows [N, ...] that are equal are a group."""
+        if span.record.groups is None:
+            return None
+        return self._features.token_groups(span)
+
+    def _lm_after(self, lm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call = CURRENT.get()
+        if call is None or not call.prefill:
+            return None
+        watch(None)
+        cache = output.past_key_values
+        call.cache = cache
+        dropped = any(layout is not call.start for layout in call.layouts)
+        eviction = self._stages.get(Stage.CACHE)
+        if dropped or call.state is not None or eviction is not None:
+            features = self._stages.get(Stage.FEATURES)
+            finish(call, cache, self._compact(features))
+            if eviction is not None and cache is not None and hasattr(cache, "reduction"):
+                evict(self.host, call, eviction, self._budget_of(eviction)())
+        self._last = call
+        if call.layouts[-1] is not call.start:
+            output.last_hidden_state = _restored(output.last_hidden_state, call)
+        return output
+
+    def _note(self, name: str, value: Tensor) -> None:
+        if self.trace is not None:
+            self.trace.setdefault(name, []).append(value.detach().cpu())
+
+
+def _restored(hidden: Tensor, call: Call) -> Tensor:
+    """The states of the last layer at their places in the whole prompt; zeros where tokens were dropped."""
+    layout = call.layouts[-1]
+    index = layout.index.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+    real = hidden.masked_fill(~layout.valid.to(hidden.device)[..., None], 0)
+    full = hidden.new_zeros(hidden.shape[0], call.full, hidden.shape[-1])
+    return full.scatter(1, index, real)
