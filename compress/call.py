@@ -50,6 +50,7 @@ class Call:
     measured: Tensor | None = None
     deepstack: list[Tensor] | None = None
     derived: dict[Any, Any] = field(default_factory=dict)  # masks and rotations shared by layers
+    held: dict[int, Layout] = field(default_factory=dict)  # layers whose cache holds less than they computed
     kept: list[Tensor] = field(default_factory=list)  # token numbers of each span that entered the model
     seconds: float = 0.0
 

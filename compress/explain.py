@@ -76,9 +76,10 @@ def _boxes(grid: Grid) -> Tensor:
     return boxes
 
 
-def explain(call: Call, layer: int) -> list[Explanation]:
-    """The images of a call and their tokens in a layer."""
-    layout = call.layouts[layer]
+def explain(call: Call, layer: int, cache: bool) -> list[Explanation]:
+    """The images of a call and their tokens in a layer, or in its cache."""
+    layer %= len(call.layouts)
+    layout = call.held.get(layer, call.layouts[layer]) if cache else call.layouts[layer]
     places = layout.index.masked_fill(~layout.valid, -1)
     found = []
     for span in call.prompt.spans:

@@ -177,9 +177,12 @@ class Grid:
 
     @cached_property
     def rectangle(self) -> tuple[int, int, int, int]:
-        """First row, end row, first column, end column of the map's tokens that are in the sequence."""
+        """First row, end row, first column, end column of the map's tokens that are in the sequence.
+
+        One place where there are none, so that a map of padding alone has a size.
+        """
         if not bool(self.shown.any()):
-            return 0, 0, 0, 0
+            return 0, 1, 0, 1
         row, col = self.map_row[self.shown], self.map_col[self.shown]
         return int(row.min()), int(row.max()) + 1, int(col.min()), int(col.max()) + 1
 

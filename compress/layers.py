@@ -96,7 +96,7 @@ class LayerCuts:
         end = torch.where(visual, places, -1).amax(1, keepdim=True)
         after = (places > end) & layout.valid
         count = max(1, int(after.sum(1).max()))
-        index = after.to(torch.uint8).sort(1, descending=True, stable=True).indices[:, :count]
+        index = after.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
         real = after.gather(1, index)
         nothing = ~real.any(1, keepdim=True)  # no instruction after the image: the last row stands in
         index = torch.where(nothing, last, index)
@@ -419,4 +419,6 @@ def evict(host: Host, call: Call, reducer: CacheReducer, keep: Budget) -> None:
         layer.keys = layer.keys.gather(2, where.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
         layer.values = layer.values.gather(2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
         state.columns[i], state.ragged[i] = valid, ragged
+        places = layout.index.gather(1, (index - entries).clamp_min(0))
+        call.held[i] = Layout(places, valid & (index >= entries), ragged)
         state.gap[i] = state.length - index.shape[1]

@@ -111,15 +111,19 @@ def farthest_first(
 def cosine_distances(features: Tensor, compute_dtype: torch.dtype = torch.float32) -> Tensor:
     """1 − cosine of all pairs of rows of features [N, D], [N, N]; 1 for rows of zeros.
 
-    Half of the matrix is computed and mirrored. Raises ValueError for features that are not finite.
+    Half of the matrix is computed and mirrored, so it is symmetric to the last bit. Raises ValueError for
+    features that are not finite.
     """
-    unit = unit_rows(features, compute_dtype)
+    # In the original's order of operations, so that the bits are those of one full product on most machines.
+    unit = _unit_rows(features, compute_dtype)
     distances = unit.new_empty(len(unit), len(unit))
     for start in range(0, len(unit), BLOCK):
         stop = start + BLOCK
         block = distances[start:stop, start:]
         torch.mm(unit[start:stop], unit[start:].T, out=block)
         block.neg_().add_(1)
+        corner = block[:, :BLOCK]
+        corner.copy_(corner.triu() + corner.triu(1).T)
         distances[stop:, start:stop] = block[:, BLOCK:].T
     return distances
 
@@ -138,13 +142,9 @@ def farthest_order(distances: Tensor, count: int) -> Tensor:
     return torch.from_numpy(_greedy(matrix, nearest, count))
 
 
-def unit_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of features [..., D] divided by their length, in `dtype`; rows of zeros stay zeros.
-
-    Raises ValueError for features that are not finite.
-    """
-    given = features
-    features = features.to(dtype)
+def _unit_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [..., D] divided by their lengths, in `dtype`; rows of zeros stay zeros."""
+    given, features = features, features.to(dtype)
     norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     # Squares of shorter rows underflow in float32, in which half precision adds up as well.
     usable = (norm > max(torch.finfo(dtype).tiny, 1e-16)) & (norm < torch.inf)
@@ -213,8 +213,9 @@ def _pick_batch(images: Tensor, count: int, dtype: torch.dtype, mask: Tensor | N
     device."""
     if mask is not None:
         images = images.masked_fill(~mask.unsqueeze(-1), 0)
-    unit = unit_rows(images, dtype)
+    unit = _unit_rows(images, dtype)
     distances = torch.bmm(unit, unit.mT).neg_().add_(1)
+    distances = torch.minimum(distances, distances.mT)  # the two roundings of a distance must not rank tokens
     del unit
     distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest = distances.amin(-1) if distances.numel() else distances.new_zeros(distances.shape[:2])
@@ -246,7 +247,7 @@ def _identical(rows: Tensor, nearest: Tensor, dtype: torch.dtype) -> Tensor | No
     close = (nearest < (1e-4 if torch.finfo(dtype).eps < 1e-5 else 0.1)).nonzero().squeeze(1)
     if len(close) < 2:
         return None
-    _, kind = torch.unique(rows[close], dim=0, return_inverse=True)
+    _, kind = torch.unique(rows[close].to(dtype), dim=0, return_inverse=True)
     lowest = torch.full((len(close),), len(rows), device=rows.device).scatter_reduce(0, kind, close, "amin")
     if bool((lowest[kind] == close).all()):
         return None

@@ -130,10 +130,10 @@ class Session:
             return self._elsewhere.report(names)
         return report.of(self.host, self._call(), names)
 
-    def explain(self, layer: int = -1) -> list[Explanation]:
-        """Which tokens of each image of the last prompt reached a layer (the last one unless told), and the part of
-        the picture that each shows. Raises RuntimeError before a prompt with images."""
-        return explain(self._call(), layer)
+    def explain(self, layer: int = -1, *, cache: bool = False) -> list[Explanation]:
+        """Which tokens of each image of the last prompt reached a layer (the last one unless told), or stayed in its
+        cache, and the part of the picture that each shows. Raises RuntimeError before a prompt with images."""
+        return explain(self._call(), layer, cache)
 
     def overlay(self, image: Any, *, index: int = 0, layer: int = -1) -> Any:
         """The picture with the patches of kept tokens lit and the others dimmed, as a PIL image.

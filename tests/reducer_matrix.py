@@ -1,0 +1,171 @@
+"""What every reducer must satisfy on every model, as functions that tests (and new reducers) call.
+
+Each takes a model built by `tiny_vlm` and a reducer; the oracles are in `oracles.py`.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import transformers as hf
+from oracles import Inputs, decoder, kept_tokens, real_tokens, shortened_generate, shortened_logits
+from torch import Tensor
+
+from vistok import compress
+from vistok.compress.reducer import Reducer
+from vistok.compress.session import Session
+
+BATCHES = {"one": (1,), "mixed": (2, 1, 0)}
+DECODING = {"greedy": {}, "beams": {"num_beams": 3}}
+
+
+def placeholders(model: hf.PreTrainedModel) -> list[int]:
+    """Token ids that a random model must not emit, because they would be read as pictures when fed back."""
+    names = ("image_token_id", "video_token_id")
+    return [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
+
+
+@torch.no_grad()
+def outputs(model: hf.PreTrainedModel, inputs: Inputs, **generate: Any) -> tuple[Tensor, Tensor]:
+    """Logits of the prompt, and new tokens."""
+    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": placeholders(model), **generate}
+    new = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    return model(**inputs).logits, new
+
+
+def kept_rows(session: Session, rows: int, layer: int = 0, cache: bool = False) -> list[Tensor]:
+    """Which of each prompt's visual tokens reached a layer (or stayed in its cache), in order, as the session
+    tells."""
+    found: list[list[Tensor]] = [[] for _ in range(rows)]
+    explained = session.explain(layer, cache=cache)
+    beams = 1 if not explained else max(1, (max(e.row for e in explained) + 1) // rows)
+    for explanation in explained:
+        if explanation.row % beams:
+            continue
+        mask = torch.zeros(explanation.num_tokens, dtype=torch.bool)
+        mask[explanation.tokens] = True
+        found[explanation.row // beams].append(mask)
+    return [torch.cat(row) if row else torch.zeros(0, dtype=torch.bool) for row in found]
+
+
+def keeping_everything_changes_nothing(
+    model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, **generate: Any
+) -> None:
+    """keep=1.0 and detaching leave logits and tokens bit-identical."""
+    logits, tokens = outputs(model, inputs, **generate)
+    with compress.attach(model, reducer, keep=1.0):
+        attached = outputs(model, inputs, **generate)
+    assert torch.equal(attached[0], logits)
+    assert torch.equal(attached[1], tokens)
+
+
+def detaching_restores(
+    model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, keep: Any, **generate: Any
+) -> None:
+    """After use and detach the model computes what it did, to the bit, and carries nothing of ours."""
+    before = outputs(model, inputs, **generate)
+    state = _fingerprint(model)
+    with compress.attach(model, reducer, keep=keep):
+        during = outputs(model, inputs, **generate)
+    after = outputs(model, inputs, **generate)
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(after[1], before[1])
+    assert _fingerprint(model) == state
+    assert during[0].shape == before[0].shape
+
+
+def _fingerprint(model: hf.PreTrainedModel) -> list[Any]:
+    """What attaching could leave behind: hooks, instance attributes, attention implementations."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._forward_hooks_always_called)
+        own = sorted(key for key, value in vars(module).items() if callable(value) and key != "forward_fn")
+        found.append((name, [len(h) for h in hooks], own))
+        if isinstance(module, hf.PreTrainedModel):
+            found.append(module.config._attn_implementation)
+    return found
+
+
+def dropping_equals_the_oracle(
+    model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, keep: Any, positions: str = "keep", **generate: Any
+) -> None:
+    """A selecting reducer of features gives exactly what the shortened prompt gives."""
+    rows = len(inputs["input_ids"])
+    with compress.attach(model, reducer, keep=keep, positions=positions) as session:
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        keep_rows = kept_rows(session, rows)
+        _, tokens = outputs(model, inputs, **generate)
+        assert all(map(torch.equal, kept_rows(session, rows), keep_rows))
+    kept = kept_tokens(model, inputs, keep_rows)
+    expected = shortened_logits(model, inputs, keep_rows, positions)
+    assert torch.equal(logits[kept], expected[kept])
+    oracle = shortened_generate(
+        model,
+        inputs,
+        keep_rows,
+        positions,
+        max_new_tokens=6,
+        num_beams=generate.get("num_beams", 1),
+        suppress_tokens=placeholders(model),
+    )
+    assert torch.equal(tokens, oracle.tokens)
+
+
+@contextmanager
+def hidden_columns(model: hf.PreTrainedModel, dropped: Sequence[Tensor | None], decoding_only: bool) -> Any:
+    """Mask the columns `dropped[i]` [B, L] of each layer i, in all calls or in those after the prompt."""
+    from oracles import _hide
+
+    def hook(index: int, module: Any, args: tuple, kwargs: dict) -> Any:
+        if decoding_only and kwargs.get("past_key_values").get_seq_length(index) == 0:
+            return None
+        return _hide(dropped[index], index, module, args, kwargs)
+
+    handles = [
+        layer.register_forward_pre_hook(partial(hook, i), with_kwargs=True)
+        for i, layer in enumerate(decoder(model).layers)
+        if dropped[i] is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cutting_equals_masking(
+    model: hf.PreTrainedModel,
+    inputs: Inputs,
+    reducer: Reducer,
+    keep: Any,
+    tolerance: float,
+    decoding_only: bool = False,
+    **generate: Any,
+) -> None:
+    """Tokens cut inside the model are tokens that no later layer sees: logits of the prompt and every step."""
+    rows, layers = len(inputs["input_ids"]), len(decoder(model).layers)
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "suppress_tokens": placeholders(model),
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        **generate,
+    }
+    with torch.no_grad(), compress.attach(model, reducer, keep=keep) as session:
+        logits = model(**inputs).logits
+        rows_kept = [kept_rows(session, rows, i, cache=decoding_only) for i in range(layers)]
+        kept = [kept_tokens(model, inputs, row) for row in rows_kept]
+        out = model.generate(**inputs, **settings)
+    dropped = [real_tokens(inputs) & ~k for k in kept]
+    with torch.no_grad(), hidden_columns(model, dropped, decoding_only):
+        expected = model.generate(**inputs, **settings)
+        expected_logits = model(**inputs).logits
+    last = real_tokens(inputs) if decoding_only else kept[-1]
+    assert torch.allclose(logits[last], expected_logits[last], atol=tolerance, rtol=0)
+    assert torch.equal(out.sequences, expected.sequences)
+    for step, reference in zip(out.logits, expected.logits, strict=True):
+        assert torch.allclose(step, reference, atol=tolerance, rtol=0)
