@@ -191,7 +191,7 @@ def globalcom2(
         raise ValueError(f'newline is {newline!r}; "rows", "nonempty" and "reference" are known')
     newline = newline or ("reference" if geometry == "reference" else "rows")
     given = grid.to(scores.device)
-    grid = _unrounded(grid).to(scores.device) if geometry == "reference" else given
+    grid = unrounded(grid).to(scores.device) if geometry == "reference" else given
     available = grid.shown.sum(1)
     if total is None:
         whole = int(grid.tokens_per_tile * ratio)
@@ -238,8 +238,8 @@ def globalcom2_ratios(scores: Tensor, grid: Grid, ratio: float, temperature: flo
 def globalcom2_scores(scores: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Own scores of each tile plus the thumbnail's at the same places, both of unit length over its tokens.
 
-    From scores [P, N]: the sum, and the thumbnail's part before it is normalised, both [rows · cols, N] with
-    -inf for padding.
+    From scores [P, N]: the sum [rows · cols, N], -inf for padding, and the thumbnail's part of the same shape
+    before it is normalised.
     """
     grid = grid.to(scores.device)
     top, bottom, left, right = grid.rectangle
@@ -274,8 +274,11 @@ def _newlines(row: Tensor, grid: Grid, newline: Newline) -> tuple[Tensor, Tensor
     return rows, grid.row_end[rows]
 
 
-def _unrounded(grid: Grid) -> Grid:
-    """The layout that GlobalCom²'s code sees."""
+def unrounded(grid: Grid) -> Grid:
+    """The layout that GlobalCom²'s code sees for the image of a grid made by `Grid.anyres`.
+
+    Raises ValueError for other grids.
+    """
     if grid.image_size is None or grid.thumbnail != 0:
         raise ValueError('geometry="reference" needs a grid made by Grid.anyres')
     # Parity: lengths are cut to whole numbers without rounding first.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .parity.case import CannotBuild, Case
 
-FAMILIES = ("titok",)
+FAMILIES = ("titok", "prune", "reduce")
 
 
 @dataclass(frozen=True)
