@@ -122,7 +122,9 @@ def decide(
         return Selection(numbers), numbers
     selection = reducer.reduce(image, budget)
     if not len(selection.kept):
-        raise ValueError(f"{type(reducer).__name__} kept no token of an image with {image.num_tokens}; raise keep")
+        raise ValueError(
+            f"{type(reducer).__name__} kept no token of an image with {image.num_tokens}; raise keep"
+        )
     return selection, numbers[selection.kept.to(numbers.device)]
 
 
@@ -187,7 +189,9 @@ def _shrunk(mask: Tensor, layout: Layout, valid: Tensor, entries: int) -> Tensor
     rows = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
     mask = mask.expand(batch, -1, -1, -1).gather(2, rows)
     past = torch.arange(entries, device=index.device).expand(batch, -1)
-    columns = torch.cat([past, index + entries], 1)[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+    columns = torch.cat([past, index + entries], 1)[:, None, None].expand(
+        -1, mask.shape[1], mask.shape[2], -1
+    )
     mask = mask.gather(3, columns)
     hidden = ~valid.to(mask.device)[:, None, None]
     return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)

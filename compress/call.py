@@ -30,6 +30,7 @@ class Call:
     """State of one forward of the core; it lives in a context variable, so threads do not meet."""
 
     prefill: bool = False
+    passed: bool = False  # features that session.prepare has reduced already
     ids: Tensor | None = None
     mask: Tensor | None = None  # the caller's 2-D mask
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -64,9 +65,11 @@ class Call:
             self.seconds += time.perf_counter() - start
 
 
-def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], unclaimed: bool) -> tuple[Call, dict]:
+def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str | None) -> tuple[Call, dict]:
     """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
 
+    `source` says what features without a record are: pieces of features just "made" (a chunked prefill), pieces of
+    "prepared" ones, or the caller's own (None).
     Raises NotImplementedError for static caches, masks that are already 4-D and chunked prefill, ValueError for
     images without placeholders.
     """
@@ -76,29 +79,33 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], unclaimed: 
     call = Call(cache=cache, state=state_of(cache))
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = any(arguments.get(f"pixel_values{suffix}") is not None for suffix in ("", "_videos"))
-    if any(getattr(_record_of(output), "reduced", False) for output in outputs.values()):
+    records = [_record_of(output) for output in outputs.values()]
+    if any(record is None and source == "prepared" or getattr(record, "reduced", False) for record in records):
+        call.passed = True
         return call, arguments
     mask = arguments.get("attention_mask")
-    if (outputs or pixels or call.state) and not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+    if (outputs or pixels or call.state) and not (
+        mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    ):
         raise NotImplementedError(
             "reducers need the 2-D attention mask (1 for real tokens), and this call brings a prepared one, as "
             f"static caches and compiled generation do; {FUNCTIONAL}"
         )
     call.mask = mask
     if outputs or pixels:
-        _begin_prefill(host, call, arguments, outputs, unclaimed)
+        _begin_prefill(host, call, arguments, outputs, source)
     if call.state is not None:
         _correct(call, arguments)
     return call, arguments
 
 
-def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, Any], unclaimed: bool) -> None:
+def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, Any], source: str | None) -> None:
     cache = call.cache
     if cache is not None and type(cache) not in (DynamicCache, ReducedDynamicCache):
         raise NotImplementedError(
             f"reducers shorten a DynamicCache, and this call brings a {type(cache).__name__}; {FUNCTIONAL}"
         )
-    if unclaimed and any(_record_of(output) is None for output in outputs.values()):
+    if source == "made" and any(_record_of(output) is None for output in outputs.values()):
         raise NotImplementedError(
             "this prefill is cut into chunks (prefill_chunk_size), so a reducer would see pieces of an image; "
             f"leave prefill_chunk_size unset, or {FUNCTIONAL}"
@@ -194,7 +201,7 @@ def finish(call: Call, cache: Cache | None, compact: bool) -> None:
     if positions.ndim == 3:
         planes = positions.shape[0]
         positions = positions[-3:].amax(0)  # a fourth plane, in front, counts text
-    valid = call.layouts[0].valid.to(positions.device)
+    valid = call.entering.valid.to(positions.device)
     last = positions.expand(valid.shape).masked_fill(~valid, -1).amax(1)
     adopt(cache, CacheState(length, columns, ragged, removed, gap, last + 1, planes, compact))
 

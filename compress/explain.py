@@ -70,7 +70,9 @@ def _boxes(grid: Grid) -> Tensor:
     map_col = cut % grid.cols * width + cols - left
     high, wide = bottom - top, right - left
     tiled = torch.stack([map_row / high, map_col / wide, (map_row + 1) / high, (map_col + 1) / wide], 1)
-    thumbnail = torch.zeros_like(cut, dtype=torch.bool) if grid.thumbnail is None else grid.tile == grid.thumbnail
+    thumbnail = (
+        torch.zeros_like(cut, dtype=torch.bool) if grid.thumbnail is None else grid.tile == grid.thumbnail
+    )
     boxes = torch.where(thumbnail[:, None], whole, tiled)
     boxes[grid.tile < 0] = torch.nan
     return boxes

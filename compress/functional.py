@@ -48,7 +48,9 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
     """The inputs of a processor, reduced (see `Session.prepare`)."""
     host = session.host
     if host is None:
-        raise NotImplementedError("inputs can be prepared for vision-language models with placeholder tokens only")
+        raise NotImplementedError(
+            "inputs can be prepared for vision-language models with placeholder tokens only"
+        )
     inside = [type(r).__name__ for r in session.reducers if r.stage in (Stage.LAYER, Stage.CACHE)]
     if inside:
         raise NotImplementedError(
@@ -56,7 +58,9 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
             "reducers of the FEATURES or VISION stage alone"
         )
     if "input_ids" not in inputs:
-        raise ValueError(f"inputs hold {', '.join(inputs)}; prepare needs what the processor returns, with input_ids")
+        raise ValueError(
+            f"inputs hold {', '.join(inputs)}; prepare needs what the processor returns, with input_ids"
+        )
     call, rest = _encode(host, inputs)
     ids = call.ids
     if not call.outputs:
@@ -82,7 +86,8 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
     if not session._compact(features):
         short["position_ids"] = _positions(host, call, inputs, index)
     short["mm_encoder_outputs"] = {
-        modality: _shortened(call, modality, output, changed, kept) for modality, output in call.outputs.items()
+        modality: _shortened(call, modality, output, changed, kept)
+        for modality, output in call.outputs.items()
     }
     return Prepared(short, ids)
 

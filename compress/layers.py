@@ -24,7 +24,12 @@ class LayerCuts:
     positions and rotations of their own length."""
 
     def __init__(
-        self, host: Host, reducer: LayerReducer | None, keep: Callable[[], Budget], compact_positions: bool, trace: Trace
+        self,
+        host: Host,
+        reducer: LayerReducer | None,
+        keep: Callable[[], Budget],
+        compact_positions: bool,
+        trace: Trace,
     ) -> None:
         self.host, self.reducer, self.keep, self.compact = host, reducer, keep, compact_positions
         self.trace = trace
@@ -60,20 +65,29 @@ class LayerCuts:
 
     def probes(self, call: Call) -> dict[nn.Module, Probe]:
         """What the attention of the layers before the cuts must report during this call."""
-        if self.reducer is None or not call.prefill or not self.reducer.rows or self.reducer.rows_of != "previous":
+        if (
+            self.reducer is None
+            or not call.prefill
+            or not self.reducer.rows
+            or self.reducer.rows_of != "previous"
+        ):
             return {}
         return {self.host.attention(k - 1): self._row_probe(call, k) for k in self.cuts}
 
     # Scores -------------------------------------------------------------------------------------------------
 
     def _row_probe(self, call: Call, cut: int) -> Probe:
-        def probe(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        def probe(
+            module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
+        ) -> None:
             with torch.no_grad():
                 call.scores[cut] = self._rows(call, query, key, mask, scaling)
 
         return probe
 
-    def _rows(self, call: Call, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    def _rows(
+        self, call: Call, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> Tensor:
         """Head-mean attention [B, L] that each token of the call gets from the reducer's rows."""
         index, real = self._row_index(call)
         length = query.shape[2]
@@ -108,7 +122,9 @@ class LayerCuts:
         as queries and keys are there."""
         layer, attention, found = self.host.layers[i], self.host.attention(i), []
 
-        def probe(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        def probe(
+            module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
+        ) -> None:
             if call.entries[i]:
                 key = torch.cat([call.cache.layers[i].keys.to(key.device), key], 2)
             found.append(self._rows(call, query, key, mask, scaling))
@@ -131,7 +147,9 @@ class LayerCuts:
             outputs = output[0] if isinstance(output, tuple) else output
             with torch.no_grad(), call.timed():
                 visual = call.prompt.image.gather(1, call.layout.index) >= 0
-                vector = self.reducer.measure(name, inputs, outputs, call.layout.valid, visual & call.layout.valid)
+                vector = self.reducer.measure(
+                    name, inputs, outputs, call.layout.valid, visual & call.layout.valid
+                )
                 self.trace(f"{name}.{i}", vector)
                 call.measured = vector if call.measured is None else call.measured + vector
 
@@ -282,14 +300,8 @@ class LayerCuts:
         return changed
 
     def _renumbered(self, call: Call, hidden: Tensor) -> Tensor:
-        positions = call.positions
-        if positions.ndim != 2:
-            raise ValueError(
-                f"{self.host.name} has positions in several planes (M-RoPE), where renumbering inside the layers is "
-                'not defined; attach with positions="keep"'
-            )
         valid = call.layout.valid
-        full = positions.expand(len(valid), -1)
+        full = call.positions.expand(len(valid), -1)
         start = full.masked_fill(~call.entering.valid, torch.iinfo(full.dtype).max).amin(1, keepdim=True)
         return (valid.long().cumsum(1) - 1).clamp_min(0) + start
 
@@ -417,7 +429,9 @@ def evict(host: Host, call: Call, reducer: CacheReducer, keep: Budget) -> None:
         index, valid, ragged = compact(real)
         where = index[:, None, :, None].to(layer.keys.device)
         layer.keys = layer.keys.gather(2, where.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-        layer.values = layer.values.gather(2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+        layer.values = layer.values.gather(
+            2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
+        )
         state.columns[i], state.ragged[i] = valid, ragged
         places = layout.index.gather(1, (index - entries).clamp_min(0))
         call.held[i] = Layout(places, valid & (index >= entries), ragged)

@@ -89,7 +89,9 @@ def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[R
                     f"the {modality} items given ({lengths[cursor : cursor + taken]} tokens); prompt and images "
                     "do not belong together, or the prefill was cut into chunks"
                 )
-            found = _row_spans(host, record, ids[row], places, lengths[cursor : cursor + taken], original, grids)
+            found = _row_spans(
+                host, record, ids[row], places, lengths[cursor : cursor + taken], original, grids
+            )
             for number, span in enumerate(found):
                 span.row, span.number = row, number
                 image[row, span.places] = len(spans)

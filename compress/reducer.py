@@ -33,7 +33,9 @@ def fraction_or_count(keep: float | int, what: str = "keep") -> float | int:
     """`keep` if it is a float in (0, 1] or an integer of at least 1. Raises TypeError or ValueError."""
     accepted = "a fraction in (0, 1] or a count of tokens (an integer of at least 1)"
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise TypeError(f"{what} is {keep!r}; it takes {accepted}, or a function of the image that returns one")
+        raise TypeError(
+            f"{what} is {keep!r}; it takes {accepted}, or a function of the image that returns one"
+        )
     if isinstance(keep, int):
         if keep < 1:
             raise ValueError(f"{what} is {keep}; it takes {accepted}")

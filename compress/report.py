@@ -62,7 +62,9 @@ class Report:
                 for i, (before, after) in enumerate(zip(image.layers[:-1], image.layers[1:], strict=True), 1)
                 if after != before
             ]
-            lines.append(f"  prompt {image.row}, image {image.number}: {image.tokens} tokens, kept {', '.join(steps)}")
+            lines.append(
+                f"  prompt {image.row}, image {image.number}: {image.tokens} tokens, kept {', '.join(steps)}"
+            )
         if self.flops is not None:
             lines.append(
                 f"  prefill {self.flops / 1e9:.3g} of {self.flops_full / 1e9:.3g} GFLOPs, cache {self.cache_bytes / 1e6:.3g} of "

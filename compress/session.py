@@ -86,7 +86,7 @@ class Session:
         self._stages, self._positions = stages, positions
         self._undo: list[Callable[[], Any]] = []
         self._last: Call | None = None
-        self._unclaimed = threading.local()
+        self._waiting = threading.local()  # where features came from that no forward has met yet
         self.keep = keep
         try:
             self._attach()
@@ -118,6 +118,7 @@ class Session:
         """
         while self._undo:
             self._undo.pop()()
+        self._clear()
         if _ATTACHED.get(self.model) is self:
             del _ATTACHED[self.model]
 
@@ -153,7 +154,9 @@ class Session:
 
         See `Prepared`. Raises NotImplementedError for reducers that act inside the language model.
         """
-        return prepare(self, inputs)
+        prepared = prepare(self, inputs)
+        self._waiting.source = "prepared"
+        return prepared
 
     def _call(self) -> Call:
         if self._elsewhere is not None:
@@ -188,6 +191,9 @@ class Session:
         watch_text = layer is not None and layer.rows is not None
         if watch_text or wanted or states:
             self._watch(text=watch_text, vision=bool(wanted or states))
+        self._cuts = None
+        if layer is not None or cache is not None:
+            self._cuts = LayerCuts(host, layer, self._budget_of(layer), self._compact(layer), self._note)
         core, lm = host.core, host.lm
         hooks = [
             core.register_forward_pre_hook(self._core_before, with_kwargs=True, prepend=True),
@@ -195,11 +201,9 @@ class Session:
             lm.register_forward_pre_hook(self._lm_before, with_kwargs=True),
             lm.register_forward_hook(self._lm_after, with_kwargs=True),
         ]
-        self._cuts = None
-        if layer is not None or cache is not None:
-            self._cuts = LayerCuts(host, layer, self._budget_of(layer), self._compact(layer), self._note)
-            hooks += self._cuts.attach()
         self._undo += [hook.remove for hook in hooks]
+        if self._cuts is not None:
+            self._undo += [hook.remove for hook in self._cuts.attach()]
 
     def _watch(self, *, text: bool, vision: bool) -> None:
         """Have the attention of the language model or the tower report to probes; the kernels stay."""
@@ -224,7 +228,15 @@ class Session:
     def _compact(self, reducer: Reducer | None) -> bool:
         if reducer is None:
             return False
-        positions = reducer.paper_positions if self._positions == "paper" else self._positions
+        planes = hasattr(self.host.core, "get_rope_index")
+        positions = self._positions
+        if positions == "paper":
+            positions = "keep" if planes else reducer.paper_positions
+        if positions == "compact" and planes and reducer.stage is Stage.LAYER:
+            raise ValueError(
+                f"{self.host.name} has positions in several planes (M-RoPE), where renumbering inside the layers is not "
+                'defined; attach with positions="keep"'
+            )
         return positions == "compact"
 
     # Hooks --------------------------------------------------------------------------------------------------
@@ -232,26 +244,30 @@ class Session:
     def _made(self, modality: str, output: Any, record: Record) -> None:
         output.vistok_record = record
         call = CURRENT.get()
-        if call is None:
-            self._unclaimed.output = output
+        if call is None:  # generate makes features before its first forward
+            self._waiting.source = "made"
         else:
             call.outputs[modality] = output
 
     def _core_before(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        unclaimed = getattr(self._unclaimed, "output", None) is not None
-        call, arguments = begin(self.host, args, kwargs, unclaimed)
+        self._clear()  # an interrupt may have left a call behind
+        source, self._waiting.source = getattr(self._waiting, "source", None), None
+        call, arguments = begin(self.host, args, kwargs, source)
+        if call.passed:
+            self._waiting.source = "prepared"
         if not call.prefill and call.state is None:
             return None
-        self._unclaimed.output = None
         CURRENT.set(call)
         return (), arguments
 
+    @staticmethod
+    def _clear() -> None:
+        if CURRENT.get() is not None:
+            CURRENT.set(None)
+            watch(None)
+
     def _core_after(self, core: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = CURRENT.get()
-        if call is None:
-            return
-        CURRENT.set(None)
-        watch(None)
+        self._clear()
 
     def _lm_before(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = CURRENT.get()
