@@ -15,9 +15,11 @@ from torch import Tensor
 
 from .grid import Grid
 from .merge import Matching
+from .select import uniform
 
 Budget = float | int | Callable[["Image"], float | int] | None
 Positions = Literal["keep", "compact", "paper"]
+TowerLayer = int | Literal["features"]  # from 0, negative from the end, or the one whose output is projected
 
 
 class Stage(Enum):
@@ -52,7 +54,8 @@ class Image:
     `features` [N, D] are the projected tokens, `text` [T, D] the embeddings of the prompt's other tokens,
     `grid` says where each token lies (None where the family does not tell), `number` is the image's place in
     its prompt. `rows` holds what the method asked of the tower, layer by layer: [tiles, heads, n] for the n
-    tokens of each tile. `states` and `keys` [tiles, 1 + n, C] are the tower's, for methods that merge before the
+    tokens of each tile. `states` [tiles, 1 + n, C], which the features are the projection of, and `keys`
+    [tiles, 1 + n, heads, d] are the tower's (n without a class token), for methods that merge before the
     projector (`project`).
     """
 
@@ -60,7 +63,7 @@ class Image:
     text: Tensor
     grid: Grid | None = None
     number: int = 0
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[TowerLayer, Tensor] = field(default_factory=dict)
     states: Tensor | None = None
     keys: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
@@ -70,6 +73,43 @@ class Image:
     def num_tokens(self) -> int:
         """N."""
         return self.features.shape[0]
+
+    def attention(self, layer: TowerLayer) -> Tensor:
+        """What was recorded of a tower layer [tiles, heads, n]. Raises ValueError where there is nothing, or nothing
+        that fits the image's tokens."""
+        instead = "use a reducer that needs the features alone, such as divprune"
+        rows = self.rows.get(layer)
+        if rows is None:
+            raise ValueError(
+                f"the attention of tower layer {layer!r} was not recorded for this image; have the attached model make "
+                "the features itself from pixel_values (not given by the caller, made before attaching, or videos "
+                f"whose frames are pooled), or {instead}"
+            )
+        tiles, tokens = rows.shape[0], rows.shape[-1]
+        grid = self.grid
+        fits = tiles * tokens == self.num_tokens
+        if grid is not None:
+            fits = (tiles, tokens) == (grid.num_tiles, grid.tokens_per_tile)
+        if not fits:
+            raise ValueError(
+                f"the tower's attention is for {tiles} tiles of {tokens} tokens, which this image's {self.num_tokens} "
+                f"cannot be told from (tokens merge inside the tower, or the family hides their layout); {instead}"
+            )
+        return rows
+
+    def arranged(self, values: Tensor, source: Tensor) -> "Selection":
+        """A selection of `values` [n, D] in an order of their own.
+
+        `source` [n] says which token each shows, or -1. The slots are those tokens' places, and for the others
+        places at even distances. Raises ValueError for more values than tokens.
+        """
+        if len(values) > self.num_tokens:
+            raise ValueError(f"{len(values)} tokens do not fit into the places of {self.num_tokens}; lower keep")
+        taken = torch.zeros(self.num_tokens, dtype=torch.bool, device=source.device)
+        taken[source[source >= 0]] = True
+        free = (~taken).nonzero().squeeze(1)
+        taken[free[uniform(len(free), len(values) - int(taken.sum()), free.device)]] = True
+        return Selection(taken.nonzero().squeeze(1), values, source)
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator that depends on the image and the seed alone: equal images in a batch, in beams or alone
@@ -115,16 +155,25 @@ class FeatureReducer(Reducer):
 
     stage: ClassVar[Stage] = Stage.FEATURES
     paper_positions: ClassVar[Literal["keep", "compact"]] = "compact"
-    default_keep: ClassVar[float] = 0.25
+    default_keep: ClassVar[float | None] = 0.25  # None: `reduce` is given None and goes by the method's own number
 
-    def tower_layers(self) -> dict[int, bool]:
-        """Layers of the vision tower (negative: from the end) whose class-token attention is wanted, and
-        whether as probabilities."""
+    def tower_layers(self) -> dict[TowerLayer, bool | Literal["joined"]]:
+        """Layers of the vision tower whose class-token attention is wanted: as probabilities (True), as logits
+        (False), or as probabilities of one head as wide as all ("joined")."""
         return {}
 
-    def wants_states(self) -> int | None:
-        """The tower layer whose output states and keys are wanted, or None."""
+    def wants_states(self) -> TowerLayer | None:
+        """The tower layer whose keys are wanted, with the states that are projected; or None (0 counts as None)."""
         return None
+
+    @staticmethod
+    def per_token(rows: Tensor, grid: Grid | None) -> Tensor:
+        """Values [tiles, n] in the order in which the tokens enter the language model [N]; -inf for separators."""
+        flat = rows.flatten()
+        if grid is None:
+            return flat
+        index = grid.flat.to(flat.device)
+        return flat[index.clamp_min(0)].masked_fill(index < 0, -torch.inf)
 
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
         """How many tokens of an image stay, from its layout (or its number of tokens) and the budget alone."""
@@ -139,6 +188,20 @@ class FeatureReducer(Reducer):
     def scores(self, image: Image) -> Tensor | None:
         """What `select` takes as `scores`, from what the tower gave."""
         return None
+
+    @staticmethod
+    def completed(mask: Tensor, count: int) -> Tensor:
+        """The mask [N] with its first False entries set until `count` are True: separators, once all patches are in."""
+        missing = count - int(mask.sum())
+        return mask.index_fill(0, (~mask).nonzero().squeeze(1)[:missing], True)
+
+    def need(self, scores: Tensor | None) -> Tensor:
+        """The scores. Raises ValueError if there are none."""
+        if scores is None:
+            raise ValueError(
+                f"{type(self).__name__} selects by the vision tower's attention; give select what scores(image) returns"
+            )
+        return scores
 
     def reduce(self, image: Image, budget: float | int) -> Selection:
         """What stays of the image."""

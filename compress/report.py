@@ -66,10 +66,10 @@ class Report:
                 f"  prompt {image.row}, image {image.number}: {image.tokens} tokens, kept {', '.join(steps)}"
             )
         if self.flops is not None:
-            lines.append(
-                f"  prefill {self.flops / 1e9:.3g} of {self.flops_full / 1e9:.3g} GFLOPs, cache {self.cache_bytes / 1e6:.3g} of "
-                f"{self.cache_bytes_full / 1e6:.3g} MB, {1000 * self.seconds:.1f} ms in the reducer"
-            )
+            lines.append(f"  {self.flops / 1e9:.3g} of {self.flops_full / 1e9:.3g} GFLOPs")
+        if self.cache_bytes is not None:
+            held, full = self.cache_bytes / 1e6, self.cache_bytes_full / 1e6
+            lines[-1] += f" at prefill, cache {held:.3g} of {full:.3g} MB, {1000 * self.seconds:.1f} ms in the reducer"
         return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from .functional import Prepared, prepare
 from .hosts import cutpoints, standalone, tower
 from .hosts.families import Record, resolve
 from .hosts.features import FeatureRecorder
+from .hosts.merging import VisionMerging
 from .layers import LayerCuts, evict
 from .layout import Span
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
@@ -87,6 +88,7 @@ class Session:
         self._undo: list[Callable[[], Any]] = []
         self._last: Call | None = None
         self._waiting = threading.local()  # where features came from that no forward has met yet
+        self.merging: VisionMerging | None = None
         self.keep = keep
         try:
             self._attach()
@@ -104,6 +106,8 @@ class Session:
         if keep is not None and not callable(keep):
             fraction_or_count(keep)
         self._keep = keep
+        if self.merging is not None:
+            self.merging.keep = keep
 
     def __enter__(self) -> Session:
         return self
@@ -174,6 +178,7 @@ class Session:
         for place in (standalone, cutpoints):
             self._elsewhere = place.attach(self.model, self._stages, self._budget_of(self.reducers[0]))
             if self._elsewhere is not None:
+                self.merging = getattr(self._elsewhere, "merging", None)
                 self._undo.append(self._elsewhere.remove)
                 return
         host = self.host = resolve(self.model)
@@ -183,9 +188,9 @@ class Session:
         states = features is not None and features.wants_states()
         self._features = FeatureRecorder(host, wanted, states, self._made)
         if vision is not None:
-            merging = tower.install(host.tower, vision, keep=vision.keep, depth=self._features.depth)
+            merging = tower.install(host.tower, vision, keep=self._keep, depth=self._features.depth)
             self._undo.append(merging.remove)
-            self._features.merging = merging
+            self._features.merging = self.merging = merging
         self._features.attach()
         self._undo.append(self._features.remove)
         watch_text = layer is not None and layer.rows is not None

@@ -14,7 +14,7 @@ from oracles import Inputs, decoder, kept_tokens, real_tokens, shortened_generat
 from torch import Tensor
 
 from vistok import compress
-from vistok.compress.reducer import Reducer
+from vistok.compress.reducer import Reducer, Stage
 from vistok.compress.session import Session
 
 BATCHES = {"one": (1,), "mixed": (2, 1, 0)}
@@ -30,53 +30,49 @@ def placeholders(model: hf.PreTrainedModel) -> list[int]:
 @torch.no_grad()
 def outputs(model: hf.PreTrainedModel, inputs: Inputs, **generate: Any) -> tuple[Tensor, Tensor]:
     """Logits of the prompt, and new tokens."""
-    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": placeholders(model), **generate}
+    settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": placeholders(model), **generate}
     new = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
     return model(**inputs).logits, new
 
 
-def kept_rows(session: Session, rows: int, layer: int = 0, cache: bool = False) -> list[Tensor]:
+def kept_rows(
+    session: Session, rows: int, layer: int = 0, cache: bool = False, beams: int = 1
+) -> list[Tensor]:
     """Which of each prompt's visual tokens reached a layer (or stayed in its cache), in order, as the session
-    tells."""
-    found: list[list[Tensor]] = [[] for _ in range(rows)]
-    explained = session.explain(layer, cache=cache)
-    beams = 1 if not explained else max(1, (max(e.row for e in explained) + 1) // rows)
-    for explanation in explained:
-        if explanation.row % beams:
-            continue
+    tells; all beams of a prompt must have kept the same."""
+    found: list[list[list[Tensor]]] = [[[] for _ in range(beams)] for _ in range(rows)]
+    for explanation in session.explain(layer, cache=cache):
         mask = torch.zeros(explanation.num_tokens, dtype=torch.bool)
         mask[explanation.tokens] = True
-        found[explanation.row // beams].append(mask)
-    return [torch.cat(row) if row else torch.zeros(0, dtype=torch.bool) for row in found]
+        found[explanation.row // beams][explanation.row % beams].append(mask)
+    joined = [[torch.cat(beam) if beam else torch.zeros(0).bool() for beam in row] for row in found]
+    assert all(torch.equal(beam, row[0]) for row in joined for beam in row)
+    return [row[0] for row in joined]
 
 
-def keeping_everything_changes_nothing(
-    model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, **generate: Any
-) -> None:
-    """keep=1.0 and detaching leave logits and tokens bit-identical."""
-    logits, tokens = outputs(model, inputs, **generate)
+def whole(model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, **generate: Any) -> None:
+    """All that a reducer must satisfy on one model, batch and way of decoding.
+
+    keep=1.0 and detaching leave logits and tokens bit-identical and nothing behind; what is dropped before the
+    model equals the shortened prompt exactly, and what is dropped inside it equals masking.
+    """
+    before, state = outputs(model, inputs, **generate), fingerprint(model)
     with compress.attach(model, reducer, keep=1.0):
-        attached = outputs(model, inputs, **generate)
-    assert torch.equal(attached[0], logits)
-    assert torch.equal(attached[1], tokens)
-
-
-def detaching_restores(
-    model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, keep: Any, **generate: Any
-) -> None:
-    """After use and detach the model computes what it did, to the bit, and carries nothing of ours."""
-    before = outputs(model, inputs, **generate)
-    state = _fingerprint(model)
-    with compress.attach(model, reducer, keep=keep):
-        during = outputs(model, inputs, **generate)
+        everything = outputs(model, inputs, **generate)
+    assert torch.equal(everything[0], before[0])
+    assert torch.equal(everything[1], before[1])
+    if reducer.stage is Stage.FEATURES:
+        for positions in ("keep", "compact"):
+            dropping_equals_the_oracle(model, inputs, reducer, 0.5, positions, **generate)
+    elif reducer.stage is not Stage.VISION:
+        cutting_equals_masking(model, inputs, reducer, 0.5, 3e-5, reducer.stage is Stage.CACHE, **generate)
     after = outputs(model, inputs, **generate)
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[1], before[1])
-    assert _fingerprint(model) == state
-    assert during[0].shape == before[0].shape
+    assert fingerprint(model) == state
 
 
-def _fingerprint(model: hf.PreTrainedModel) -> list[Any]:
+def fingerprint(model: hf.PreTrainedModel) -> list[Any]:
     """What attaching could leave behind: hooks, instance attributes, attention implementations."""
     found: list[Any] = []
     for name, module in model.named_modules():
@@ -112,7 +108,7 @@ def dropping_equals_the_oracle(
         inputs,
         keep_rows,
         positions,
-        max_new_tokens=6,
+        max_new_tokens=4,
         num_beams=generate.get("num_beams", 1),
         suppress_tokens=placeholders(model),
     )
@@ -153,7 +149,7 @@ def cutting_equals_masking(
     """Tokens cut inside the model are tokens that no later layer sees: logits of the prompt and every step."""
     rows, layers = len(inputs["input_ids"]), len(decoder(model).layers)
     settings = {
-        "max_new_tokens": 6,
+        "max_new_tokens": 4,
         "do_sample": False,
         "suppress_tokens": placeholders(model),
         "return_dict_in_generate": True,
@@ -161,8 +157,8 @@ def cutting_equals_masking(
         **generate,
     }
 
-    def kept(session: Session) -> list[Tensor]:
-        found = [kept_rows(session, rows, i, cache=decoding_only) for i in range(layers)]
+    def kept(session: Session, beams: int = 1) -> list[Tensor]:
+        found = [kept_rows(session, rows, i, decoding_only, beams) for i in range(layers)]
         return [kept_tokens(model, inputs, row) for row in found]
 
     def hidden(kept: list[Tensor]) -> Any:
@@ -170,7 +166,8 @@ def cutting_equals_masking(
 
     with torch.no_grad(), compress.attach(model, reducer, keep=keep) as session:
         logits, in_forward = model(**inputs).logits, kept(session)
-        out, in_generate = model.generate(**inputs, **settings), kept(session)
+        out = model.generate(**inputs, **settings)
+        in_generate = kept(session, generate.get("num_beams", 1))
     with torch.no_grad(), hidden(in_forward):
         expected_logits = model(**inputs).logits
     with (

@@ -1,7 +1,9 @@
 """Reducers attached to stock models: the matrix that every model, reducer and way of decoding must satisfy."""
 
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -10,15 +12,14 @@ import torch
 from reducer_matrix import BATCHES, DECODING
 from tiny_vlms import FIXTURES, tiny_vlm
 
+from vistok import compress
 from vistok.compress import DivPrune, FastV, KeyNorm, Random, ToMe
 from vistok.compress.reducer import LayerReducer
-
-NAMES = tuple(FIXTURES)
 
 
 @dataclass(kw_only=True)
 class Cut(LayerReducer):
-    """Cuts before layer `k` by hidden states: content decides, whatever the attention implementation."""
+    """Cuts before layer `k` by hidden states, whatever the attention implementation."""
 
     k: int = 1
 
@@ -31,55 +32,48 @@ class Cut(LayerReducer):
         return tokens.hidden.sum(-1)
 
 
+def the_reducer_of_contributing():
+    """The class that CONTRIBUTING shows, as anyone would write it."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split("## A reducer in one file", 1)[1]
+    space = {"__name__": "contributed"}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], space)
+    return space["Longest"]()
+
+
+REDUCERS = {
+    "DivPrune": DivPrune(),
+    "Random": Random(),
+    "FastV": FastV(k=1),
+    "Cut2": Cut(k=2),
+    "Cut3": Cut(k=3),
+    "KeyNorm": KeyNorm(),
+    "ToMe": ToMe(),
+    "contributed": the_reducer_of_contributing(),
+}
+
+
 @cache
 def fixture(name, attention):
     return tiny_vlm(name, attention)
 
 
-@pytest.fixture(params=[(n, a) for n in NAMES for a in ("sdpa", "eager")], ids=lambda p: "-".join(p))
-def vlm(request):
-    return fixture(*request.param)
+@pytest.mark.parametrize("reducer", REDUCERS.values(), ids=REDUCERS)
+@pytest.mark.parametrize("decoding", DECODING)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_reducer_on_every_model(name, attention, batch, decoding, reducer):
+    model, _, inputs = fixture(name, attention)
+    matrix.whole(model, inputs(images=BATCHES[batch]), reducer, **DECODING[decoding])
 
 
-@pytest.fixture(params=BATCHES)
-def batch(request):
-    return BATCHES[request.param]
-
-
-@pytest.fixture(params=DECODING)
-def decoding(request):
-    return DECODING[request.param]
-
-
-SELECTING = {"features": DivPrune(), "layer": FastV(k=1), "cache": KeyNorm()}
-
-
-@pytest.mark.parametrize("stage", SELECTING)
-def test_keep_everything_leaves_the_model_identical(vlm, batch, decoding, stage):
-    model, _, inputs = vlm
-    matrix.keeping_everything_changes_nothing(model, inputs(images=batch), SELECTING[stage], **decoding)
-
-
-@pytest.mark.parametrize("stage", SELECTING)
-def test_detaching_leaves_nothing_behind(vlm, batch, decoding, stage):
-    model, _, inputs = vlm
-    matrix.detaching_restores(model, inputs(images=batch), SELECTING[stage], 0.4, **decoding)
-
-
-@pytest.mark.parametrize("positions", ["keep", "compact"])
-def test_dropping_before_the_model_equals_the_shortened_prompt(vlm, batch, decoding, positions):
-    model, _, inputs = vlm
-    matrix.dropping_equals_the_oracle(model, inputs(images=batch), Random(), 0.5, positions, **decoding)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_cutting_inside_the_model_equals_masking(vlm, batch, decoding, k):
-    model, _, inputs = vlm
-    matrix.cutting_equals_masking(model, inputs(images=batch), Cut(k=k), 0.5, 3e-5, **decoding)
-
-
-def test_evicting_from_the_cache_equals_masking(vlm, batch, decoding):
-    model, _, inputs = vlm
-    matrix.cutting_equals_masking(
-        model, inputs(images=batch), KeyNorm(), 0.5, 3e-5, decoding_only=True, **decoding
-    )
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "idefics3"])
+def test_merging_nothing_is_bit_exact(name):
+    model, _, inputs = fixture(name, "sdpa")
+    inputs = inputs(images=(2, 1, 0))
+    before = matrix.outputs(model, inputs)
+    with compress.attach(model, ToMe(r=0)):
+        during = matrix.outputs(model, inputs)
+    assert torch.equal(before[0], during[0])
+    assert torch.equal(before[1], during[1])

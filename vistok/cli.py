@@ -24,7 +24,7 @@ app = typer.Typer(
     help="Visual tokens: images to few tokens and back.",
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(no_args_is_help=True, help="Measure tokenizers.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure tokenizers and reducers.")
 app.add_typer(eval_app, name="eval")
 
 Name = Annotated[
@@ -373,6 +373,25 @@ def speed(
         results.append(result.record())
     if out:
         _write_json(out, {"results": results})
+
+
+@eval_app.command()
+def reducers(
+    repeats: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
+) -> None:
+    """Speed of token reducers: selection against plain code, prefill against the shortened prompt."""
+    from .compress import DivPrune, UniformGrid
+    from .eval import prefill, selection
+
+    selected = selection.run(repeats, threads)
+    _table(selected.title, selection.HEADER, selected.table())
+    read = prefill.run([UniformGrid(), DivPrune()], repeats=repeats, threads=threads, device=str(_device(device)))
+    _table(read.title, prefill.HEADER, read.table())
+    if out:
+        _write_json(out, {"selection": selected.record(), "prefill": read.record()})
 
 
 @eval_app.command()

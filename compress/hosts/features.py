@@ -5,13 +5,14 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import attention_rows, column_sums, probing
 from ..layout import Span
+from ..reducer import TowerLayer
 from .families import MEDIA, Host, Record
 
 
@@ -27,23 +28,23 @@ def tower_attentions(tower: nn.Module) -> list[nn.Module]:
 class FeatureRecorder:
     """Wraps `get_image_features` and `get_video_features` of a model's core as instance attributes.
 
-    `layers` maps tower layers (negative: from the end) to whether probabilities (True) or logits are wanted;
-    `states` asks for the tower's states and mean keys at the feature layer. `done(modality, output, record)` gets
-    what was made.
+    `layers` maps tower layers to whether probabilities (True), logits (False) or "joined" probabilities are wanted;
+    `states` asks for a layer's keys and the states that are projected. `done(modality, output, record)` gets what
+    was made.
     """
 
     def __init__(
         self,
         host: Host,
-        layers: dict[int, bool],
-        states: bool,
+        layers: dict[TowerLayer, bool | Literal["joined"]],
+        states: TowerLayer | Literal[False] | None,
         done: Callable[[str, Any, Record], None],
         merging: Any = None,
     ) -> None:
         self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, merging
         self.attentions = tower_attentions(host.tower) if layers or states else []
-        for layer in layers:
-            if not -len(self.attentions) <= layer < len(self.attentions):
+        for layer in [*layers, states or "features"]:
+            if layer != "features" and not -len(self.attentions) <= layer < len(self.attentions):
                 raise ValueError(
                     f"the reducer reads attention of tower layer {layer}, but {type(host.tower).__name__} has "
                     f"{len(self.attentions)} layers"
@@ -79,22 +80,27 @@ class FeatureRecorder:
 
     @contextmanager
     def _watching(self) -> Any:
-        seen: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        seen: dict[TowerLayer, list[Tensor]] = {layer: [] for layer in self.layers}
         keys: list[Tensor] = []
         probes: dict[nn.Module, list[Callable[..., None]]] = {}
-        for layer, softmax in self.layers.items():
+        for layer, kind in self.layers.items():
 
-            def rows(module, query, key, mask, scaling, layer=layer, softmax=softmax):  # noqa: ANN001
-                seen[layer].append(_class_rows(query, key, scaling, mask, softmax))
+            def rows(module, query, key, mask, scaling, layer=layer, kind=kind):  # noqa: ANN001
+                if kind == "joined":
+                    query, key, scaling = _joined(query), _joined(key), None
+                seen[layer].append(_class_rows(query, key, scaling, mask, bool(kind)))
 
-            probes.setdefault(self.attentions[layer], []).append(rows)
-        if self.states:
-            module = self.attentions[self.depth - 1]
-            probes.setdefault(module, []).append(lambda module, query, key, *_: keys.append(key.mean(1)))
+            probes.setdefault(self._attention(layer), []).append(rows)
+        if self.states and not self.packed and self.host.pool == 1:
+            probe = lambda module, query, key, *_: keys.append(key.transpose(1, 2))  # noqa: E731
+            probes.setdefault(self._attention(self.states), []).append(probe)
         with ExitStack() as stack:
             if probes:
                 stack.enter_context(probing({m: _all(functions) for m, functions in probes.items()}))
             yield seen, keys
+
+    def _attention(self, layer: TowerLayer) -> nn.Module:
+        return self.attentions[self.depth - 1 if layer == "features" else layer]
 
     @property
     def depth(self) -> int:
@@ -130,9 +136,11 @@ class FeatureRecorder:
         record = Record(modality, [len(item) for item in output.pooler_output], arguments)
         tiles = self._tiles(record)
         for layer, found in rows.items():
+            if not self.packed and sum(map(len, found)) != tiles[-1][1]:
+                continue  # frames that are pooled to tokens: which rows are whose is not known
             record.rows[layer] = self._per_item(torch.cat(found, -1 if self.packed else 0), record, tiles)
         chosen = getattr(self.host.config, "vision_feature_layer", None)
-        if keys and len(keys) == 1 and isinstance(chosen, int) and self.host.pool == 1:
+        if len(keys) == 1 and isinstance(chosen, int):
             states = output.hidden_states[chosen] if output.hidden_states is not None else None
             if states is not None and len(states) == tiles[-1][1]:
                 record.states = [states[a:b] for a, b in tiles]
@@ -192,6 +200,11 @@ class FeatureRecorder:
             window_size=tower.window_size,
             patch_size=tower.patch_size,
         )[0]
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """[T, H, n, d] as one head [T, 1, n, H · d]."""
+    return heads.transpose(1, 2).flatten(2)[:, None]
 
 
 def _all(functions: list[Callable[..., None]]) -> Callable[..., None]:

@@ -24,8 +24,8 @@ class BlockParts:
     """Where a pre-norm block x ← x + a(attention(norm1(x))), x ← x + b(mlp(norm2(x))) keeps its parts.
 
     `keys` is the module of the attention whose output are the keys, [B, H, N, D] or [B, N, H D]; `mask` the
-    attention's argument for an additive mask. `after_attention` and `after_mlp` are the modules or scales
-    that make up a and b.
+    block's first argument after x, the attention's for an additive mask (in packed towers: for the borders of
+    sequences). `after_attention` and `after_mlp` are the modules or scales that make up a and b.
     """
 
     norm1: str
@@ -74,6 +74,10 @@ class MergeTrace:
         """`groups` of the patches alone, [B, N - prefix], numbered from 0."""
         return self.groups(blocks)[:, self.prefix :] - self.prefix
 
+    def exit_groups(self) -> Tensor:
+        """`patch_groups` as features leave: patches of one group are equal in all that the tower returns."""
+        return self.patch_groups()
+
     def unmerge(self, x: Tensor, blocks: int | None = None) -> Tensor:
         """Tokens after the first `blocks` blocks [B, M, D] → [B, N, D]; each input token gets its group's."""
         groups = compose(self.matchings[:blocks])
@@ -98,18 +102,13 @@ class VisionMerging:
         depth: int | None = None,
     ) -> None:
         self.reducer, self.prefix = reducer, prefix
-        self.keep = reducer.keep if keep is None else keep
-        if callable(self.keep):
-            raise ValueError(
-                f"{type(reducer).__name__} merges a whole batch at once in the tower, so keep cannot be a "
-                "function of the image; give a fraction or a count"
-            )
+        self._plans: dict[int, list[int]] = {}
+        self.keep = keep
         self.num_blocks = len(blocks)
         self.depth = self.num_blocks if depth is None else depth
         if not 0 < self.depth <= self.num_blocks:
             raise ValueError(f"depth is {depth}; the tower has {self.num_blocks} blocks")
         self._parts = parts
-        self._plans: dict[int, list[int]] = {}
         self._local = threading.local()
         self._undo: list[Callable[[], Any]] = []
         for block in blocks:
@@ -119,6 +118,22 @@ class VisionMerging:
             self.replace(block, "forward", self._block_forward(index))
             if reducer.metric == "keys":
                 self.undo(keys[index].register_forward_hook(self._keep_keys()).remove)
+
+    @property
+    def keep(self) -> float | int | None:
+        """The budget: the reducer's own unless set."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: Budget) -> None:
+        keep = self.reducer.keep if keep is None else keep
+        if callable(keep):
+            raise ValueError(
+                f"{type(self.reducer).__name__} merges a whole batch at once in the tower, so keep cannot be a "
+                "function of the image; give a fraction or a count"
+            )
+        self._keep = keep
+        self._plans.clear()
 
     @property
     def trace(self) -> MergeTrace | None:
@@ -150,16 +165,41 @@ class VisionMerging:
         """Have `remove` call `action`, the latest first."""
         self._undo.append(action)
 
+    def start(self, tower: nn.Module, *args: Any, **kwargs: Any) -> tuple[MergeTrace, tuple, dict[str, Any]]:
+        """An empty trace for a forward of a tower with these arguments, and the arguments to call it with."""
+        return MergeTrace(self.prefix), args, kwargs
+
     @contextmanager
-    def run(self) -> Iterator[MergeTrace]:
+    def run(self, trace: MergeTrace | None = None) -> Iterator[MergeTrace]:
         """Around one forward of the tower."""
         self._local.trace, outer = None, self.running
-        trace = self._local.running = MergeTrace(self.prefix)
+        trace = self._local.running = MergeTrace(self.prefix) if trace is None else trace
         try:
             yield trace
         finally:
             self._local.running, self._local.keys = outer, None
         self._local.trace = trace
+
+    # For packed towers --------------------------------------------------------------------------------------
+
+    def begin(self, trace: MergeTrace, x: Tensor) -> None:
+        """Fill in the trace at the first block, with its input [B, N, D]."""
+        trace.batch, trace.num_tokens, trace.device = *x.shape[:2], x.device
+        trace.plan = self.plan(trace.num_tokens)
+
+    def arguments(
+        self, trace: MergeTrace, x: Tensor, kwargs: dict[str, Any], attention: nn.Module, sized: bool
+    ) -> dict[str, Any]:
+        """The arguments of a block in which tokens merge or have merged before; `sized`: attention is
+        proportional to the tokens that its input `x` stands for."""
+        kwargs = _without_masks(kwargs, self._parts)
+        if sized:
+            kwargs[self._parts.mask] = log_size(trace.size, x, attention)
+        return kwargs
+
+    def match(self, trace: MergeTrace, index: int, metric: Tensor) -> Matching:
+        """What block `index` merges, by `metric` [B, N, C]."""
+        return self.reducer.match(index, self.num_blocks, metric, trace.plan[index], self.prefix)
 
     # Blocks -------------------------------------------------------------------------------------------------
 
@@ -184,17 +224,15 @@ class VisionMerging:
 
         def forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             trace = self._enter(index, x)
-            r = trace.plan[index]
+            r, merged = trace.plan[index], x.shape[-2] != trace.num_tokens
+            sized = reducer.prop_attn and merged
+            attention = getattr(block, parts.attention)
             kwargs = dict(zip((parts.mask,), args, strict=False)) | kwargs
-            if r or x.shape[1] != trace.num_tokens:
-                kwargs = _without_masks(kwargs, parts)
-            sized = reducer.prop_attn and x.shape[1] != trace.num_tokens
+            if r or merged:
+                kwargs = self.arguments(trace, x, kwargs, attention, sized)
             if not sized and (not r or reducer.where == "layer"):
                 x = type(block).forward(block, x, **kwargs)
                 return self._merge(trace, index, x, block) if r else _skip(trace, x)
-            attention = getattr(block, parts.attention)
-            if sized:
-                kwargs[parts.mask] = _log_size(trace.size, x, attention)
             out = attention(getattr(block, parts.norm1)(x), **kwargs)
             x = x + _then(block, parts.after_attention, out[0] if isinstance(out, tuple) else out)
             if r and reducer.where == "attention":
@@ -214,15 +252,14 @@ class VisionMerging:
                 "the model (timm: forward or forward_features), or detach first"
             )
         if not index:
-            trace.batch, trace.num_tokens, trace.device = *x.shape[:2], x.device
-            trace.plan = self.plan(trace.num_tokens)
+            self.begin(trace, x)
         return trace
 
     def _merge(self, trace: MergeTrace, index: int, x: Tensor, block: nn.Module) -> Tensor:
         metric = x
         if self.reducer.metric == "keys":
             metric = _mean_over_heads(self._local.keys, getattr(block, self._parts.attention).head_dim)
-        matching = self.reducer.match(index, self.num_blocks, metric, trace.plan[index], self.prefix)
+        matching = self.match(trace, index, metric)
         trace.matchings.append(matching)
         if self.reducer.weighted:
             x, trace.size = matching.merge_weighted(x, trace.size)
@@ -261,7 +298,7 @@ def _mean_over_heads(keys: Tensor, head_dim: int) -> Tensor:
     return keys.unflatten(-1, (-1, head_dim)).mean(2, dtype=exact)
 
 
-def _log_size(size: Tensor, x: Tensor, attention: nn.Module) -> Tensor:
+def log_size(size: Tensor, x: Tensor, attention: nn.Module) -> Tensor:
     """Proportional attention's bias [B, 1, 1, N]: every key counts as often as tokens merged into it."""
     kernel = str(getattr(getattr(attention, "config", None), "_attn_implementation", ""))
     if "flash" in kernel or "flex" in kernel:

@@ -1,15 +1,49 @@
 """Vision transformers on their own: timm models and Hugging Face towers."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
+from ..accounting import vit_block_macs
 from ..reducer import Budget, Reducer, Stage, VisionReducer
+from ..report import ImageReport, Report
+from . import timm, tower
 from .merging import VisionMerging
 
 
-def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget]) -> VisionMerging | None:
+@dataclass
+class Standalone:
+    """Merging in a vision transformer without a language model. `remove` restores the model."""
+
+    model: nn.Module
+    merging: VisionMerging
+
+    def remove(self) -> None:
+        """Take the merging out."""
+        self.merging.remove()
+
+    def report(self, reducers: list[str]) -> Report:
+        """Patches after each block, and operations of the blocks. Raises RuntimeError before an image."""
+        trace = self.merging.trace
+        if trace is None:
+            raise RuntimeError("no images have run in this session yet")
+        left = [count - trace.prefix for count in trace.tokens]
+        images = [ImageReport(row, 0, trace.num_tokens - trace.prefix, left) for row in range(trace.batch)]
+        config = getattr(self.model, "config", None)
+        width = config.hidden_size if config is not None else self.model.embed_dim
+        entering = [trace.num_tokens, *trace.tokens[:-1]]
+        return Report(
+            reducers,
+            images,
+            flops=2 * trace.batch * sum(vit_block_macs(n, width) for n in entering),
+            flops_full=2 * trace.batch * len(entering) * vit_block_macs(trace.num_tokens, width),
+        )
+
+
+def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget]) -> Standalone | None:
     """Merge inside a timm VisionTransformer, a CLIP or a SigLIP tower; None for any other model.
 
     Merged tokens leave the tower merged. Raises TypeError for reducers of other stages.
@@ -23,19 +57,12 @@ def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Bu
             f"{type(model).__name__} is a vision transformer without a language model; {' and '.join(others)} acts "
             "elsewhere. Attach ToMe or PiToMe"
         )
-    reducer = stages[Stage.VISION]
-    return install(model, reducer, keep())
+    return Standalone(model, install(model, stages[Stage.VISION], keep()))
 
 
-def _installer(model: nn.Module) -> Callable[[nn.Module, VisionReducer, Any], VisionMerging] | None:
-    from .tower import TOWERS
-
-    if type(model).__name__ in TOWERS:
-        from .tower import install as tower_install
-
-        return lambda model, reducer, keep: tower_install(model, reducer, keep=keep, unmerge=False)
+def _installer(model: nn.Module) -> Callable[[nn.Module, VisionReducer, Budget], VisionMerging] | None:
+    if type(model).__name__ in tower.TOWERS:
+        return lambda model, reducer, keep: tower.install(model, reducer, keep=keep, unmerge=False)
     if type(model).__module__.startswith("timm."):
-        from .timm import install as timm_install
-
-        return lambda model, reducer, keep: timm_install(model, reducer, keep=keep)
+        return lambda model, reducer, keep: timm.install(model, reducer, keep=keep)
     return None

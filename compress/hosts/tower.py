@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..reducer import Budget, VisionReducer
 from .merging import BlockParts, VisionMerging, refuse_replaced
+from .packed import PixtralMerging, QwenMerging
 
 _CLIP = BlockParts("layer_norm1", "self_attn", "layer_norm2", "mlp", keys="k_proj")
 _INTERNVL = BlockParts(
@@ -18,24 +19,39 @@ _INTERNVL = BlockParts(
     after_attention=("lambda_1",),
     after_mlp=("dropout", "lambda_2"),
 )
+_QWEN = BlockParts("norm1", "attn", "norm2", "mlp", keys="qkv", mask="cu_seqlens")
+_PIXTRAL = BlockParts("attention_norm", "attention", "ffn_norm", "feed_forward", keys="k_proj")
 
 
 @dataclass(frozen=True)
 class _Tower:
-    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches."""
+    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches, `outlets` the
+    modules (or lists of modules) of the tower that need every patch in its place."""
 
     blocks: str
     block: str
     parts: BlockParts
-    prefix: int
+    prefix: int = 0
+    merging: type[VisionMerging] = VisionMerging
+    outlets: tuple[str, ...] = ()
+
+
+def _qwen(block: str) -> _Tower:
+    return _Tower("blocks", block, _QWEN, merging=QwenMerging, outlets=("merger", "deepstack_merger_list"))
 
 
 TOWERS = {
     "CLIPVisionModel": _Tower("encoder.layers", "CLIPEncoderLayer", _CLIP, 1),
-    "SiglipVisionModel": _Tower("encoder.layers", "SiglipEncoderLayer", _CLIP, 0),
-    "Idefics3VisionTransformer": _Tower("encoder.layers", "Idefics3EncoderLayer", _CLIP, 0),
-    "SmolVLMVisionTransformer": _Tower("encoder.layers", "SmolVLMEncoderLayer", _CLIP, 0),
+    # SigLIP's head pools over patches: it sees each as often as tokens merged into it.
+    "SiglipVisionModel": _Tower("encoder.layers", "SiglipEncoderLayer", _CLIP, outlets=("head",)),
+    "Idefics3VisionTransformer": _Tower("encoder.layers", "Idefics3EncoderLayer", _CLIP),
+    "SmolVLMVisionTransformer": _Tower("encoder.layers", "SmolVLMEncoderLayer", _CLIP),
     "InternVLVisionModel": _Tower("encoder.layer", "InternVLVisionLayer", _INTERNVL, 1),
+    "Qwen2VisionTransformerPretrainedModel": _qwen("Qwen2VLVisionBlock"),
+    "Qwen2_5_VisionTransformerPretrainedModel": _qwen("Qwen2_5_VLVisionBlock"),
+    "Qwen3VLVisionModel": _qwen("Qwen3VLVisionBlock"),
+    "Qwen3VLMoeVisionModel": _qwen("Qwen3VLMoeVisionBlock"),
+    "PixtralVisionModel": _Tower("transformer.layers", "PixtralAttentionLayer", _PIXTRAL, merging=PixtralMerging),
 }
 
 
@@ -52,18 +68,21 @@ def install(
     With `unmerge`, `last_hidden_state` and `hidden_states` leave at full length, each patch with its group's
     vector, and `merging.trace.patch_groups()` tells who is whose; otherwise merged tokens leave. `depth`
     is the number of layers up to the one whose output is used (all but one for `vision_feature_layer=-2`).
-    Raises TypeError for towers of other classes.
+    Towers that pack images into one sequence merge as `packed.PackedMerging` says. Raises TypeError for towers
+    of other classes.
     """
     kind = supported(tower)
     refuse_replaced(tower)
     blocks = list(tower.get_submodule(kind.blocks))
-    merging = VisionMerging(reducer, blocks, kind.parts, kind.prefix, keep=keep, depth=depth)
+    merging = kind.merging(reducer, blocks, kind.parts, kind.prefix, keep=keep, depth=depth)
 
     def forward(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
         as_tuple = kwargs.pop("return_dict", getattr(tower.config, "return_dict", True)) is False
         if tower.training and getattr(blocks[0], "gradient_checkpointing", False):
             raise ValueError("merging cannot recompute layers: call model.gradient_checkpointing_disable()")
-        with merging.run() as trace:
+        merging.reset()
+        trace, args, kwargs = merging.start(tower, *args, **kwargs)
+        with merging.run(trace):
             output = type(tower).forward(tower, *args, return_dict=True, **kwargs)
         if unmerge:
             output.last_hidden_state = trace.unmerge(output.last_hidden_state)
@@ -75,14 +94,16 @@ def install(
                 )
         return output.to_tuple() if as_tuple else output
 
-    def spread(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def spread(outlet: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         trace = merging.running
         return args if trace is None else (trace.unmerge(args[0]), *args[1:])
 
     merging.replace(tower, "forward", forward)
-    if isinstance(head := getattr(tower, "head", None), nn.Module):
-        # SigLIP's head pools over patches: it sees each as often as tokens merged into it.
-        merging.undo(head.register_forward_pre_hook(spread).remove)
+    for name in kind.outlets:
+        found = getattr(tower, name, None)
+        for outlet in found if isinstance(found, nn.ModuleList) else [found]:
+            if isinstance(outlet, nn.Module):
+                merging.undo(outlet.register_forward_pre_hook(spread).remove)
     return merging
 
 
@@ -91,10 +112,7 @@ def supported(tower: nn.Module) -> _Tower:
     name = type(tower).__name__
     kind = TOWERS.get(name)
     if kind is None:
-        raise TypeError(
-            f"cannot merge inside a {name}: merging knows {', '.join(TOWERS)}; towers that pack images "
-            "into one sequence are not among them"
-        )
+        raise TypeError(f"cannot merge inside a {name}: merging knows {', '.join(TOWERS)}")
     for layer in tower.get_submodule(kind.blocks):
         if type(layer).__name__ != kind.block:
             raise TypeError(f"{name} has layers of class {type(layer).__name__}; merging knows {kind.block}")

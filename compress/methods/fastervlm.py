@@ -1,0 +1,42 @@
+"""FasterVLM: the tokens that the class token looks at most."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..anyres import split_budget
+from ..grid import Grid
+from ..reducer import FeatureReducer, Image, TowerLayer
+from ..select import top_k_mask
+
+
+@dataclass(kw_only=True)
+class FasterVLM(FeatureReducer):
+    """[CLS] Attention is All You Need for Training-Free Visual Token Pruning (Zhang et al., 2024, arXiv 2412.01818).
+
+    Keeps equally many tokens of every tile, those with the most attention from the class token in the `layer` that
+    made the features, mean over heads. Newline vectors go first.
+    """
+
+    layer: TowerLayer = "features"
+
+    def tower_layers(self) -> dict[TowerLayer, bool]:
+        """Probabilities of one layer."""
+        return {self.layer: True}
+
+    def scores(self, image: Image) -> Tensor:
+        """Mean attention of each token [N]; -inf for newlines."""
+        return self.per_token(image.attention(self.layer).float().mean(1), image.grid)
+
+    def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
+        """Mask [N] of the highest `scores` [N] of each tile, as even a share of `count` as the tiles can give."""
+        scores = self.need(scores)
+        if grid is None:
+            return top_k_mask(scores, count)
+        tile = grid.tile.to(scores.device)
+        inside = tile == tile[tile >= 0].unique()[:, None]  # [tiles, N]
+        capacity = inside.sum(1)
+        counts = split_budget(torch.ones(len(inside)), min(count, int(capacity.sum())), capacity)
+        best = top_k_mask(scores.masked_fill(~inside, -torch.inf), counts)
+        return self.completed(best.any(0), count)
