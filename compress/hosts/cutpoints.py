@@ -6,6 +6,7 @@ attends to are reduced; its self-attention never sees them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class CutPoint:
     keep: Callable[[], Budget]
     images: list[ImageReport] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
+    _local: threading.local = field(default_factory=threading.local)
 
     def remove(self) -> None:
         """Take the hooks out."""
@@ -104,15 +106,20 @@ class CutPoint:
             if stay.all():
                 return None
             index, valid, _ = compact(stay)
-            if cache is not None:
-                cache.vistok_cross_index = (index, valid)
+            self._local.index = (index, valid)
             changed = {**kwargs, "cross_attention_states": gather(flat, index)}
             if mask is not None:
                 changed["cross_attention_mask"] = _columns(mask, index, valid)
             return args, changed
 
-        core = self.model.base_model
-        self.handles.append(core.language_model.register_forward_pre_hook(before, with_kwargs=True))
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            index, self._local.index = getattr(self._local, "index", None), None
+            if index is not None and output.past_key_values is not None:
+                output.past_key_values.vistok_cross_index = index
+
+        language_model = self.model.base_model.language_model
+        self.handles.append(language_model.register_forward_pre_hook(before, with_kwargs=True))
+        self.handles.append(language_model.register_forward_hook(after))
 
     def _stay(self, states: Tensor, patches: int, mask: Tensor | None) -> Tensor:
         """Which of each row's states [B, images · tiles · n, D] stay; tiles that no text may attend to go."""

@@ -2,8 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Literal
 
@@ -14,6 +15,19 @@ from ..attention import attention_rows, column_sums, probing
 from ..layout import Span
 from ..reducer import TowerLayer
 from .families import MEDIA, Host, Record
+from .packed import PackedMerging
+
+
+_ENCODING: ContextVar[bool] = ContextVar("vistok_encoding", default=False)
+
+
+@contextmanager
+def _encoding() -> Iterator[None]:
+    token = _ENCODING.set(True)
+    try:
+        yield
+    finally:
+        _ENCODING.reset(token)
 
 
 def tower_attentions(tower: nn.Module) -> list[nn.Module]:
@@ -68,9 +82,11 @@ class FeatureRecorder:
 
         @wraps(stock)  # generate reads the signature
         def get_features(*args: Any, **kwargs: Any) -> Any:
+            if _ENCODING.get():  # some families make features of videos by those of images
+                return stock(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             arguments = {**arguments.pop("kwargs", {}), **arguments}
-            with self._watching() as seen:
+            with _encoding(), self._watching() as seen:
                 output = stock(*args, **{**kwargs, "return_dict": True})
             record = self._record(modality, output, arguments, seen)
             self.done(modality, output, record)
@@ -114,6 +130,9 @@ class FeatureRecorder:
         """Which patches stand behind each of an image's tokens, by the groups that merging made of them [N, pool²];
         tokens with equal rows are equal. None where the layout of the tokens is not known."""
         grid, record = span.grid, span.record
+        if isinstance(self.merging, PackedMerging):
+            patches = self._packed_patches(span)
+            return None if patches is None else record.groups.cpu()[0, patches]
         if grid is None:
             return None
         first = self._tiles(record)[span.item][0]
@@ -131,6 +150,20 @@ class FeatureRecorder:
         groups[separators] = -1 - torch.arange(int(separators.sum()))[:, None]  # none is like another
         return groups
 
+    def _packed_patches(self, span: Span) -> Tensor | None:
+        """The places [N, pool²], among all patches that entered a packed tower, of those behind an image's tokens."""
+        record, pool = span.record, self.host.pool
+        sizes = record.arguments.get("image_sizes")
+        if sizes is None:  # units of pool² patches, one after the other
+            first = sum(record.lengths[: span.item])
+            return (first * pool**2 + torch.arange(len(span.places) * pool**2)).unflatten(0, (-1, pool**2))
+        patch = self.host.config.vision_config.patch_size
+        shapes = [(int(height) // patch, int(width) // patch) for height, width in sizes]
+        height, width = shapes[span.item]
+        places = torch.arange(height * width).view(height, width) + sum(h * w for h, w in shapes[: span.item])
+        blocks = places.unfold(0, pool, pool).unfold(1, pool, pool).flatten(2).flatten(0, 1)
+        return blocks if len(blocks) == len(span.places) else None
+
     def _record(self, modality: str, output: Any, arguments: dict[str, Any], seen: Any) -> Record:
         rows, keys = seen
         record = Record(modality, [len(item) for item in output.pooler_output], arguments)
@@ -146,7 +179,7 @@ class FeatureRecorder:
                 record.states = [states[a:b] for a, b in tiles]
                 record.keys = [keys[0][a:b] for a, b in tiles]
         if self.merging is not None:
-            record.groups = self.merging.trace.patch_groups()
+            record.groups = self.merging.trace.exit_groups()
         return record
 
     def _tiles(self, record: Record) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """Merging in towers that pack images of any size into one sequence: Qwen's and Pixtral's."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -22,9 +22,10 @@ class PackedTrace(MergeTrace):
     """A forward over a packed sequence: one row, in which segments never merge with each other.
 
     `images` holds the lengths of each image's segments, `shares` the tokens that each segment loses in each
-    block, `lengths` what the segments have left, `origin` [M] the places of the tokens that are left among all
-    N. `order` [N] is the place, among the patches as they enter the tower, of each place of the sequence (None:
-    its own), `first_exit` the number of blocks after which features first leave the tower (None: all).
+    block, `lengths` what the segments have left, `origin` [M] the places of these tokens among all N. `order`
+    [N] says which patch, as they enter the tower, is at each place of the sequence (None: they are in order),
+    `first_exit` after how many blocks features first leave the tower (None: all). `bias` [M, 1] waits for the
+    attention that adds it.
     """
 
     images: list[list[int]] = field(default_factory=list)
@@ -33,6 +34,7 @@ class PackedTrace(MergeTrace):
     origin: Tensor | None = None
     order: Tensor | None = None
     first_exit: int | None = None
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.lengths = [length for image in self.images for length in image]
@@ -44,7 +46,7 @@ class PackedTrace(MergeTrace):
         return groups if self.order is None else groups[:, self.order.to(groups.device).argsort()]
 
     def exit_groups(self) -> Tensor:
-        """`patch_groups` of patches that are equal in all features, those of early blocks (deepstack) included."""
+        """`patch_groups` of patches equal in all features, those of early blocks (deepstack) included."""
         return self.patch_groups(self.first_exit)
 
     def unmerge(self, x: Tensor, blocks: int | None = None) -> Tensor:
@@ -64,11 +66,11 @@ class PackedMerging(VisionMerging):
     """Merging of patches that lie in one sequence, image after image.
 
     Tokens merge within segments alone: the shortest stretches that any block's attention keeps apart (Qwen2-VL
-    and Qwen3-VL: frames; Qwen2.5-VL: windows, also in the blocks that attend to whole frames; Pixtral: images).
-    The reducer plans for each image (video) on its own, as if the others were not there: what a block merges is
-    spread over the segments by their length, at most half of each. With `keep`, exactly that many of the image's
-    patches are left, each segment's part by its length. A merged token takes the rotary position of the token
-    that others merged into; keys are compared before rotation.
+    and Qwen3-VL: frames; Qwen2.5-VL: windows, also in blocks that attend to whole frames; Pixtral: images). The
+    reducer plans for each image (or video) as if it were alone; what it merges there in a block is spread over
+    the segments by their lengths, at most half of each. With `keep`, exactly that many of the image's patches
+    are left, shared among the segments by length. A merged token has the rotary position of the token that the
+    others merged into; keys are compared before rotation.
     """
 
     def layout(
@@ -118,7 +120,8 @@ class PackedMerging(VisionMerging):
         return matching
 
     def _merge(self, trace: PackedTrace, index: int, x: Tensor, block: nn.Module) -> Tensor:
-        return super()._merge(trace, index, x[None], block)[0] if x.ndim == 2 else super()._merge(trace, index, x, block)
+        merged = super()._merge(trace, index, x if x.ndim == 3 else x[None], block)
+        return merged if x.ndim == 3 else merged[0]
 
     def _plan_image(self, lengths: list[int]) -> np.ndarray:
         try:
@@ -157,16 +160,14 @@ class PixtralMerging(PackedMerging):
 class QwenMerging(PackedMerging):
     """Merging in the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, whose attention takes borders and no mask.
 
-    Proportional attention rides on channels of its own: queries get a 1 and keys log(size), between the halves
-    that rotate together, so that any kernel adds the bias. They leave before the output projection.
+    Proportional attention rides on channels of its own: queries get a 1 there and keys log(size), so that any
+    kernel adds the bias. The channels do not rotate, and they leave before the output projection.
     """
 
-    def __init__(
-        self, reducer: VisionReducer, blocks: Sequence[nn.Module], parts: BlockParts, *args: Any, **kwargs: Any
-    ) -> None:
-        super().__init__(reducer, blocks, parts, *args, **kwargs)
+    def __init__(self, reducer: VisionReducer, blocks: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+        super().__init__(reducer, blocks, *args, **kwargs)
         for block in blocks if reducer.prop_attn else ():
-            attention = getattr(block, parts.attention)
+            attention = block.attn
             self.undo(attention.qkv.register_forward_hook(self._widen(attention)).remove)
             self.undo(attention.proj.register_forward_pre_hook(self._narrow(attention)).remove)
 
@@ -181,13 +182,13 @@ class QwenMerging(PackedMerging):
         images = [0, *accumulate(grid_thw.prod(-1).tolist())]
         edges = {*images, *borders.tolist()}
         if hasattr(tower, "window_size"):
-            merge = tower.spatial_merge_size
-            window_index, windows = get_vision_window_index(
-                grid_thw, merge, tower.window_size, tower.patch_size, kwargs=kwargs
+            units, windows = get_vision_window_index(
+                grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size, kwargs=kwargs
             )
-            kwargs |= {"window_index": window_index, "cu_window_seqlens": windows}
-            order = (window_index[:, None] * merge**2 + torch.arange(merge**2, device=window_index.device)).flatten()
+            kwargs |= {"window_index": units, "cu_window_seqlens": windows}
             edges.update(windows.tolist())
+            unit = tower.spatial_merge_unit
+            order = (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()
         cuts = sorted(edges)
         segments = [
             [b - a for a, b in pairwise(cuts) if first <= a < last] for first, last in pairwise(images)
@@ -202,7 +203,7 @@ class QwenMerging(PackedMerging):
         """Also the channels of the bias."""
         kwargs = super().arguments(trace, x, kwargs, attention, sized)
         if sized:
-            self._local.bias = trace.size[0].log()
+            trace.bias = trace.size[0].log()
             cos, sin = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = _wider(cos, 1.0), _wider(sin, 0.0)
         return kwargs
@@ -216,31 +217,25 @@ class QwenMerging(PackedMerging):
 
     def _widen(self, attention: nn.Module) -> Callable:
         def hook(module: nn.Module, args: tuple, qkv: Tensor) -> Tensor | None:
-            bias = self._bias
-            if bias is None:
+            if self.running is None or self.running.bias is None:
                 return None
             half = attention.head_dim // 2
             wide = F.pad(qkv.unflatten(-1, (3, attention.num_heads, 2, half)), (0, _EXTRA))
             wide[:, 0, :, 0, half] = 1
-            wide[:, 1, :, 0, half] = (bias / attention.scaling).to(wide.dtype)
+            wide[:, 1, :, 0, half] = (self.running.bias / attention.scaling).to(wide.dtype)
             return wide.flatten(1)
 
         return hook
 
     def _narrow(self, attention: nn.Module) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._bias is None:
+            if self.running is None or self.running.bias is None:
                 return None
-            self._local.bias = None
+            self.running.bias = None
             heads = args[0].unflatten(-1, (attention.num_heads, 2, -1))
             return heads[..., :-_EXTRA].flatten(1), *args[1:]
 
         return hook
-
-    @property
-    def _bias(self) -> Tensor | None:
-        """log(size) [N, 1] for the attention that is about to run in this thread."""
-        return None if self.running is None else getattr(self._local, "bias", None)
 
 
 def _wider(x: Tensor, value: float) -> Tensor:
@@ -275,12 +270,12 @@ def match_segments(
 
 
 def spread(plan: Sequence[int], lengths: Sequence[int], depth: int | None = None) -> np.ndarray:
-    """What each segment of an image merges in each block [blocks, segments], when blocks merge `plan` tokens of the
-    image: by length, at most half of each segment.
+    """What each segment of an image merges in each block [blocks, segments], where blocks merge `plan` tokens of
+    the whole image: by length, at most half of each segment.
 
-    With `depth`, the number of blocks that merge, the segments are left with what the plan leaves of the image,
-    by length as well, and blocks make up for what others could not merge. Raises ValueError if the segments
-    cannot be that short.
+    With `depth`, the number of blocks that merge, exactly what the plan leaves of the image is left: each segment
+    has a goal by its length, and blocks make up for what segments could not merge in others. Raises ValueError
+    if the segments cannot be that short.
     """
     lengths = left = np.array(lengths)
     goal = None if depth is None else _goals(int(lengths.sum()) - sum(plan), lengths, depth)
@@ -303,14 +298,14 @@ def _goals(keep: int, lengths: np.ndarray, depth: int) -> np.ndarray:
     fewest = -(-lengths // 2 ** min(depth, 32))
     if keep < fewest.sum():
         raise ValueError(
-            f"{keep} of {lengths.sum()} patches cannot be left in {depth} blocks, each of which merges at most half of "
-            f"each of {len(lengths)} separate segments (windows, frames); the fewest are {fewest.sum()}"
+            f"{depth} blocks cannot leave {keep} of {lengths.sum()} patches: they merge at most half of each of its "
+            f"{len(lengths)} windows or frames, which stay apart; the fewest are {fewest.sum()}"
         )
     return fewest + _apportion(keep - int(fewest.sum()), lengths - fewest, lengths - fewest)
 
 
 def _apportion(total: int, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """`total` in whole numbers by weight, largest remainders (then first places) first, at most `room` each."""
+    """`total` in whole numbers by weight, largest remainders first, at most `room` each."""
     given = np.zeros_like(room)
     total = min(total, int(room.sum()))
     while total > 0:

@@ -25,8 +25,8 @@ _PIXTRAL = BlockParts("attention_norm", "attention", "ffn_norm", "feed_forward",
 
 @dataclass(frozen=True)
 class _Tower:
-    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches, `outlets` the
-    modules (or lists of modules) of the tower that need every patch in its place."""
+    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches, `outlets`
+    the modules (or lists of them) that take the blocks' output and need every patch in its place."""
 
     blocks: str
     block: str

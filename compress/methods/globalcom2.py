@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..anyres import Geometry, Newline, TileSelection, globalcom2
 from ..grid import Grid
 from ..reducer import FeatureReducer, Image, Selection, TowerLayer
 from ..select import top_k_mask
-
-TEMPERATURE = 10.0
 
 
 @dataclass(kw_only=True)
@@ -19,14 +18,16 @@ class GlobalCom2(FeatureReducer):
     2026, arXiv 2501.05179).
 
     `keep` is the paper's retention ratio, 0.25, here of all tokens with the newlines. Tokens are ranked by the class
-    token's logits in the last tower `layer`, mean over heads: a tile's own plus the thumbnail's at the same place.
-    `temperature` says how evenly the tiles share. The newlines that `newline` names stay (of the "rows" of the
-    picture unless told, or of "nonempty" ones), unless that takes more than half of the budget. Images without a
-    thumbnail keep the best of all. `geometry="reference"` repeats the published code, mistakes included (see
-    `anyres.globalcom2`); newlines come on top of the budget there.
+    token's logits in the last tower `layer`, mean over heads: a tile's own plus the thumbnail's at the same place;
+    the higher the `temperature`, the more evenly tiles share. Newlines stay for all "rows" of the picture, or for
+    those that keep a token (`newline="nonempty"`), and take at most half of the budget. Images without a thumbnail
+    keep the best of all.
+
+    `geometry="reference"` repeats the published code, mistakes included (see `anyres.globalcom2`): newlines come on
+    top of the budget, for rows of padding too, and the thumbnail's tokens enter by falling score.
     """
 
-    temperature: float = TEMPERATURE
+    temperature: float = 10.0
     newline: Newline | None = None
     geometry: Geometry = "correct"
     layer: TowerLayer = -1
@@ -35,8 +36,8 @@ class GlobalCom2(FeatureReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.newline == "reference" and self.geometry != "reference":
-            raise ValueError('newline="reference" adds newlines that the model does not have; it needs geometry="reference"')
+        if self.newline == "reference" and self.geometry == "correct":
+            raise ValueError('newline="reference" takes geometry="reference": the model has no such newlines')
 
     def tower_layers(self) -> dict[TowerLayer, bool]:
         """Logits of one layer."""
@@ -44,21 +45,45 @@ class GlobalCom2(FeatureReducer):
 
     def scores(self, image: Image) -> Tensor:
         """Mean logit of each tile's tokens [tiles, n]."""
-        return image.attention(self.layer).float().mean(1)
+        # Only the shares have a scale, which is 10 in `anyres.globalcom2`: ranks are by scores of unit length.
+        return image.attention(self.layer).float().mean(1) * (10.0 / self.temperature)
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
         """Mask [N] of exactly `count` tokens by `scores` [tiles, n], newlines counted."""
         scores = self.need(scores)
         if grid is None or grid.thumbnail is None:
             return top_k_mask(self.per_token(scores, grid), count)
-        patches = int((~grid.separators).sum())
-        low, high = min(count - 1, count // 2, patches), min(count, patches)
-        while high - low > 1:  # the fewest patches that leave no place unused
+        newline: Newline = "nonempty" if self.newline == "nonempty" else "rows"
+        newlines = int(grid.separators.sum())
+        patches = grid.num_tokens - newlines
+        low, high = max(count - newlines, min((count + 1) // 2, patches)), min(count, patches)
+        while newline == "nonempty" and low < high:  # the fewest patches that leave no room
             middle = (low + high) // 2
-            enough = len(self._tiles(scores, grid, total=middle).packed) >= count
-            low, high = (low, middle) if enough else (middle, high)
-        found = self._tiles(scores, grid, total=high)
-        ...
+            room = len(globalcom2(scores, grid, total=middle, newline=newline).packed) < count
+            low, high = (middle + 1, high) if room else (low, middle)
+        found = globalcom2(scores, grid, total=low, newline=newline)
+        is_newline = found.packed < 0
+        mask = torch.zeros(grid.num_tokens, dtype=torch.bool, device=scores.device)
+        mask[found.places[~is_newline]] = True
+        mask[found.places[is_newline][: count - low]] = True
+        return self.completed(mask, count)
 
     def reduce(self, image: Image, budget: float | int) -> Selection:
-        ...
+        """What stays of the image; in reference geometry in its order, with newlines of padding."""
+        if self.geometry == "correct" or image.grid is None or image.grid.thumbnail is None:
+            return super().reduce(image, budget)
+        found = self.tiles(image, budget)
+        values, is_newline = image.features[found.places.clamp_min(0)], found.packed < 0
+        if bool(is_newline.any()):
+            values[is_newline] = image.newline.to(values)
+        # Parity: what follows the thumbnail passes through a float16 buffer.
+        whole = int((found.kept < image.grid.tokens_per_tile).sum())
+        values[whole:] = values[whole:].half().to(values)
+        return image.arranged(values, found.places)
+
+    def tiles(self, image: Image, budget: float | int) -> TileSelection:
+        """What the published code keeps of an image with a thumbnail."""
+        amount = {"ratio": budget} if isinstance(budget, float) else {"total": budget}
+        return globalcom2(
+            self.scores(image), image.grid, newline=self.newline, geometry="reference", **amount
+        )

@@ -1,0 +1,106 @@
+"""VisionZip: the tokens that the class token looks at, and the others merged into a few."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..fold import visionzip, visionzip_order
+from ..grid import Grid
+from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of
+
+
+@dataclass(kw_only=True)
+class VisionZip(FeatureReducer):
+    """VisionZip: Longer is Better but Not Necessary in Vision Language Models (Yang et al., CVPR 2025, arXiv
+    2412.04467).
+
+    Of every tile the class token and the patches it attends to most stay (`dominant` in all); the others are added
+    to `contextual` evenly spaced ones that have the most similar keys. `keep` changes the sum of both, in the same
+    proportion, to equal numbers for all tiles. Merging happens before the projector, padding included; tokens enter
+    in the paper's order, for which positions="paper" is meant: the thumbnail's, then the tiles' dominant patches row
+    by row, class tokens and merged tokens. Towers without a class token, and projectors that take more than states,
+    have the projected features merged, at their places in the image.
+    """
+
+    dominant: int = 54
+    contextual: int = 10
+    layer: TowerLayer = "features"
+
+    default_keep: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dominant < 1 or self.contextual < 0:
+            raise ValueError(
+                f"dominant is {self.dominant} and contextual {self.contextual}; they are at least 1 (the class token) and 0"
+            )
+
+    def tower_layers(self) -> dict[TowerLayer, bool]:
+        """Probabilities of the layer that makes the features."""
+        return {self.layer: True}
+
+    def wants_states(self) -> TowerLayer:
+        """The keys of the same layer, and the states that are projected."""
+        return self.layer
+
+    def retained_count(self, grid: Grid | int, budget: float | int | None) -> int:
+        """Equally many tokens of every tile, at most the budget; without one `dominant` and `contextual` of each."""
+        tokens, tiles, each = grid, 1, grid
+        if isinstance(grid, Grid):
+            tokens, tiles, each = grid.num_tokens, grid.num_tiles, grid.tokens_per_tile
+        total = (self.dominant + self.contextual) * tiles if budget is None else count_of(budget, tokens)
+        return tiles * max(1, min(total // tiles, tokens // tiles, each))
+
+    def scores(self, image: Image) -> Tensor:
+        """Attention of each token, summed over heads [N]; -inf for newlines."""
+        return self.per_token(image.attention(self.layer).float().sum(1), image.grid)
+
+    def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
+        """Mask [N] of the tokens kept or merged into when projected features are merged, by `scores` [N]."""
+        scores = self.need(scores)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        mask[self._fold(features, scores, count)[0]] = True
+        return self.completed(mask, count)
+
+    def reduce(self, image: Image, budget: float | int | None) -> Selection:
+        """Dominant and merged tokens."""
+        rows = image.attention(self.layer).float()
+        tiles, _, tokens = rows.shape
+        count = self.retained_count(image.grid or image.num_tokens, budget)
+        if image.states is None or image.project is None or image.states.shape[1] != tokens + 1:
+            places, values = self._fold(image.features, self.scores(image), count)
+            order = places.argsort()
+            return Selection(places[order], values[order], places[order])
+        merged = self._merged(count // tiles)
+        folded = visionzip(
+            image.states, F.pad(rows, (1, 0)), image.keys.mean(2), count // tiles - merged, merged
+        )
+        # [tiles, dominant + contextual]: where each dominant patch stands in the sequence, -1 for others
+        where = torch.arange(tokens, device=rows.device)[None] if image.grid is None else image.grid.place.to(rows.device)
+        source = F.pad(where.gather(1, folded.kept[:, 1:] - 1), (1, merged), value=-1).flatten()
+        states = folded.tokens.flatten(0, 1)
+        if tiles > 1:
+            order = visionzip_order(folded.kept, merged, image.grid)
+            source, states = source[order], states[order]
+        return image.arranged(image.project(states), source)
+
+    def _merged(self, count: int) -> int:
+        """How many of `count` tokens are contextual ones."""
+        return min(count - 1, round(count * self.contextual / (self.dominant + self.contextual)))
+
+    def _fold(self, features: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Places and values of at most `count` tokens: features [N, D] merged, scores [N] -inf for newlines."""
+        patches = (scores > -torch.inf).nonzero().squeeze(1)
+        count = min(count, len(patches))
+        merged = self._merged(count)
+        # Nothing stands for the class token, which would be kept first.
+        hidden = F.pad(features[patches], (0, 0, 1, 0))[None]
+        attention = F.pad(scores[patches], (1, 0))[None, None]
+        folded = visionzip(hidden, attention, hidden, count - merged + 1, merged)
+        kept = folded.kept[0, 1:] - 1
+        rest = torch.ones_like(patches, dtype=torch.bool).index_fill(0, kept, False).nonzero().squeeze(1)
+        targets = rest[:: len(rest) // merged][:merged] if merged else rest[:0]
+        return patches[torch.cat([kept, targets])], folded.tokens[0, 1:]
