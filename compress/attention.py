@@ -58,7 +58,8 @@ def column_sums(
     mask: Tensor | None = None,
     block: int = 64,
 ) -> Tensor:
-    """Attention that each key receives from all queries: [B, H, L, D] and [B, H_k, N, D] → [B, H, N] in float32.
+    """Attention that each key receives from all queries: [B, H, L, D] and [B, H_k, N, D] → [B, H, N] in
+    float32.
 
     Computed in blocks of `block` query rows, so memory is O(N · block) a head; `mask` [.., L, N] as in
     `attention_rows`.
@@ -87,13 +88,14 @@ def mask_rows(mask: Tensor | None, index: Tensor, length: int, past: int) -> Ten
     return allowed if mask is None else allowed & mask.bool()[:, None, None, :]
 
 
-class Seen(Exception):  # noqa: N818  (not an error: it ends an attention call whose output nobody needs)
+class Seen(Exception):
     """Raised by a probe to skip the attention itself."""
 
 
 @contextmanager
 def probing(probes: dict[nn.Module, Probe]) -> Iterator[None]:
-    """While inside, the attention modules that are keys of `probes` report queries, keys, mask and scaling."""
+    """While inside, the attention modules that are keys of `probes` report queries, keys, mask and
+    scaling."""
     outer = _PROBES.get()
     token = _PROBES.set({**(outer or {}), **probes})
     try:
@@ -103,7 +105,8 @@ def probing(probes: dict[nn.Module, Probe]) -> Iterator[None]:
 
 
 def watch(probes: dict[nn.Module, Probe] | None) -> dict[nn.Module, Probe] | None:
-    """Set the probes of this thread of execution for the calls to come; returns those that were set before."""
+    """Set the probes of this thread of execution for the calls to come; returns those that were set
+    before."""
     before = _PROBES.get()
     _PROBES.set(probes)
     return before
@@ -130,7 +133,7 @@ def watched(implementation: str) -> str:
 
 
 def _reporting(stock: Callable[..., Any] | None) -> Callable[..., Any]:
-    def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):  # noqa: ANN001
+    def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
         probes = _PROBES.get()
         if probes and (probe := probes.get(module)) is not None:
             probe(module, query, key, attention_mask, scaling)

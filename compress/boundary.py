@@ -10,12 +10,14 @@ from torch import Tensor
 from .cache import physical
 from .call import Call, past_columns, read_prompt
 from .hosts.families import Host
+from .hosts.shrink import encoder
 from .layout import Layout, Span, compact, gather
 from .reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count
 
 
 def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
-    """What a reducer is given of one image: its tokens [N, D], the prompt's text [T, D], and what was recorded."""
+    """What a reducer is given of one image: its tokens [N, D], the prompt's text [T, D], and what was
+    recorded."""
     record, items = span.record, slice(span.item, span.item + span.items)
     grid = span.grid
 
@@ -38,6 +40,7 @@ def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
         keys=per_item(record.keys),
         project=getattr(host.core, "multi_modal_projector", None),
         newline=getattr(host.core, "image_newline", None),
+        encode=encoder(host, record, span),
     )
 
 
@@ -57,9 +60,9 @@ def choose(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Which tokens of the prompt stay.
 
-    Returns keep [B, L], the embeddings with merged values written in, and the places kept of each span, as token
-    numbers. Tokens that the tower merged (`groups(span)` [N], equal numbers are one group) stay once. Images
-    that stand in several rows (beams) are decided once.
+    Returns keep [B, L], the embeddings with merged values written in, and the places kept of each span, as
+    token numbers. Tokens that the tower merged (`groups(span)` [N], equal numbers are one group) stay once.
+    Images that stand in several rows (beams) are decided once.
     """
     stay = call.start.valid.clone()
     text_mask = call.start.valid & (call.prompt.image < 0)
@@ -83,6 +86,7 @@ def choose(
             if changed is embeds:
                 changed = embeds.clone()
             changed[span.row, places[numbers]] = selection.values.to(embeds)
+        span.deepstack = selection.deepstack
         gone = torch.ones(len(places), dtype=torch.bool, device=stay.device)
         gone[numbers.to(stay.device)] = False
         stay[span.row, span.places[gone]] = False
@@ -114,8 +118,8 @@ def decide(
         return Selection(numbers), numbers
     if not torch.isfinite(image.features).all():
         raise ValueError(
-            "the image's features hold NaN or infinite values, so no selection means anything; check the pixel "
-            "values and the precision of the vision tower"
+            "the image's features hold NaN or infinite values, so no selection means anything; check the "
+            "pixel values and the precision of the vision tower"
         )
     budget = budget_of(keep, image, reducer.default_keep)
     if budget == 1.0 and isinstance(budget, float):
@@ -136,7 +140,8 @@ def shorten(
     positions: str,
 ) -> dict[str, Any]:
     """The language model's arguments without the tokens that do not stay: compacted to the right, with an
-    explicit 2-D mask (an all-ones mask keeps the gaps in position ids from being read as packed sequences)."""
+    explicit 2-D mask (an all-ones mask keeps the gaps in position ids from being read as packed
+    sequences)."""
     index, valid, ragged = compact(stay)
     call.layout = Layout(index, valid, ragged)
     kwargs = dict(kwargs)
@@ -147,10 +152,23 @@ def shorten(
         remaining = stay.to(shown.device)[shown]
         kwargs["visual_pos_masks"] = gather(shown, index) & valid.to(shown.device)
         kwargs["deepstack_visual_embeds"] = [
-            x[remaining.to(x.device)] for x in kwargs["deepstack_visual_embeds"]
+            x[remaining.to(x.device)] for x in _deepstack(call, shown, kwargs["deepstack_visual_embeds"])
         ]
     kwargs["attention_mask"] = _mask(host, call, kwargs.get("attention_mask"))
     return kwargs
+
+
+def _deepstack(call: Call, shown: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """What the first layers add to the tokens `shown` [B, L], with what the reducer gave for kept ones."""
+    given = [x for x in zip(call.prompt.spans, call.kept, strict=True) if x[0].deepstack is not None]
+    if not given:
+        return features
+    features, order = [x.clone() for x in features], shown.flatten().long().cumsum(0).view(shown.shape) - 1
+    for span, kept in given:
+        index = order[span.row, span.places.to(order.device)[kept.to(order.device)]]
+        for x, values in zip(features, span.deepstack, strict=True):
+            x[index.to(x.device)] = values.to(x)
+    return features
 
 
 def _positions(position_ids: Tensor, layout: Layout, positions: str) -> Tensor:
@@ -184,7 +202,8 @@ def _mask(host: Host, call: Call, mask: Any) -> Any:
 
 
 def _shrunk(mask: Tensor, layout: Layout, valid: Tensor, entries: int) -> Tensor:
-    """Rows and columns of a 4-D mask [B, 1, L, entries + L] that remain; columns that are not real are masked."""
+    """Rows and columns of a 4-D mask [B, 1, L, entries + L] that remain; columns that are not real are
+    masked."""
     batch, index = len(layout.index), layout.index.to(mask.device)
     rows = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
     mask = mask.expand(batch, -1, -1, -1).gather(2, rows)

@@ -15,9 +15,9 @@ class CacheState:
 
     Tokens are counted logically (as the model read them: `length`) and physically (entries in a layer).
     `columns[i]` [B, physical] says which entries of layer i are real, as of `length`; None stands for the
-    caller's own mask. `ragged[i]`: some entry is not real. `next` [B] is the position id after the last token,
-    `planes` how many position planes the model takes (0: one-dimensional); `compact`: positions are renumbered,
-    and `removed[i]` [B] is what layer i subtracts on top.
+    caller's own mask. `ragged[i]`: some entry is not real. `next` [B] is the position id after the last
+    token, `planes` how many position planes the model takes (0: one-dimensional); `compact`: positions are
+    renumbered, and `removed[i]` [B] is what layer i subtracts on top.
     """
 
     length: int
@@ -47,8 +47,8 @@ class ReducedDynamicCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: entries and tokens no longer correspond. Raises NotImplementedError."""
         raise NotImplementedError(
-            "a cache that a reducer has shortened cannot be cropped (assisted decoding, prefix reuse); generate "
-            "without it, or shorten the inputs up front with session.prepare(inputs)"
+            "a cache that a reducer has shortened cannot be cropped (assisted decoding, prefix reuse); "
+            "generate without it, or shorten the inputs up front with session.prepare(inputs)"
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -87,8 +87,8 @@ def physical(cache: Cache | None, layer: int) -> int:
 
 
 def extended(state: CacheState, layer: int, entries: int, mask: Tensor | None) -> Tensor | None:
-    """Which of a layer's `entries` are real by now: those of `columns`, then what came after by the caller's mask
-    [B, tokens read]. None when the layer follows the caller's mask alone."""
+    """Which of a layer's `entries` are real by now: those of `columns`, then what came after by the caller's
+    mask [B, tokens read]. None when the layer follows the caller's mask alone."""
     columns = state.columns[layer]
     if columns is None:
         return None

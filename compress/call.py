@@ -1,4 +1,5 @@
-"""One forward of a model with reducers attached: what it is given, what was dropped, what the cache must know."""
+"""One forward of a model with reducers attached: what it is given, what was dropped, what the cache must
+know."""
 
 import inspect
 import time
@@ -20,8 +21,8 @@ from .layout import Layout, Prompt, find_spans
 CURRENT: ContextVar["Call | None"] = ContextVar("vistok_call", default=None)
 
 FUNCTIONAL = (
-    "use the functional mode, which needs no hooks in the language model: prepared = session.prepare(inputs); "
-    "model.generate(**prepared.inputs, ...)"
+    "use the functional mode, which needs no hooks in the language model: prepared = "
+    "session.prepare(inputs); model.generate(**prepared.inputs, ...)"
 )
 
 
@@ -68,10 +69,9 @@ class Call:
 def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str | None) -> tuple[Call, dict]:
     """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
 
-    `source` says what features without a record are: pieces of features just "made" (a chunked prefill), pieces of
-    "prepared" ones, or the caller's own (None).
-    Raises NotImplementedError for static caches, masks that are already 4-D and chunked prefill, ValueError for
-    images without placeholders.
+    `source` says what features without a record are: pieces of features just "made" (a chunked prefill),
+    pieces of "prepared" ones, or the caller's own (None). Raises NotImplementedError for static caches, masks
+    that are already 4-D and chunked prefill, ValueError for images without placeholders.
     """
     bound = inspect.signature(host.core.forward).bind(*args, **kwargs).arguments
     arguments = {**bound.pop("kwargs", {}), **bound}
@@ -80,7 +80,9 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = any(arguments.get(f"pixel_values{suffix}") is not None for suffix in ("", "_videos"))
     records = [_record_of(output) for output in outputs.values()]
-    if any(record is None and source == "prepared" or getattr(record, "reduced", False) for record in records):
+    if any(
+        (record is None and source == "prepared") or getattr(record, "reduced", False) for record in records
+    ):
         call.passed = True
         return call, arguments
     mask = arguments.get("attention_mask")
@@ -88,8 +90,8 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str
         mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
     ):
         raise NotImplementedError(
-            "reducers need the 2-D attention mask (1 for real tokens), and this call brings a prepared one, as "
-            f"static caches and compiled generation do; {FUNCTIONAL}"
+            "reducers need the 2-D attention mask (1 for real tokens), and this call brings a prepared "
+            f"one, as static caches and compiled generation do; {FUNCTIONAL}"
         )
     call.mask = mask
     if outputs or pixels:
@@ -99,7 +101,9 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str
     return call, arguments
 
 
-def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, Any], source: str | None) -> None:
+def _begin_prefill(
+    host: Host, call: Call, arguments: dict, outputs: dict[str, Any], source: str | None
+) -> None:
     cache = call.cache
     if cache is not None and type(cache) not in (DynamicCache, ReducedDynamicCache):
         raise NotImplementedError(
@@ -107,8 +111,8 @@ def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, A
         )
     if source == "made" and any(_record_of(output) is None for output in outputs.values()):
         raise NotImplementedError(
-            "this prefill is cut into chunks (prefill_chunk_size), so a reducer would see pieces of an image; "
-            f"leave prefill_chunk_size unset, or {FUNCTIONAL}"
+            "this prefill is cut into chunks (prefill_chunk_size), so a reducer would see pieces of an "
+            f"image; leave prefill_chunk_size unset, or {FUNCTIONAL}"
         )
     call.ids = arguments.get("input_ids")
     if call.ids is None:
@@ -116,8 +120,8 @@ def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, A
     media = torch.tensor(list(host.media_ids.values()), device=call.ids.device)
     if not torch.isin(call.ids, media).any():
         raise ValueError(
-            f"images were given, but the prompt holds none of the placeholder tokens {host.media_ids}; build "
-            "prompt and images together with the model's processor"
+            f"images were given, but the prompt holds none of the placeholder tokens {host.media_ids}; "
+            "build prompt and images together with the model's processor"
         )
     call.prefill, call.outputs = True, outputs
 

@@ -17,8 +17,8 @@ class Explanation:
     """One image in one prompt: `tokens` [n] are the numbers of its kept visual tokens, of `num_tokens`.
 
     `tile` and `index` [n] say which of the encoder's inputs each shows and the row-major place in it (-1: no
-    patch, as newline vectors), `boxes` [n, 4] the part of the picture as (top, left, bottom, right), each from
-    0 to 1. They are None where the family does not tell.
+    patch, as newline vectors), `boxes` [n, 4] the part of the picture as (top, left, bottom, right), each
+    from 0 to 1. They are None where the family does not tell.
     """
 
     row: int

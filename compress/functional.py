@@ -1,7 +1,8 @@
-"""Reducing the inputs instead of hooking the language model: shorter prompts with their features already made.
+"""Reducing the inputs instead of hooking the language model: shorter prompts with their features already
+made.
 
-Works with any cache and any way of decoding (static caches, `torch.compile`, chunked prefill), for reducers that
-act in the tower or on its features.
+Works with any cache and any way of decoding (static caches, `torch.compile`, chunked prefill), for reducers
+that act in the tower or on its features.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs for `model.generate(**prepared.inputs)` or `model(**prepared.inputs)`, and the prompt they stand for.
+    """Inputs for `model.generate(**prepared.inputs)` or `model(**prepared.inputs)`, and the prompt they stand
+    for.
 
-    Families whose features are one tensor (InternVL, PaliGemma, Gemma 3, VipLLaVA) need equal counts in all images
-    for beam search. With position ids kept, an unpadded batch must be generated with a cache.
+    Families whose features are one tensor (InternVL, PaliGemma, Gemma 3, VipLLaVA) need equal counts in all
+    images for beam search. With position ids kept, an unpadded batch must be generated with a cache.
     """
 
     inputs: dict[str, Any]
     input_ids: Tensor
 
     def restore(self, sequences: Tensor) -> Tensor:
-        """Generated sequences [B·n, L' + new] with the full prompt in front, as code that cuts off `input_ids`
-        expects: [B·n, L + new]."""
+        """Generated sequences [B·n, L' + new] with the full prompt in front, as code that cuts off
+        `input_ids` expects: [B·n, L + new]."""
         new = sequences[:, self.inputs["input_ids"].shape[1] :]
         repeats = len(sequences) // len(self.input_ids)
         return torch.cat([self.input_ids.repeat_interleave(repeats, 0), new], 1)
@@ -54,8 +56,8 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
     inside = [type(r).__name__ for r in session.reducers if r.stage in (Stage.LAYER, Stage.CACHE)]
     if inside:
         raise NotImplementedError(
-            f"{' and '.join(inside)} act inside the language model, so the inputs cannot be shortened up front; attach "
-            "reducers of the FEATURES or VISION stage alone"
+            f"{' and '.join(inside)} act inside the language model, so the inputs cannot be shortened up "
+            "front; attach reducers of the FEATURES or VISION stage alone"
         )
     if "input_ids" not in inputs:
         raise ValueError(
@@ -124,11 +126,14 @@ def _shortened(call: Call, modality: str, output: Any, embeds: Tensor, kept: lis
     """The features that are left, in the container that the model expects."""
     items: dict[int, list[Tensor]] = {}
     numbers: dict[int, list[Tensor]] = {}
+    given: dict[int, list[Tensor]] = {}
     for span, tokens in zip(call.prompt.spans, kept, strict=True):
         if span.record.modality == modality:
             places = span.places.to(tokens.device)[tokens]
             items.setdefault(span.item, []).append(embeds[span.row, places.to(embeds.device)])
             numbers.setdefault(span.item, []).append(tokens + span.offset)
+            if span.deepstack is not None:
+                given[span.item] = span.deepstack
     order = sorted(items)
     pooled: Any = [torch.cat(items[i]) for i in order]
     made = {"pooler_output": pooled}
@@ -138,8 +143,11 @@ def _shortened(call: Call, modality: str, output: Any, embeds: Tensor, kept: lis
     if getattr(output, "deepstack_features", None) is not None:
         left = [torch.cat(numbers[i]) for i in order]
         made["deepstack_features"] = [
-            [item[tokens.to(item.device)] for item, tokens in zip(layer, left, strict=True)]
-            for layer in output.deepstack_features
+            [
+                given[i][depth].to(item) if i in given else item[tokens.to(item.device)]
+                for i, item, tokens in zip(order, layer, left, strict=True)
+            ]
+            for depth, layer in enumerate(output.deepstack_features)
         ]
     short = type(output)(**made)
     short.vistok_record = Record(modality, [len(item) for item in pooled], reduced=True)

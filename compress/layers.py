@@ -1,11 +1,10 @@
-"""Dropping visual tokens between the layers of a language model, and evicting them from its cache."""
+"""Dropping visual tokens between the layers of a language model."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_causal_mask
 
 from .attention import Probe, Seen, attention_rows, mask_rows, probing
@@ -14,7 +13,7 @@ from .cache import extended
 from .call import CURRENT, Call, past_columns
 from .hosts.families import Host
 from .layout import Layout, Span, compact, gather
-from .reducer import Budget, CacheReducer, LayerReducer, LayerTokens, count_of
+from .reducer import Budget, LayerReducer, LayerTokens, count_of
 
 Trace = Callable[[str, Tensor], None]
 
@@ -38,13 +37,13 @@ class LayerCuts:
         outside = [k for k in self.cuts if not 0 <= k < count]
         if outside:
             raise ValueError(
-                f"{type(reducer).__name__} drops tokens before layers {outside}, but {host.name} has {count} layers "
-                f"(0 to {count - 1})"
+                f"{type(reducer).__name__} drops tokens before layers {outside}, but {host.name} has "
+                f"{count} layers (0 to {count - 1})"
             )
         if reducer is not None and reducer.rows and reducer.rows_of == "previous" and 0 in self.cuts:
             raise ValueError(
-                f"{type(reducer).__name__} ranks tokens by the attention of the layer before, so it cannot drop "
-                "before layer 0"
+                f"{type(reducer).__name__} ranks tokens by the attention of the layer before, so it cannot "
+                "drop before layer 0"
             )
         self.measured = reducer.measured_layers(count) if reducer is not None else ()
         self.first = self.cuts[0] if self.cuts else 0  # without cuts: layers whose cache is evicted
@@ -118,8 +117,8 @@ class LayerCuts:
         return index, real.float()
 
     def _next_rows(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The rows of layer i on the states that are about to enter it: its attention is called and left as soon
-        as queries and keys are there."""
+        """The rows of layer i on the states that are about to enter it: its attention is called and left as
+        soon as queries and keys are there."""
         layer, attention, found = self.host.layers[i], self.host.attention(i), []
 
         def probe(
@@ -243,11 +242,8 @@ class LayerCuts:
                 features = hidden.new_empty(original, hidden.shape[-1])
                 keep = keep(view(self.host, span, features, hidden.new_empty(0, hidden.shape[-1])))
             budget = budget_of(keep, None, None)
-            if isinstance(budget, int) and budget > original:
-                raise ValueError(
-                    f"keep is {budget} tokens, but this image has {original}; give at most that, or a fraction in "
-                    "(0, 1]"
-                )
+            if isinstance(budget, int):
+                count_of(budget, original)  # raises when the image has fewer
             share = budget / original if isinstance(budget, int) else budget
             call.derived[key] = (self.reducer.schedule(len(self.host.layers), share), budget)
         shares, budget = call.derived[key]
@@ -264,9 +260,9 @@ class LayerCuts:
         if call.measured is not None:
             call.measured = gather(call.measured, index)
         if self.compact:
-            gone = (old.valid.sum(1) - valid.sum(1)).to(stay.device)
-            before = call.derived.get("removed")
-            call.derived["removed"] = gone if before is None else before + gone
+            full, start = self._numbered(call)
+            last = full.masked_fill(~call.entering.valid, -1).amax(1)
+            call.derived["removed"] = last - (start[:, 0] + valid.sum(1) - 1)
         for key in [k for k in call.derived if isinstance(k, tuple) and k[0] in ("mask", "rotary")]:
             del call.derived[key]
         return gather(hidden, index)
@@ -275,18 +271,16 @@ class LayerCuts:
 
     def _adjusted(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A layer's arguments at prefill, for the tokens that are left."""
-        if call.relative is None:
-            if call.state is None or call.state.columns[i] is call.state.columns[0]:
-                return kwargs
-            return {**kwargs, "attention_mask": self._mask(call, i, hidden, kwargs.get("attention_mask"))}
+        state = call.state
+        shifted = None if state is None else state.removed[i]
+        own_columns = state is not None and state.columns[i] is not state.columns[0]
+        if call.relative is None and shifted is None and not own_columns:
+            return kwargs
         changed = {**kwargs, "attention_mask": self._mask(call, i, hidden, kwargs.get("attention_mask"))}
-        if self.compact:
-            positions = self._renumbered(call, hidden)
-            key = ("rotary", self.host.layer_type(i))
-            if key not in call.derived:
-                call.derived[key] = self.host.rotary(i, hidden, positions)
-            changed["position_embeddings"] = call.derived[key]
-            changed["position_ids"] = positions
+        if shifted is not None or (self.compact and call.relative is not None):
+            positions, embeddings = self._renumbered(call, i, hidden, shifted)
+            return {**changed, "position_embeddings": embeddings, "position_ids": positions}
+        if call.relative is None:
             return changed
         embeddings = kwargs.get("position_embeddings")
         if embeddings is not None:
@@ -296,14 +290,26 @@ class LayerCuts:
             changed["position_embeddings"] = call.derived[key]
         positions = kwargs.get("position_ids")
         if positions is not None:
-            changed["position_ids"] = positions.expand(len(call.relative), -1).gather(1, call.relative)
+            changed["position_ids"] = gather(positions.expand(len(call.relative), -1), call.relative)
         return changed
 
-    def _renumbered(self, call: Call, hidden: Tensor) -> Tensor:
-        valid = call.layout.valid
-        full = call.positions.expand(len(valid), -1)
-        start = full.masked_fill(~call.entering.valid, torch.iinfo(full.dtype).max).amin(1, keepdim=True)
-        return (valid.long().cumsum(1) - 1).clamp_min(0) + start
+    def _numbered(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Position ids [B, L'] that entered the language model, and the first real one of each row [B, 1]."""
+        full = call.positions.expand(len(call.entering.valid), -1)
+        highest = torch.iinfo(full.dtype).max
+        return full, full.masked_fill(~call.entering.valid, highest).amin(1, keepdim=True)
+
+    def _renumbered(self, call: Call, i: int, hidden: Tensor, shifted: Tensor | None) -> tuple[Tensor, Any]:
+        """Position ids of the tokens that are left, counted anew after a cut, and their rotations."""
+        key = ("rotary", self.host.layer_type(i), id(shifted))
+        if key not in call.derived:
+            positions, start = self._numbered(call)
+            if call.relative is not None:
+                positions = (call.layout.valid.long().cumsum(1) - 1).clamp_min(0) + start
+            if shifted is not None:
+                positions = positions - shifted[:, None]
+            call.derived[key] = (positions, self.host.rotary(i, hidden, positions))
+        return call.derived[key]
 
     def _mask(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
         layout = call.layout
@@ -393,46 +399,3 @@ def _gather_rotary(embeddings: Any, index: Tensor) -> Any:
     if isinstance(embeddings, tuple):
         return tuple(_gather_rotary(part, index) for part in embeddings)
     return gather(embeddings.expand(len(index), *embeddings.shape[1:]), index)
-
-
-def evict(host: Host, call: Call, reducer: CacheReducer, keep: Budget) -> None:
-    """Remove entries of visual tokens from every full-attention layer, after the prompt has been read.
-
-    Writes the remaining entries into the cache's state; layers of sliding windows are left alone.
-    """
-    state, cache = call.cache.reduction, call.cache
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, DynamicSlidingWindowLayer) or not layer.is_initialized:
-            continue
-        layout, entries = call.layouts[i], call.entries[i]
-        image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
-        real = torch.cat([past_columns(call, i), layout.valid], 1).clone()
-        dropped = False
-        for number, span in enumerate(call.prompt.spans):
-            places = (image[span.row] == number).nonzero().squeeze(1)
-            if not len(places):
-                continue
-            tokens = (places + entries).to(layer.keys.device)
-            keys, values = layer.keys[span.row][:, tokens], layer.values[span.row][:, tokens]
-            features = keys.transpose(0, 1).flatten(1)
-            budget = budget_of(keep, view(host, span, features, features[:0]), None)
-            count = len(places) if budget is None else count_of(budget, len(places))
-            if count >= len(places):
-                continue
-            with call.timed():
-                order = reducer.score(i, keys, values).sort(descending=True, stable=True).indices
-            gone = places[order[count:].to(places.device)]
-            real[span.row, gone + entries] = False
-            dropped = True
-        if not dropped:
-            continue
-        index, valid, ragged = compact(real)
-        where = index[:, None, :, None].to(layer.keys.device)
-        layer.keys = layer.keys.gather(2, where.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-        layer.values = layer.values.gather(
-            2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
-        )
-        state.columns[i], state.ragged[i] = valid, ragged
-        places = layout.index.gather(1, (index - entries).clamp_min(0))
-        call.held[i] = Layout(places, valid & (index >= entries), ragged)
-        state.gap[i] = state.length - index.shape[1]

@@ -1,6 +1,7 @@
 """Where the tokens of a batch of prompts are: visual tokens, their images, and shortened sequences."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from .hosts.families import Host, Record, tiled
 
 @dataclass
 class Span:
-    """One image in one prompt: `places` [N] of its tokens in row `row`, `item` and `offset` of its first token
-    in the record its features came from."""
+    """One image in one prompt: `places` [N] of its tokens in row `row`, `item` and `offset` of its first
+    token in the record its features came from. `deepstack` [n, D] a layer is what its kept tokens get
+    inside the model in place of the recorded features."""
 
     row: int
     places: Tensor
@@ -22,6 +24,7 @@ class Span:
     items: int = 1
     number: int = 0
     grid: Grid | None = None
+    deepstack: list[Tensor] | None = None
 
 
 @dataclass
@@ -85,9 +88,9 @@ def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[R
                 taken += 1
             if total != len(places):
                 raise ValueError(
-                    f"prompt {row} holds {len(places)} {modality} placeholders, which is not a whole number of "
-                    f"the {modality} items given ({lengths[cursor : cursor + taken]} tokens); prompt and images "
-                    "do not belong together, or the prefill was cut into chunks"
+                    f"prompt {row} holds {len(places)} {modality} placeholders, which is not a whole number "
+                    f"of the {modality} items given ({lengths[cursor : cursor + taken]} tokens); prompt and "
+                    "images do not belong together, or the prefill was cut into chunks"
                 )
             found = _row_spans(
                 host, record, ids[row], places, lengths[cursor : cursor + taken], original, grids
@@ -116,7 +119,7 @@ def _row_spans(
     if segment == "items":
         return [
             Span(0, places[a:b], record, first + i, grid=grids[first + i])
-            for i, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+            for i, (a, b) in enumerate(pairwise(starts))
         ]
     runs = _runs(places)
     if segment == "runs":  # tiles are items, an image is a run of them
@@ -146,10 +149,10 @@ def _runs(places: Tensor) -> list[tuple[int, int]]:
         return []
     breaks = ((places[1:] - places[:-1]) != 1).nonzero().squeeze(1) + 1
     edges = [0, *breaks.tolist(), len(places)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _columns(places: Tensor, runs: list[tuple[int, int]]) -> int | None:
     """How many tiles stand in a row: the gap between tiles is longer where a row ends."""
-    gaps = [int(places[b[0]] - places[a[1] - 1]) for a, b in zip(runs[:-1], runs[1:], strict=True)]
+    gaps = [int(places[b[0]] - places[a[1] - 1]) for a, b in pairwise(runs)]
     return next((i + 1 for i, gap in enumerate(gaps) if gap > gaps[0]), None)

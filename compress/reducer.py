@@ -56,7 +56,8 @@ class Image:
     its prompt. `rows` holds what the method asked of the tower, layer by layer: [tiles, heads, n] for the n
     tokens of each tile. `states` [tiles, 1 + n, C], which the features are the projection of, and `keys`
     [tiles, 1 + n, heads, d] are the tower's (n without a class token), for methods that merge before the
-    projector (`project`).
+    projector (`project`). `encode(smaller_grid)` makes the features [n, D] of the picture in the layout of a
+    smaller grid (and after them those that the model adds inside its first layers), if `wants_pixels`.
     """
 
     features: Tensor
@@ -68,6 +69,7 @@ class Image:
     keys: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
     newline: Tensor | None = None
+    encode: Callable[[Grid], list[Tensor]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -75,15 +77,17 @@ class Image:
         return self.features.shape[0]
 
     def attention(self, layer: TowerLayer) -> Tensor:
-        """What was recorded of a tower layer [tiles, heads, n]. Raises ValueError where there is nothing, or nothing
-        that fits the image's tokens."""
+        """What was recorded of a tower layer [tiles, heads, n].
+
+        Raises ValueError where there is nothing, or nothing that fits the image's tokens.
+        """
         instead = "use a reducer that needs the features alone, such as divprune"
         rows = self.rows.get(layer)
         if rows is None:
             raise ValueError(
-                f"the attention of tower layer {layer!r} was not recorded for this image; have the attached model make "
-                "the features itself from pixel_values (not given by the caller, made before attaching, or videos "
-                f"whose frames are pooled), or {instead}"
+                f"the attention of tower layer {layer!r} was not recorded for this image; have the attached "
+                "model make the features itself from pixel_values (features from the caller or from before "
+                f"attaching and pooled frames of videos have no attention), or {instead}"
             )
         tiles, tokens = rows.shape[0], rows.shape[-1]
         grid = self.grid
@@ -92,19 +96,22 @@ class Image:
             fits = (tiles, tokens) == (grid.num_tiles, grid.tokens_per_tile)
         if not fits:
             raise ValueError(
-                f"the tower's attention is for {tiles} tiles of {tokens} tokens, which this image's {self.num_tokens} "
-                f"cannot be told from (tokens merge inside the tower, or the family hides their layout); {instead}"
+                f"the tower's attention is for {tiles} tiles of {tokens} tokens, which cannot be matched with "
+                f"this image's {self.num_tokens} (tokens merge inside the tower, or the family hides their "
+                f"layout); {instead}"
             )
         return rows
 
     def arranged(self, values: Tensor, source: Tensor) -> "Selection":
         """A selection of `values` [n, D] in an order of their own.
 
-        `source` [n] says which token each shows, or -1. The slots are those tokens' places, and for the others
-        places at even distances. Raises ValueError for more values than tokens.
+        `source` [n] says which token each shows, or -1. The slots are those tokens' places, and for the
+        others places at even distances. Raises ValueError for more values than tokens.
         """
         if len(values) > self.num_tokens:
-            raise ValueError(f"{len(values)} tokens do not fit into the places of {self.num_tokens}; lower keep")
+            raise ValueError(
+                f"{len(values)} tokens do not fit into the places of {self.num_tokens}; lower keep"
+            )
         taken = torch.zeros(self.num_tokens, dtype=torch.bool, device=source.device)
         taken[source[source >= 0]] = True
         free = (~taken).nonzero().squeeze(1)
@@ -123,12 +130,13 @@ class Selection:
     """What stays of an image: `kept` [n] ascending places among its N tokens.
 
     `values` [n, D] replaces the kept tokens (merged ones), `source` [n] tells which of the N tokens each
-    value shows (-1: none of them).
+    value shows (-1: none of them). `deepstack` [n, D] a layer replaces what Qwen3-VL adds to them inside.
     """
 
     kept: Tensor
     values: Tensor | None = None
     source: Tensor | None = None
+    deepstack: list[Tensor] | None = None
 
 
 @dataclass(kw_only=True)
@@ -155,20 +163,22 @@ class FeatureReducer(Reducer):
 
     stage: ClassVar[Stage] = Stage.FEATURES
     paper_positions: ClassVar[Literal["keep", "compact"]] = "compact"
-    default_keep: ClassVar[float | None] = 0.25  # None: `reduce` is given None and goes by the method's own number
+    # Where this is None, `reduce` is given None without a budget, and goes by the method's own number.
+    default_keep: ClassVar[float | None] = 0.25
+    wants_pixels: ClassVar[bool] = False  # whether `Image.encode` is needed, so that pixel values are kept
 
     def tower_layers(self) -> dict[TowerLayer, bool | Literal["joined"]]:
-        """Layers of the vision tower whose class-token attention is wanted: as probabilities (True), as logits
-        (False), or as probabilities of one head as wide as all ("joined")."""
+        """Layers of the vision tower whose class-token attention is wanted: as probabilities (True), as
+        logits (False), or as probabilities of one head as wide as all ("joined")."""
         return {}
 
     def wants_states(self) -> TowerLayer | None:
-        """The tower layer whose keys are wanted, with the states that are projected; or None (0 counts as None)."""
+        """The tower layer whose keys are wanted, with the states that are projected, or None."""
         return None
 
     @staticmethod
     def per_token(rows: Tensor, grid: Grid | None) -> Tensor:
-        """Values [tiles, n] in the order in which the tokens enter the language model [N]; -inf for separators."""
+        """Values [tiles, n] in the order in which tokens enter the model [N]; -inf for separators."""
         flat = rows.flatten()
         if grid is None:
             return flat
@@ -191,7 +201,7 @@ class FeatureReducer(Reducer):
 
     @staticmethod
     def completed(mask: Tensor, count: int) -> Tensor:
-        """The mask [N] with its first False entries set until `count` are True: separators, once all patches are in."""
+        """The mask [N] with first False entries (separators, once all patches are in) set, up to `count`."""
         missing = count - int(mask.sum())
         return mask.index_fill(0, (~mask).nonzero().squeeze(1)[:missing], True)
 
@@ -199,7 +209,8 @@ class FeatureReducer(Reducer):
         """The scores. Raises ValueError if there are none."""
         if scores is None:
             raise ValueError(
-                f"{type(self).__name__} selects by the vision tower's attention; give select what scores(image) returns"
+                f"{type(self).__name__} selects by the vision tower's attention; give select what "
+                "scores(image) returns"
             )
         return scores
 
@@ -248,7 +259,7 @@ class LayerTokens:
     hidden: Tensor
     attention: Tensor | None = None
     measured: Tensor | None = None
-    record: Callable[[str, Tensor], None] = lambda name, value: None  # noqa: E731
+    record: Callable[[str, Tensor], None] = lambda name, value: None
 
 
 @dataclass(kw_only=True)

@@ -32,9 +32,9 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The last prompt with images. Floating-point operations are counted (two a multiply-add), not measured, and
-    cover the language model's layers at prefill; cache bytes are those held after it; `seconds` is the time spent
-    in the reducers themselves. They are None for models where they are not counted."""
+    """The last prompt with images. Floating-point operations are counted (two a multiply-add), not measured,
+    and cover the language model's layers at prefill; cache bytes are those held after it; `seconds` is the
+    time spent in the reducers themselves. They are None for models where they are not counted."""
 
     reducers: list[str]
     images: list[ImageReport]
@@ -69,7 +69,9 @@ class Report:
             lines.append(f"  {self.flops / 1e9:.3g} of {self.flops_full / 1e9:.3g} GFLOPs")
         if self.cache_bytes is not None:
             held, full = self.cache_bytes / 1e6, self.cache_bytes_full / 1e6
-            lines[-1] += f" at prefill, cache {held:.3g} of {full:.3g} MB, {1000 * self.seconds:.1f} ms in the reducer"
+            lines[-1] += (
+                f" at prefill, cache {held:.3g} of {full:.3g} MB, {1000 * self.seconds:.1f} ms in the reducer"
+            )
         return "\n".join(lines)
 
 

@@ -14,13 +14,14 @@ from . import report
 from .attention import watch, watched
 from .boundary import choose, enter, shorten
 from .call import CURRENT, Call, begin, finish
+from .eviction import evict
 from .explain import Explanation, explain
 from .functional import Prepared, prepare
 from .hosts import cutpoints, standalone, tower
 from .hosts.families import Record, resolve
 from .hosts.features import FeatureRecorder
 from .hosts.merging import VisionMerging
-from .layers import LayerCuts, evict
+from .layers import LayerCuts
 from .layout import Span
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
@@ -40,13 +41,13 @@ def attach(
     """Have a stock model spend fewer visual tokens, until `detach` (or the end of a `with` block).
 
     `model` is a transformers VLM; a timm VisionTransformer or a CLIP or SigLIP tower takes merging reducers.
-    `reducer` is a name (`list_reducers()`), an instance, or a list of these, at most one a stage. `keep` is the
-    budget of every method: a fraction in (0, 1] of an image's tokens, a count of tokens an image, or a function
-    of the image that returns either; without it each method uses its own. `positions`: kept tokens "keep" their
-    position ids, are renumbered ("compact"), or as the paper of each method does ("paper").
+    `reducer` is a name (`list_reducers()`), an instance, or a list of these, at most one a stage. `keep` is
+    the budget of every method: a fraction in (0, 1] of an image's tokens, a count of tokens an image, or a
+    function of the image that returns either; without it each method uses its own. `positions`: kept tokens
+    "keep" their position ids, are renumbered ("compact"), or as the paper of each method does ("paper").
 
-    Weights and sources of the model stay as they are, and after `detach` its outputs are bit-identical. Raises
-    TypeError for models that cannot host a reducer and ValueError for a model with a session already.
+    Weights and sources of the model stay as they are, and after `detach` its outputs are bit-identical.
+    Raises TypeError for models that cannot host a reducer and ValueError for a model with a session already.
     """
     if positions not in ("keep", "compact", "paper"):
         raise ValueError(f'positions is {positions!r}; it takes "keep", "compact" or "paper"')
@@ -60,8 +61,8 @@ def attach(
             raise TypeError(f"{item!r} is not a reducer; give a name from list_reducers() or an instance")
         if item.stage in stages:
             raise ValueError(
-                f"{type(stages[item.stage]).__name__} and {type(item).__name__} both act at {item.stage}; attach one of "
-                "them, or one a stage"
+                f"{type(stages[item.stage]).__name__} and {type(item).__name__} both act at {item.stage}; "
+                "attach one of them, or one a stage"
             )
         stages[item.stage] = item
     with _LOCK:
@@ -129,23 +130,25 @@ class Session:
     # What happened ------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """Tokens kept, computation and cache spared by the last prompt with images. Raises RuntimeError before one."""
+        """Tokens kept, computation and cache spared by the last prompt with images. Raises RuntimeError
+        before one."""
         names = [type(reducer).__name__ for reducer in self.reducers]
         if self._elsewhere is not None:
             return self._elsewhere.report(names)
         return report.of(self.host, self._call(), names)
 
     def explain(self, layer: int = -1, *, cache: bool = False) -> list[Explanation]:
-        """Which tokens of each image of the last prompt reached a layer (the last one unless told), or stayed in its
-        cache, and the part of the picture that each shows. Raises RuntimeError before a prompt with images."""
+        """Which tokens of each image of the last prompt reached a layer (the last one unless told), or stayed
+        in its cache, and the part of the picture that each shows. Raises RuntimeError before a prompt with
+        images."""
         return explain(self._call(), layer, cache)
 
     def overlay(self, image: Any, *, index: int = 0, layer: int = -1) -> Any:
         """The picture with the patches of kept tokens lit and the others dimmed, as a PIL image.
 
-        `image` is what `vistok.images.load_image` takes (path, PIL, array), the `index`-th image of the last prompt,
-        as the tower saw it: families that crop show the crop. Raises ValueError where the family does not tell the
-        layout of its tokens.
+        `image` is what `vistok.images.load_image` takes (path, PIL, array), the `index`-th image of the last
+        prompt, as the tower saw it: families that crop show the crop. Raises ValueError where the family does
+        not tell the layout of its tokens.
         """
         found = self.explain(layer)
         if not 0 <= index < len(found):
@@ -153,8 +156,8 @@ class Session:
         return found[index].overlay(image)
 
     def prepare(self, inputs: Mapping[str, Any]) -> Prepared:
-        """The inputs without the tokens that the reducer drops, for `model.generate(**prepared.inputs)`: no hook
-        acts on the language model, so static caches, compiled models and chunked prefill work.
+        """The inputs without the tokens that the reducer drops, for `model.generate(**prepared.inputs)`: no
+        hook acts on the language model, so static caches, compiled models and chunked prefill work.
 
         See `Prepared`. Raises NotImplementedError for reducers that act inside the language model.
         """
@@ -186,7 +189,8 @@ class Session:
         layer, cache = self._stages.get(Stage.LAYER), self._stages.get(Stage.CACHE)
         wanted = {} if features is None else features.tower_layers()
         states = features is not None and features.wants_states()
-        self._features = FeatureRecorder(host, wanted, states, self._made)
+        pixels = features is not None and features.wants_pixels
+        self._features = FeatureRecorder(host, wanted, states, self._made, pixels=pixels)
         if vision is not None:
             merging = tower.install(host.tower, vision, keep=self._keep, depth=self._features.depth)
             self._undo.append(merging.remove)
@@ -219,8 +223,9 @@ class Session:
             name = next((k for k in config.sub_configs if getattr(config, k, None) is module.config), None)
             if name is None:
                 raise TypeError(
-                    f"the attention of {type(module).__name__} cannot be observed: its configuration is not one of the "
-                    f"model's ({', '.join(config.sub_configs) or 'none'}); use a reducer that reads no {part} attention"
+                    f"the attention of {type(module).__name__} cannot be observed: its configuration is not "
+                    f"one of the model's ({', '.join(config.sub_configs) or 'none'}); use a reducer that "
+                    f"reads no {part} attention"
                 )
             stock[name] = module.config._attn_implementation
             names[name] = watched(stock[name])
@@ -239,7 +244,8 @@ class Session:
             positions = "keep" if planes else reducer.paper_positions
         if positions == "compact" and planes and reducer.stage is Stage.LAYER:
             raise ValueError(
-                f"{self.host.name} has positions in several planes (M-RoPE), where renumbering inside the layers is not "
+                f"{self.host.name} has positions in several planes (M-RoPE), where renumbering inside the "
+                "layers is not "
                 'defined; attach with positions="keep"'
             )
         return positions == "compact"
@@ -306,7 +312,8 @@ class Session:
         return kwargs
 
     def _spread_deepstack(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Features that Qwen3-VL adds after its first layers, as tensors [B, L, D] that can be cut like tokens."""
+        """Features that Qwen3-VL adds after its first layers, as tensors [B, L, D] that can be cut like
+        tokens."""
         shown, embeds = kwargs["visual_pos_masks"], kwargs["inputs_embeds"]
         call.deepstack = []
         for features in kwargs["deepstack_visual_embeds"]:
@@ -316,7 +323,8 @@ class Session:
         return {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}
 
     def _groups(self, span: Span) -> Tensor | None:
-        """Which tokens of an image the tower made equal by merging: rows [N, ...] that are equal are a group."""
+        """Which tokens of an image the tower made equal by merging: rows [N, ...] that are equal are a
+        group."""
         if span.record.groups is None:
             return None
         return self._features.token_groups(span)

@@ -1,7 +1,8 @@
 """How much of the time that fewer visual tokens could save an attached reducer does save, in one run.
 
 A random LLaVA-shaped model reads one prompt with a picture. Compared are the stock model on the whole prompt,
-the stock model on the shortened prompt (what no reducer can beat), and the stock model with the reducer attached.
+the stock model on the shortened prompt (what no reducer can beat), and the stock model with the reducer
+attached.
 """
 
 import time
@@ -18,7 +19,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..compress import attach
 from ..compress.reducer import Reducer
 
-HEADER = ["reducer", "keep", "full ms", "short ms", "attached ms", "speed-up (of possible)", "decode step ms more"]
+HEADER = [
+    "reducer",
+    "keep",
+    "full ms",
+    "short ms",
+    "attached ms",
+    "speed-up (of possible)",
+    "decode step ms more",
+]
 IMAGE_TOKEN = 31_999
 
 
@@ -157,7 +166,12 @@ def run(
 
 
 def _measure(
-    model: hf.LlavaForConditionalGeneration, prompt: Tensor, features: Tensor, one: Prefill, steps: int, keep: bool
+    model: hf.LlavaForConditionalGeneration,
+    prompt: Tensor,
+    features: Tensor,
+    one: Prefill,
+    steps: int,
+    keep: bool,
 ) -> None:
     def media() -> dict[str, Any]:
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])}}
@@ -171,9 +185,13 @@ def _measure(
     begin, end = prompt[:, :4], prompt[:, 4 + len(features) :]
     ids = torch.cat([begin, prompt.new_full((1, len(short)), IMAGE_TOKEN), end], 1)
     shorter = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[short])}}
-    short_seconds, expected = _timed(lambda: model(input_ids=ids, **shorter, use_cache=True, logits_to_keep=1))
+    short_seconds, expected = _timed(
+        lambda: model(input_ids=ids, **shorter, use_cache=True, logits_to_keep=1)
+    )
     if not torch.allclose(out.logits, expected.logits, atol=1e-3):
-        raise RuntimeError(f"{type(one.reducer).__name__} attached gives other logits than its shortened prompt")
+        raise RuntimeError(
+            f"{type(one.reducer).__name__} attached gives other logits than its shortened prompt"
+        )
     short_step = _steps(model, expected, steps)
     if keep:
         one.full.append(full)

@@ -53,8 +53,8 @@ def kept_rows(
 def whole(model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, **generate: Any) -> None:
     """All that a reducer must satisfy on one model, batch and way of decoding.
 
-    keep=1.0 and detaching leave logits and tokens bit-identical and nothing behind; what is dropped before the
-    model equals the shortened prompt exactly, and what is dropped inside it equals masking.
+    keep=1.0 and detaching leave logits and tokens bit-identical and nothing behind; what is dropped before
+    the model equals the shortened prompt exactly, and what is dropped inside it equals masking.
     """
     before, state = outputs(model, inputs, **generate), fingerprint(model)
     with compress.attach(model, reducer, keep=1.0):
@@ -146,7 +146,8 @@ def cutting_equals_masking(
     decoding_only: bool = False,
     **generate: Any,
 ) -> None:
-    """Tokens cut inside the model are tokens that no later layer sees: logits of the prompt and every step."""
+    """Tokens cut inside the model are tokens that no later layer sees: logits of the prompt and every
+    step."""
     rows, layers = len(inputs["input_ids"]), len(decoder(model).layers)
     settings = {
         "max_new_tokens": 4,

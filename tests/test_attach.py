@@ -1,4 +1,5 @@
-"""Reducers attached to stock models: the matrix that every model, reducer and way of decoding must satisfy."""
+"""Reducers attached to stock models: the matrix that every model, reducer and way of decoding must
+satisfy."""
 
 import re
 from dataclasses import dataclass

@@ -36,7 +36,9 @@ def test_cuts_in_other_families_equal_masking(name, reducer):
     if name == "gemma3" and isinstance(reducer, Cut):
         pytest.skip("a window counts the tokens that are left, which masking cannot show")
     model, _, inputs = tiny_vlm(name)
-    matrix.cutting_equals_masking(model, prompt(name, inputs), reducer, 0.5, 3e-5, isinstance(reducer, KeyNorm))
+    matrix.cutting_equals_masking(
+        model, prompt(name, inputs), reducer, 0.5, 3e-5, isinstance(reducer, KeyNorm)
+    )
 
 
 @pytest.mark.parametrize("name", CROSSING)
@@ -130,9 +132,10 @@ def test_videos_are_reduced_like_images(name):
         assert torch.equal(matrix.outputs(model, inputs)[0], before[0])
 
 
+@pytest.mark.parametrize("positions", ["keep", "compact"])
 @pytest.mark.parametrize("reducers", [[Random()], [Cut(k=1)], [Random(), Cut(k=2)]], ids=str)
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "idefics3"])
-def test_a_new_image_in_a_running_chat_equals_one_go(name, reducers):
+def test_a_new_image_in_a_running_chat_equals_one_go(name, reducers, positions):
     model, _, inputs = tiny_vlm(name)
     inputs, more = inputs(1), inputs(images=(1, 1), rows=(1,))
     settings = {
@@ -142,7 +145,7 @@ def test_a_new_image_in_a_running_chat_equals_one_go(name, reducers):
         "output_logits": True,
         "suppress_tokens": placeholders(model),
     }
-    with torch.no_grad(), compress.attach(model, reducers, keep=0.5):
+    with torch.no_grad(), compress.attach(model, reducers, keep=0.5, positions=positions):
         first = model.generate(**inputs, **settings)
         ids = torch.cat([first.sequences, more["input_ids"]], 1)
         longer = continued(inputs, ids)

@@ -388,7 +388,9 @@ def reducers(
 
     selected = selection.run(repeats, threads)
     _table(selected.title, selection.HEADER, selected.table())
-    read = prefill.run([UniformGrid(), DivPrune()], repeats=repeats, threads=threads, device=str(_device(device)))
+    read = prefill.run(
+        [UniformGrid(), DivPrune()], repeats=repeats, threads=threads, device=str(_device(device))
+    )
     _table(read.title, prefill.HEADER, read.table())
     if out:
         _write_json(out, {"selection": selected.record(), "prefill": read.record()})

@@ -1,7 +1,8 @@
-"""Models that take images in elsewhere than at the border of a decoder: through a Q-Former or by cross-attention.
+"""Models that take images in elsewhere than at the border of a decoder: through a Q-Former or by
+cross-attention.
 
-BLIP-2 and InstructBLIP: what enters the Q-Former is reduced, its queries stay. Mllama: the states that the text
-attends to are reduced; its self-attention never sees them.
+BLIP-2 and InstructBLIP: what enters the Q-Former is reduced, its queries stay. Mllama: the states that the
+text attends to are reduced; its self-attention never sees them.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class CutPoint:
         selection, numbers = decide(image, self.reducer, self.keep(), None)
         if selection.values is not None:
             raise TypeError(
-                f"{type(self.reducer).__name__} merges tokens, which {type(self.model).__name__}'s cut point does not "
-                "take; attach a reducer that selects"
+                f"{type(self.reducer).__name__} merges tokens, which {type(self.model).__name__}'s cut "
+                "point does not take; attach a reducer that selects"
             )
         self.images.append(ImageReport(row, number, len(features), [len(numbers)]))
         return numbers
@@ -153,7 +154,8 @@ def _columns(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget]) -> CutPoint | None:
     """Reduce at the model's own cut point; None for models without one.
 
-    Raises TypeError for reducers of other stages than FEATURES, and for those that read the tower's attention.
+    Raises TypeError for reducers of other stages than FEATURES, and for those that read the tower's
+    attention.
     """
     kind = KINDS.get(getattr(getattr(model, "config", None), "model_type", ""))
     if kind is None:
@@ -163,13 +165,19 @@ def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Bu
     if reducer is None or len(stages) > 1:
         others = [type(r).__name__ for stage, r in stages.items() if stage is not Stage.FEATURES]
         raise TypeError(
-            f"{name} takes its images in through a {'Q-Former' if kind == 'qformer' else 'cross-attention'}, where only "
-            f"reducers of features act; {' and '.join(others)} acts elsewhere"
+            f"{name} takes its images in through a "
+            f"{'Q-Former' if kind == 'qformer' else 'cross-attention'}, where only reducers of features "
+            f"act; {' and '.join(others)} acts elsewhere"
+        )
+    if reducer.wants_pixels:
+        raise TypeError(
+            f"{name} ({model.config.model_type}) cannot encode a smaller picture: what its tower gives does not "
+            "enter the language model as tokens"
         )
     if reducer.tower_layers() or reducer.wants_states():
         raise TypeError(
-            f"{type(reducer).__name__} reads the attention of the vision tower, which is not recorded for {name}; use "
-            "a method that reads features alone, as DivPrune"
+            f"{type(reducer).__name__} reads the attention of the vision tower, which is not recorded for "
+            f"{name}; use a method that reads features alone, as DivPrune"
         )
     point = CutPoint(model, reducer, keep)
     point.attach_qformer() if kind == "qformer" else point.attach_mllama()

@@ -24,8 +24,8 @@ class Record:
     """What must be remembered when features are produced, because later calls no longer carry it.
 
     `lengths` are the tokens of each item, `arguments` what `get_image_features` was given (sizes, grids),
-    `rows`, `states` and `keys` hold an item each of what reducers asked of the tower, `groups` [tiles, n] tells
-    which patches were merged.
+    `rows`, `states` and `keys` hold an item each of what reducers asked of the tower, `groups` [tiles, n]
+    tells which patches were merged.
     """
 
     modality: str
@@ -43,11 +43,12 @@ class Family:
     """How one model family lays out its visual tokens.
 
     `grids(host, record)`: one Grid an item, or None where the family does not tell; `pool`: the side of the
-    block of patches behind a token; `order`: how patches lie in the tower; `segment`: what counts as one image
-    in a prompt when it is not one item of `pooler_output`.
+    block of patches behind a token; `order`: how patches lie in the tower; `segment`: what counts as one
+    image in a prompt when it is not one item of `pooler_output`.
 
-    Orders: "raster" (a batch of tiles), "images" (one image after the other), "block" (units of pool² patches),
-    "window" (the same, permuted by windows). Segments: "items", "runs" (of tiles), "tiles" (of a sample).
+    Orders: "raster" (a batch of tiles), "images" (one image after the other), "block" (units of pool²
+    patches), "window" (the same, permuted by windows). Segments: "items", "runs" (of tiles), "tiles" (of a
+    sample).
     """
 
     grids: Callable[["Host", Record], list[Grid | None]] | None = None
@@ -60,8 +61,8 @@ class Family:
 
 @dataclass
 class Host:
-    """The parts of one model: `core` merges features into embeddings, `lm` is the text backbone, `tower` sees the
-    image, `media_ids` are its placeholder tokens (image, then video)."""
+    """The parts of one model: `core` merges features into embeddings, `lm` is the text backbone, `tower` sees
+    the image, `media_ids` are its placeholder tokens (image, then video)."""
 
     model: nn.Module
     core: nn.Module
@@ -167,7 +168,8 @@ def _mistral3(host: Host, record: Record) -> list[Grid | None]:
 
 
 def tiled(lengths: list[int], columns: int | None, thumbnail_last: bool) -> Grid | None:
-    """Tiles of equal square size in prompt order; the last one shows the whole image when there are several."""
+    """Tiles of equal square size in prompt order; the last one shows the whole image when there are
+    several."""
     side = math.isqrt(lengths[0])
     if any(length != side * side for length in lengths):
         return None
@@ -208,13 +210,14 @@ _OTHER_CUTS = {"mllama", "blip-2", "instructblip"}
 
 _REFUSED = {
     "llama4": "its vision features are projected inside the model's own forward, out of reach of hooks",
-    "phi4_multimodal": "it has no boundary between features and language model; use a reducer inside the layers",
+    "phi4_multimodal": "it has no boundary between features and language model; use a reducer inside the "
+    "layers",
 }
 
 
 def resolve(model: nn.Module) -> Host:
-    """The parts of a Hugging Face VLM. Raises TypeError, naming the class and the reason, for what cannot host a
-    reducer."""
+    """The parts of a Hugging Face VLM. Raises TypeError, naming the class and the reason, for what cannot
+    host a reducer."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -272,6 +275,7 @@ def _check_unknown(model: nn.Module, core: nn.Module) -> None:
     if reasons:
         known = ", ".join(sorted({*FAMILIES, *_OTHER_CUTS}))
         raise TypeError(
-            f"reducers cannot attach to {name} ({kind}): {'; '.join(reasons)}. Families with a table entry: {known}; "
-            "timm VisionTransformers and CLIP or SigLIP towers take the merging reducers (ToMe, PiToMe)"
+            f"reducers cannot attach to {name} ({kind}): {'; '.join(reasons)}. Families with a table entry: "
+            f"{known}; timm VisionTransformers and CLIP or SigLIP towers take the merging reducers (ToMe, "
+            "PiToMe)"
         )

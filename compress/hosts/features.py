@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..attention import attention_rows, column_sums, probing
 from ..layout import Span
 from ..reducer import TowerLayer
+from . import shrink
 from .families import MEDIA, Host, Record
 from .packed import PackedMerging
-
 
 _ENCODING: ContextVar[bool] = ContextVar("vistok_encoding", default=False)
 
@@ -42,9 +42,9 @@ def tower_attentions(tower: nn.Module) -> list[nn.Module]:
 class FeatureRecorder:
     """Wraps `get_image_features` and `get_video_features` of a model's core as instance attributes.
 
-    `layers` maps tower layers to whether probabilities (True), logits (False) or "joined" probabilities are wanted;
-    `states` asks for a layer's keys and the states that are projected. `done(modality, output, record)` gets what
-    was made.
+    `layers` maps tower layers to what is wanted, probabilities (True), logits (False) or "joined" probabilities;
+    `states` asks for a layer's keys and the states that are projected, `pixels` for the pixel values in the
+    record's arguments. `done(modality, output, record)` gets what was made.
     """
 
     def __init__(
@@ -54,8 +54,12 @@ class FeatureRecorder:
         states: TowerLayer | Literal[False] | None,
         done: Callable[[str, Any, Record], None],
         merging: Any = None,
+        pixels: bool = False,
     ) -> None:
         self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, merging
+        self.pixels = pixels
+        if pixels:
+            shrink.check(host)
         self.attentions = tower_attentions(host.tower) if layers or states else []
         for layer in [*layers, states or "features"]:
             if layer != "features" and not -len(self.attentions) <= layer < len(self.attentions):
@@ -88,6 +92,8 @@ class FeatureRecorder:
             arguments = {**arguments.pop("kwargs", {}), **arguments}
             with _encoding(), self._watching() as seen:
                 output = stock(*args, **{**kwargs, "return_dict": True})
+            if not self.pixels:  # or the record would keep pictures alive
+                arguments = {k: v for k, v in arguments.items() if not k.startswith("pixel_values")}
             record = self._record(modality, output, arguments, seen)
             self.done(modality, output, record)
             return output
@@ -101,7 +107,7 @@ class FeatureRecorder:
         probes: dict[nn.Module, list[Callable[..., None]]] = {}
         for layer, kind in self.layers.items():
 
-            def rows(module, query, key, mask, scaling, layer=layer, kind=kind):  # noqa: ANN001
+            def rows(module, query, key, mask, scaling, layer=layer, kind=kind):
                 if kind == "joined":
                     query, key, scaling = _joined(query), _joined(key), None
                 seen[layer].append(_class_rows(query, key, scaling, mask, bool(kind)))
@@ -151,7 +157,8 @@ class FeatureRecorder:
         return groups
 
     def _packed_patches(self, span: Span) -> Tensor | None:
-        """The places [N, pool²], among all patches that entered a packed tower, of those behind an image's tokens."""
+        """The places [N, pool²], among all that entered a packed tower, of the patches behind an image's
+        tokens."""
         record, pool = span.record, self.host.pool
         sizes = record.arguments.get("image_sizes")
         if sizes is None:  # units of pool² patches, one after the other

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..merge import Matching
 from ..reducer import VisionReducer
-from .merging import BlockParts, MergeTrace, VisionMerging, log_size
+from .merging import MergeTrace, VisionMerging, log_size
 
 _EXTRA = 4  # channels added to each half of a head: kernels want multiples of eight
 
@@ -65,12 +65,12 @@ class PackedTrace(MergeTrace):
 class PackedMerging(VisionMerging):
     """Merging of patches that lie in one sequence, image after image.
 
-    Tokens merge within segments alone: the shortest stretches that any block's attention keeps apart (Qwen2-VL
-    and Qwen3-VL: frames; Qwen2.5-VL: windows, also in blocks that attend to whole frames; Pixtral: images). The
-    reducer plans for each image (or video) as if it were alone; what it merges there in a block is spread over
-    the segments by their lengths, at most half of each. With `keep`, exactly that many of the image's patches
-    are left, shared among the segments by length. A merged token has the rotary position of the token that the
-    others merged into; keys are compared before rotation.
+    Tokens merge within segments alone: the shortest stretches that any block's attention keeps apart
+    (Qwen2-VL and Qwen3-VL: frames; Qwen2.5-VL: windows, also in blocks that attend to whole frames; Pixtral:
+    images). The reducer plans for each image (or video) as if it were alone; what it merges there in a block
+    is spread over the segments by their lengths, at most half of each. With `keep`, exactly that many of the
+    image's patches are left, shared among the segments by length. A merged token has the rotary position of
+    the token that the others merged into; keys are compared before rotation.
     """
 
     def layout(
@@ -164,7 +164,9 @@ class QwenMerging(PackedMerging):
     kernel adds the bias. The channels do not rotate, and they leave before the output projection.
     """
 
-    def __init__(self, reducer: VisionReducer, blocks: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, reducer: VisionReducer, blocks: Sequence[nn.Module], *args: Any, **kwargs: Any
+    ) -> None:
         super().__init__(reducer, blocks, *args, **kwargs)
         for block in blocks if reducer.prop_attn else ():
             attention = block.attn
@@ -270,12 +272,12 @@ def match_segments(
 
 
 def spread(plan: Sequence[int], lengths: Sequence[int], depth: int | None = None) -> np.ndarray:
-    """What each segment of an image merges in each block [blocks, segments], where blocks merge `plan` tokens of
-    the whole image: by length, at most half of each segment.
+    """What each segment of an image merges in each block [blocks, segments], where blocks merge `plan` tokens
+    of the whole image: by length, at most half of each segment.
 
-    With `depth`, the number of blocks that merge, exactly what the plan leaves of the image is left: each segment
-    has a goal by its length, and blocks make up for what segments could not merge in others. Raises ValueError
-    if the segments cannot be that short.
+    With `depth`, the number of blocks that merge, exactly what the plan leaves of the image is left: each
+    segment has a goal by its length, and blocks make up for what segments could not merge in others. Raises
+    ValueError if the segments cannot be that short.
     """
     lengths = left = np.array(lengths)
     goal = None if depth is None else _goals(int(lengths.sum()) - sum(plan), lengths, depth)
@@ -298,8 +300,8 @@ def _goals(keep: int, lengths: np.ndarray, depth: int) -> np.ndarray:
     fewest = -(-lengths // 2 ** min(depth, 32))
     if keep < fewest.sum():
         raise ValueError(
-            f"{depth} blocks cannot leave {keep} of {lengths.sum()} patches: they merge at most half of each of its "
-            f"{len(lengths)} windows or frames, which stay apart; the fewest are {fewest.sum()}"
+            f"{depth} blocks cannot leave {keep} of {lengths.sum()} patches: each merges at most half of each "
+            f"of {len(lengths)} windows or frames, which stay apart; the fewest are {fewest.sum()}"
         )
     return fewest + _apportion(keep - int(fewest.sum()), lengths - fewest, lengths - fewest)
 

@@ -21,7 +21,7 @@ Connect = Callable[[Host, Tensor, Grid], Tensor]
 
 
 def check(host: Host) -> None:
-    """Raises TypeError, naming the family and the reason, where pictures cannot be encoded at another size."""
+    """Raises TypeError, naming the family and the reason, where no smaller picture can be encoded."""
     kind, tower = host.model.config.model_type, type(host.tower).__name__
     reason = None
     if kind not in _FAMILIES:
@@ -34,12 +34,12 @@ def check(host: Host) -> None:
 
 
 def encoder(host: Host, record: Record, span: Span) -> Callable[[Grid], list[Tensor]] | None:
-    """A function that encodes an image in the layout of a smaller grid; None if the pixel values were not kept.
+    """A function that encodes an image in the layout of a smaller grid; None if no pixel values were kept.
 
     The smaller grid holds tokens of the image's tiles (or of some of them) under the same numbers, and no
-    separators. Each of its tiles is resized from the same tile of the image, by an antialiasing bicubic filter.
-    The function returns the features [n, D] and, for models that add features inside their first layers
-    (Qwen3-VL), those of each such layer [n, D].
+    separators. Each of its tiles is resized from the same tile of the image, by an antialiasing bicubic
+    filter. The function returns the features [n, D] and, for models that add features inside their first
+    layers (Qwen3-VL), those of each such layer [n, D].
 
     Raises TypeError for families that cannot and images whose layout is not known, ValueError where tokens
     merge inside the tower.
@@ -49,12 +49,13 @@ def encoder(host: Host, record: Record, span: Span) -> Callable[[Grid], list[Ten
     check(host)
     if span.grid is None:
         raise TypeError(
-            f"this {record.modality} cannot be encoded at a smaller size: {host.name} does not tell the layout of its "
-            f"{len(span.places)} tokens"
+            f"this {record.modality} cannot be encoded at a smaller size: {host.name} does not tell the "
+            f"layout of its {len(span.places)} tokens"
         )
     if record.groups is not None:
         raise ValueError(
-            "tokens merge inside the tower, so a smaller picture cannot be encoded there; attach one of the two reducers"
+            "tokens merge inside the tower, so a smaller picture cannot be encoded there; attach one of the "
+            "two reducers"
         )
     family = _FAMILIES[host.model.config.model_type]
 
@@ -91,7 +92,7 @@ def _unit(host: Host) -> int:
 
 
 def _resized(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Pictures [P, C, H, W] at another size, within each picture's range of values (as 8-bit pictures stay)."""
+    """Pictures [P, C, H, W] at another size, within each one's range of values (as 8-bit pictures stay)."""
     if pictures.shape[-2:] == (height, width):
         return pictures
     exact = pictures.float()

@@ -54,8 +54,8 @@ def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Bu
     others = [type(reducer).__name__ for stage, reducer in stages.items() if stage is not Stage.VISION]
     if others:
         raise TypeError(
-            f"{type(model).__name__} is a vision transformer without a language model; {' and '.join(others)} acts "
-            "elsewhere. Attach ToMe or PiToMe"
+            f"{type(model).__name__} is a vision transformer without a language model; "
+            f"{' and '.join(others)} acts elsewhere. Attach ToMe or PiToMe"
         )
     return Standalone(model, install(model, stages[Stage.VISION], keep()))
 

@@ -25,8 +25,8 @@ _PIXTRAL = BlockParts("attention_norm", "attention", "ffn_norm", "feed_forward",
 
 @dataclass(frozen=True)
 class _Tower:
-    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches, `outlets`
-    the modules (or lists of them) that take the blocks' output and need every patch in its place."""
+    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches,
+    `outlets` the modules (or lists of them) that take a block's output and need every patch in its place."""
 
     blocks: str
     block: str
@@ -51,7 +51,9 @@ TOWERS = {
     "Qwen2_5_VisionTransformerPretrainedModel": _qwen("Qwen2_5_VLVisionBlock"),
     "Qwen3VLVisionModel": _qwen("Qwen3VLVisionBlock"),
     "Qwen3VLMoeVisionModel": _qwen("Qwen3VLMoeVisionBlock"),
-    "PixtralVisionModel": _Tower("transformer.layers", "PixtralAttentionLayer", _PIXTRAL, merging=PixtralMerging),
+    "PixtralVisionModel": _Tower(
+        "transformer.layers", "PixtralAttentionLayer", _PIXTRAL, merging=PixtralMerging
+    ),
 }
 
 
@@ -68,8 +70,8 @@ def install(
     With `unmerge`, `last_hidden_state` and `hidden_states` leave at full length, each patch with its group's
     vector, and `merging.trace.patch_groups()` tells who is whose; otherwise merged tokens leave. `depth`
     is the number of layers up to the one whose output is used (all but one for `vision_feature_layer=-2`).
-    Towers that pack images into one sequence merge as `packed.PackedMerging` says. Raises TypeError for towers
-    of other classes.
+    Towers that pack images into one sequence merge as `packed.PackedMerging` says. Raises TypeError for
+    towers of other classes.
     """
     kind = supported(tower)
     refuse_replaced(tower)

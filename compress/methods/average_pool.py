@@ -13,7 +13,8 @@ from ..reducer import FeatureReducer, Image, Selection
 
 @dataclass(kw_only=True)
 class AveragePool(FeatureReducer):
-    """Replaces runs of neighbouring tokens along the sequence by their mean, as evenly as the count allows."""
+    """Replaces runs of neighbouring tokens along the sequence by their mean, as evenly as the count
+    allows."""
 
     paper_positions: ClassVar = "keep"
 

@@ -15,8 +15,9 @@ from ..select import farthest_first
 class DivPrune(FeatureReducer):
     """DivPrune: Diversity-based Visual Token Pruning (Alvar et al., CVPR 2025, arXiv 2503.02175).
 
-    Keeps the tokens whose smallest cosine distance to each other is (greedily) largest. The paper's ratio, 0.098
-    of the tokens, is what `keep` is without one. `compute_dtype="input"` selects in the features' own precision.
+    Keeps the tokens whose smallest cosine distance to each other is (greedily) largest. The paper's ratio,
+    0.098 of the tokens, is what `keep` is without one. `compute_dtype="input"` selects in the features' own
+    precision.
     """
 
     compute_dtype: Literal["float32", "input"] = "float32"

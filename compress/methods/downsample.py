@@ -1,7 +1,9 @@
 """The image itself made smaller: the baseline that spends no more tokens than the budget on all of it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,22 +16,22 @@ from ..reducer import FeatureReducer, Image, Selection, count_of
 
 @dataclass(kw_only=True)
 class Downsample(FeatureReducer):
-    """Shrinks the picture, encodes it once more with the model's own tower and projector, and keeps those tokens.
+    """Shrinks the picture, encodes it again with the model's own tower and projector, and keeps those tokens.
 
-    An image keeps h × w tokens, the layout of `shrunken`: never more than the budget's count, often fewer. They
-    stand at the places of the tokens nearest to them in the picture. Where the tower sees tiles, a count that the
-    thumbnail has room for shrinks the thumbnail, and a larger one all tiles alike, without the thumbnail and the
-    vectors between rows. Tower and projector run twice.
+    An image keeps h × w tokens in the layout of `shrunken`: never more than the budget's count, often fewer.
+    They stand at the places of the tokens nearest to them in the picture. Where the tower sees tiles, a count
+    that the thumbnail has room for shrinks the thumbnail; a larger one shrinks all tiles alike, without the
+    thumbnail and the vectors between rows. Tower and projector run twice.
 
-    Features that were given (`mm_encoder_outputs`) cannot be shrunk: `attach` must see the pixel values. Raises
-    TypeError for families that cannot encode a picture of another size.
+    The attached model must see the pixel values. Families that cannot encode a picture of another size are
+    refused with TypeError.
     """
 
     paper_positions: ClassVar = "keep"
     wants_pixels: ClassVar = True
 
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
-        """Tokens that stay of an image: h · w; a bare number of tokens is taken for the largest square in it."""
+        """h · w, the tokens that stay; a bare number of tokens is taken for the largest square in it."""
         if isinstance(grid, int):
             side = math.isqrt(grid)
             return shrunken(Grid.single(side, side), count_of(budget, grid)).num_tokens
@@ -45,8 +47,8 @@ class Downsample(FeatureReducer):
         """The smaller picture's tokens, at the places nearest to them."""
         if image.encode is None:
             raise ValueError(
-                "the image was given as features, or they were made before attaching, so there is no picture to shrink; "
-                "give the attached model pixel_values"
+                "there is no picture to shrink: its features were given, or made before attaching; give the "
+                "attached model pixel_values"
             )
         small = shrunken(image.grid, count_of(budget, image.num_tokens))
         values, *deepstack = image.encode(small)
@@ -58,35 +60,38 @@ class Downsample(FeatureReducer):
 def shrunken(grid: Grid, count: int) -> Grid:
     """The layout of the same picture in at most `count` tokens, and no more than it has.
 
-    h × w tokens a tile, with h : w as in the grid: of the exactly scaled sides one is rounded down or up, and the
-    other is what the count then allows, rounded up at most; of these the most tokens, then the nearest aspect.
-    The thumbnail alone, where there is one that has so many tokens; else all other tiles, with the padding
-    around the picture cut away. No separators. Raises ValueError for fewer tokens than tiles.
+    h × w tokens a tile, with h : w as in the grid: of the exactly scaled sides one is rounded down or up, and
+    the other is what the count then allows, rounded up at most; the most tokens win, then the nearest aspect.
+    All tiles alike, with the padding around the picture cut away; but the thumbnail alone where it has `count`
+    tokens or the tiles could show no more than it. No separators. Raises ValueError for fewer tokens than
+    tiles.
     """
-    if grid.thumbnail is not None and count <= grid.tokens_per_tile:
-        height, width = _tile_size(grid, count, whole=True)
-        index = torch.arange(height * width)
-        tile = torch.full_like(index, grid.thumbnail)
-    else:
-        height, width = _tile_size(grid, count, whole=False)
-        tiles = Grid.tiled(grid.rows, grid.cols, height, width, image_size=grid.image_size)
+    tiles = None
+    if grid.thumbnail is None or count > grid.tokens_per_tile:
+        size = _tile_size(grid, count, partial(_shown, grid))
+        tiles = None if size is None else Grid.tiled(grid.rows, grid.cols, *size, image_size=grid.image_size)
+    if tiles is not None and (grid.thumbnail is None or tiles.num_tokens > grid.tokens_per_tile):
         tile, index = tiles.tile + grid.first, tiles.index
-    return replace(grid, tile=tile, index=index, height=height, width=width)
+        return replace(grid, tile=tile, index=index, height=tiles.height, width=tiles.width)
+    if grid.thumbnail is None:
+        raise ValueError(f"{count} tokens cannot show {grid.rows * grid.cols} tiles or frames; raise keep")
+    height, width = _tile_size(grid, count, lambda height, width: height * width)
+    index = torch.arange(height * width)
+    return replace(grid, tile=torch.full_like(index, grid.thumbnail), index=index, height=height, width=width)
 
 
-def _tile_size(grid: Grid, count: int, whole: bool) -> tuple[int, int]:
-    """Tokens (height, width) a tile, for the thumbnail (`whole`) or all other tiles in `count` tokens."""
-
-    def area(height: int, width: int) -> int:
-        if not whole:
-            height, width = grid.rows * height, grid.cols * width
-            if grid.image_size is not None:
-                top, bottom, left, right = unpadded(height, width, grid.image_size)
-                return (bottom - top) * (right - left)
+def _shown(grid: Grid, height: int, width: int) -> int:
+    """Tokens of the picture in tiles of height × width, without padding."""
+    height, width = grid.rows * height, grid.cols * width
+    if grid.image_size is None:
         return height * width
+    top, bottom, left, right = unpadded(height, width, grid.image_size)
+    return (bottom - top) * (right - left)
 
-    full = area(grid.height, grid.width)
-    scale = min(1.0, math.sqrt(count / full))
+
+def _tile_size(grid: Grid, count: int, area: Callable[[int, int], int]) -> tuple[int, int] | None:
+    """Tokens (height, width) a tile with `area(height, width)` of at most `count`; None if 1 × 1 is more."""
+    scale = min(1.0, math.sqrt(count / area(grid.height, grid.width)))
     rows, cols = scale * grid.height, scale * grid.width
     found = []
     for height in {max(1, math.floor(rows)), math.ceil(rows)}:
@@ -95,25 +100,25 @@ def _tile_size(grid: Grid, count: int, whole: bool) -> tuple[int, int]:
     for width in {max(1, math.floor(cols)), math.ceil(cols)}:
         fitting = (height for height in range(math.ceil(rows), 0, -1) if area(height, width) <= count)
         found += [(height, width) for height in fitting][:1]
-    if not found:
-        raise ValueError(f"{count} tokens cannot show {grid.rows * grid.cols} tiles or frames; raise keep")
 
-    def merit(size: tuple[int, int]) -> tuple[float, float, int]:
-        height, width = size
-        return area(height, width), -abs(math.log(height * grid.width / (width * grid.height))), width
+    def merit(size: tuple[int, int]) -> tuple[int, float, int]:
+        tall, wide = size[0] * grid.width, size[1] * grid.height  # equal for the grid's aspect
+        return area(*size), -max(tall, wide) / min(tall, wide), wide
 
-    return max(found, key=merit)
+    return max(found, key=merit, default=None)
 
 
 def nearest_places(grid: Grid, small: Grid) -> Tensor:
-    """For each token of a layout made by `shrunken`, the place of the grid's token that its centre lies in, [n]."""
+    """Places [n] of the grid's tokens in which the centres of the tokens made by `shrunken` lie."""
     if grid.thumbnail is not None and bool((small.tile == grid.thumbnail).all()):
         board = grid.place[grid.thumbnail].view(grid.height, grid.width)
         height, width = small.height, small.width
     else:
         top, bottom, left, right = grid.rectangle
         board = torch.full((bottom - top, right - left), -1)
-        board[grid.map_row[grid.shown] - top, grid.map_col[grid.shown] - left] = grid.place[grid.cut][grid.shown]
+        board[grid.map_row[grid.shown] - top, grid.map_col[grid.shown] - left] = grid.place[grid.cut][
+            grid.shown
+        ]
         top, bottom, left, right = small.rectangle
         height, width = bottom - top, right - left
     # Sides are at most the board's, so no two centres lie in one token.

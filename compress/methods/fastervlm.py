@@ -13,10 +13,11 @@ from ..select import top_k_mask
 
 @dataclass(kw_only=True)
 class FasterVLM(FeatureReducer):
-    """[CLS] Attention is All You Need for Training-Free Visual Token Pruning (Zhang et al., 2024, arXiv 2412.01818).
+    """[CLS] Attention is All You Need for Training-Free Visual Token Pruning (Zhang et al., 2024, arXiv
+    2412.01818).
 
-    Keeps equally many tokens of every tile, those with the most attention from the class token in the `layer` that
-    made the features, mean over heads. Newline vectors go first.
+    Keeps equally many tokens of every tile, those with the most attention from the class token in the `layer`
+    that made the features, mean over heads. Newline vectors go first.
     """
 
     layer: TowerLayer = "features"
@@ -30,7 +31,8 @@ class FasterVLM(FeatureReducer):
         return self.per_token(image.attention(self.layer).float().mean(1), image.grid)
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
-        """Mask [N] of the highest `scores` [N] of each tile, as even a share of `count` as the tiles can give."""
+        """Mask [N] of the highest `scores` [N] of each tile, as even a share of `count` as the tiles can
+        give."""
         scores = self.need(scores)
         if grid is None:
             return top_k_mask(scores, count)

@@ -12,8 +12,9 @@ from ..reducer import LayerReducer, LayerTokens
 class FastV(LayerReducer):
     """An Image is Worth 1/2 Tokens After Layer 2 (Chen et al., ECCV 2024, arXiv 2403.06764).
 
-    Before layer `k` (0-based) a share `r` of the visual tokens is dropped: those with the least attention from
-    the last prompt token in layer k - 1, mean over heads. `keep` sets 1 - r. The set is chosen once, at prefill.
+    Before layer `k` (0-based) a share `r` of the visual tokens is dropped: those with the least attention
+    from the last prompt token in layer k - 1, mean over heads. `keep` sets 1 - r. The set is chosen once, at
+    prefill.
     """
 
     k: int = 2

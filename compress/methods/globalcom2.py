@@ -14,17 +14,17 @@ from ..select import top_k_mask
 
 @dataclass(kw_only=True)
 class GlobalCom2(FeatureReducer):
-    """Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration (Liu et al., AAAI
-    2026, arXiv 2501.05179).
+    """Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration (Liu et al.,
+    AAAI 2026, arXiv 2501.05179).
 
-    `keep` is the paper's retention ratio, 0.25, here of all tokens with the newlines. Tokens are ranked by the class
-    token's logits in the last tower `layer`, mean over heads: a tile's own plus the thumbnail's at the same place;
-    the higher the `temperature`, the more evenly tiles share. Newlines stay for all "rows" of the picture, or for
-    those that keep a token (`newline="nonempty"`), and take at most half of the budget. Images without a thumbnail
-    keep the best of all.
+    `keep` is the paper's retention ratio, 0.25, here of all tokens with the newlines. Tokens are ranked by
+    the class token's logits in the last tower `layer`, mean over heads: a tile's own plus the thumbnail's at
+    the same place; the higher the `temperature`, the more evenly tiles share. Newlines stay for all "rows" of
+    the picture, or for those that keep a token (`newline="nonempty"`), and take at most half of the budget.
+    Images without a thumbnail keep the best of all.
 
-    `geometry="reference"` repeats the published code, mistakes included (see `anyres.globalcom2`): newlines come on
-    top of the budget, for rows of padding too, and the thumbnail's tokens enter by falling score.
+    `geometry="reference"` repeats the published code, mistakes included (see `anyres.globalcom2`): newlines
+    come on top of the budget, for rows of padding too, and the thumbnail's tokens enter by falling score.
     """
 
     temperature: float = 10.0
@@ -37,7 +37,7 @@ class GlobalCom2(FeatureReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.newline == "reference" and self.geometry == "correct":
-            raise ValueError('newline="reference" takes geometry="reference": the model has no such newlines')
+            raise ValueError('newline="reference" takes geometry="reference": models have no such newlines')
 
     def tower_layers(self) -> dict[TowerLayer, bool]:
         """Logits of one layer."""

@@ -13,16 +13,18 @@ from ..select import top_k_mask
 
 @dataclass(kw_only=True)
 class HiRED(FeatureReducer):
-    """HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models (Arif
-    et al., AAAI 2025, arXiv 2408.10945).
+    """HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language
+    Models (Arif et al., AAAI 2025, arXiv 2408.10945).
 
-    `keep` is the paper's token budget rate, 0.2. A share `alpha` of it goes to the thumbnail; the rest is shared
-    among the tiles by where the thumbnail's most `salient` tokens in the `early` layer lie. In each tile the tokens
-    stay that the class token attends to most in the `late` layer. Images without a thumbnail keep the best of all.
+    `keep` is the paper's token budget rate, 0.2. A share `alpha` of it goes to the thumbnail; the rest is
+    shared among the tiles by where the thumbnail's most `salient` tokens in the `early` layer lie. In each
+    tile the tokens stay that the class token attends to most in the `late` layer. Images without a thumbnail
+    keep the best of all.
 
-    The original spends part of the budget on padding and loses remainders; `redistribute` (unless it is False, or
-    geometry is "reference") keeps exactly as many tokens as the budget says. `geometry="reference"` repeats the
-    published code, mistakes included (see `anyres.hired`): there `keep` is a share of the encoder's tokens.
+    The original spends part of the budget on padding and loses remainders; `redistribute` (unless it is
+    False, or geometry is "reference") keeps exactly as many tokens as the budget says. `geometry="reference"`
+    repeats the published code, mistakes included (see `anyres.hired`): there `keep` is a share of the
+    encoder's tokens.
     """
 
     alpha: float = 0.5
@@ -87,6 +89,8 @@ class HiRED(FeatureReducer):
         total = self.retained_count(image.grid, budget)
         return self._hired(*self.scores(image), image.grid, total, redistribute=bool(self.redistribute))
 
-    def _hired(self, early: Tensor, late: Tensor, grid: Grid, total: int, redistribute: bool) -> TileSelection:
+    def _hired(
+        self, early: Tensor, late: Tensor, grid: Grid, total: int, redistribute: bool
+    ) -> TileSelection:
         settings = {"alpha": self.alpha, "salient": self.salient, "geometry": self.geometry}
         return hired(early, late, grid, total=total, redistribute=redistribute, **settings)

@@ -10,21 +10,21 @@ from torch import Tensor
 from ..anyres import split_budget
 from ..fold import Folded, prumerge
 from ..grid import Grid
-from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of
+from ..reducer import FeatureReducer, Image, Selection, TowerLayer
 from ..select import full_precision, top_k, uniform
 
 
 @dataclass(kw_only=True)
 class PruMerge(FeatureReducer):
-    """LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (Shang et al., 2024, arXiv
-    2403.15388).
+    """LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (Shang et al., 2024,
+    arXiv 2403.15388).
 
-    Of every tile those patches stay that get unusually much attention from the class token in a `layer` (heads
-    joined to one), more in fuller pictures; `plus` adds evenly spaced ones. To each are added its `neighbours` with
-    the most similar keys, weighted by attention, and one token more sums those left out. With `keep` the number is
-    the budget's instead: highest attention first (of `plus` a quarter so, the paper's proportion). Merging happens
-    before the projector where that takes the tower's states; tokens enter by falling attention, for which
-    positions="paper" is meant.
+    Of every tile those patches stay that get unusually much attention from the class token in a `layer`
+    (heads joined to one), more in fuller pictures; `plus` adds evenly spaced ones. To each are added its
+    `neighbours` with the most similar keys, weighted by attention, and one token more sums those left out.
+    With `keep` the number is the budget's instead: highest attention first (of `plus` a quarter so, the
+    paper's proportion). Merging happens before the projector where that takes the tower's states; tokens
+    enter by falling attention, for which positions="paper" is meant.
     """
 
     plus: bool = False
@@ -45,7 +45,8 @@ class PruMerge(FeatureReducer):
         """The budget in tokens. Raises ValueError without one: the picture decides."""
         if budget is None:
             raise ValueError("PruMerge chooses its number of tokens by the picture; give keep to fix it")
-        return super().retained_count(grid, budget)
+        tokens = grid if isinstance(grid, int) else int((~grid.separators).sum())
+        return min(super().retained_count(grid, budget), tokens)
 
     def scores(self, image: Image) -> Tensor:
         """Attention of each token [N]; -inf for newlines."""
@@ -55,4 +56,61 @@ class PruMerge(FeatureReducer):
         """Mask [N] of the `count` tokens that others would merge into, by `scores` [N]."""
         mask = torch.zeros_like(self.need(scores), dtype=torch.bool)
         mask[self._chosen(scores, count)] = True
-        return mask
+        return self.completed(mask, count)
+
+    def reduce(self, image: Image, budget: float | int | None) -> Selection:
+        """The tokens merged into, tile by tile, each followed by the sum of the others."""
+        weights = image.attention(self.layer)[:, 0].float()  # [tiles, n]
+        device, tokens = weights.device, weights.shape[1]
+        if image.grid is None:
+            place = torch.arange(weights.numel(), device=device).view(weights.shape)
+        else:
+            place = image.grid.place.to(device)
+        shown = place >= 0
+        counts: list[int | None] = [None] * len(weights)
+        if budget is not None:
+            total = self.retained_count(image.grid or image.num_tokens, budget)
+            counts = split_budget(torch.ones(len(weights)), total, shown.sum(1)).tolist()
+        inside = image.states is not None and image.project is not None
+        values, source = [], []
+        for tile, count in enumerate(counts):
+            if count == 0:
+                continue
+            own = shown[tile]
+            hidden = image.states[tile, -tokens:][own] if inside else image.features[place[tile, own]]
+            keys = image.keys[tile, -tokens:][own].flatten(1) if inside else hidden
+            folded = self._fold(hidden, weights[tile, own], keys, count)
+            values.append(folded.tokens)
+            source.append(
+                F.pad(place[tile, own][folded.kept], (0, len(folded.tokens) - len(folded.kept)), value=-1)
+            )
+        merged = torch.cat(values)
+        return image.arranged(image.project(merged) if inside else merged, torch.cat(source))
+
+    def _chosen(self, weight: Tensor, count: int) -> Tensor:
+        """`count` places by falling attention [n]; of `plus` a quarter so, and the rest at even distances."""
+        order = top_k(weight, count)
+        if not self.plus:
+            return order
+        best = order[: (count + 3) // 4]
+        rest = torch.ones_like(weight, dtype=torch.bool).index_fill(0, best, False) & (weight > -torch.inf)
+        rest = rest.nonzero().squeeze(1)
+        return torch.cat([best, rest[uniform(len(rest), min(count - len(best), len(rest)), rest.device)]])
+
+    def _fold(self, hidden: Tensor, weight: Tensor, keys: Tensor, count: int | None) -> Folded:
+        """One tile, with the paper's number of tokens or `count` of them, the last of which sums the rest."""
+        if count is None:
+            folded = prumerge(hidden, weight, keys, plus=self.plus, neighbours=self.neighbours)
+            # Nothing is left to sum where all stay.
+            return Folded(folded.kept, folded.tokens[: len(hidden)])
+        kept = self._chosen(weight, count - 1)
+        with full_precision(hidden.device):
+            unit = F.normalize(keys.float(), dim=-1)
+            similarity = unit[kept] @ unit.T
+            similarity[torch.arange(len(kept), device=kept.device), kept] = -torch.inf
+            near = top_k(similarity, min(self.neighbours, len(hidden) - 1))
+            share = torch.zeros_like(similarity).scatter_(1, near, weight[near])
+            share = torch.cat([share, weight.index_fill(0, kept, 0)[None]])
+            added = share @ hidden.float()
+        own = torch.cat([hidden[kept].float(), added.new_zeros(1, hidden.shape[1])])
+        return Folded(kept, (own + added).to(hidden.dtype))

@@ -11,12 +11,12 @@ from ..reducer import LayerReducer, LayerTokens
 
 @dataclass(kw_only=True)
 class PyramidDrop(LayerReducer):
-    """PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction (Xing et
-    al., CVPR 2025, arXiv 2410.17247).
+    """PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction
+    (Xing et al., CVPR 2025, arXiv 2410.17247).
 
-    After as many layers as `layer_list` says, the share of `image_token_ratio_list` stays: the tokens with the
-    most attention from the last prompt token in the next layer, mean over heads. `keep` sets the last share and
-    scales the others. The paper renumbers positions (`positions="paper"`).
+    After as many layers as `layer_list` says, the share of `image_token_ratio_list` stays: the tokens with
+    the most attention from the last prompt token in the next layer, mean over heads. `keep` sets the last
+    share and scales the others. The paper renumbers positions (`positions="paper"`).
     """
 
     layer_list: Sequence[int] = (8, 16, 24)

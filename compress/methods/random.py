@@ -13,8 +13,8 @@ from ..reducer import FeatureReducer, Image
 
 @dataclass(kw_only=True)
 class Random(FeatureReducer):
-    """Keeps a random subset, drawn from `seed` and the image's content: the same image keeps the same tokens in
-    any batch."""
+    """Keeps a random subset, drawn from `seed` and the image's content: the same image keeps the same tokens
+    in any batch."""
 
     seed: int = 0
 

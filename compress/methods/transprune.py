@@ -17,10 +17,11 @@ class TransPrune(LayerReducer):
     2507.20630).
 
     In the layers of `accumulating_layer_list` each token's transition is measured: how much attention and MLP
-    change its norm and direction. After as many layers as `pruning_layer_list` says (1-based, as in the original)
-    the share of `image_token_ratio_list` stays, by summed transitions plus the attention that the instruction
-    pays in the next layer. `keep` sets the last share and scales the others. The paper's text takes 1 - |cos| and
-    a soft-max over image tokens (`variant="paper"`), the released code 1 - cos and all tokens ("code").
+    change its norm and direction. After as many layers as `pruning_layer_list` says (1-based, as in the
+    original) the share of `image_token_ratio_list` stays, by summed transitions plus the attention that the
+    instruction pays in the next layer. `keep` sets the last share and scales the others. The paper's text
+    takes 1 - |cos| and a soft-max over image tokens (`variant="paper"`), the released code 1 - cos and all
+    tokens ("code").
     """
 
     accumulating_layer_list: Sequence[int] = (7, 8, 9, 10, 11, 12)
@@ -50,7 +51,8 @@ class TransPrune(LayerReducer):
         return tuple(layer - 1 for layer in self.accumulating_layer_list if layer <= num_layers)
 
     def measure(self, module: str, inputs: Tensor, outputs: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
-        """Transition [B, L] of each token through a module: relative length times soft-max of the turn (Eqs. 2-4)."""
+        """Transition [B, L] of each token through a module: relative length times soft-max of the turn (Eqs.
+        2-4)."""
         inputs, outputs = inputs.float(), outputs.float()
         cosine = cosine_similarity(inputs, outputs, dim=-1, eps=1e-8)
         paper = self.variant == "paper"

@@ -17,12 +17,12 @@ class VisionZip(FeatureReducer):
     """VisionZip: Longer is Better but Not Necessary in Vision Language Models (Yang et al., CVPR 2025, arXiv
     2412.04467).
 
-    Of every tile the class token and the patches it attends to most stay (`dominant` in all); the others are added
-    to `contextual` evenly spaced ones that have the most similar keys. `keep` changes the sum of both, in the same
-    proportion, to equal numbers for all tiles. Merging happens before the projector, padding included; tokens enter
-    in the paper's order, for which positions="paper" is meant: the thumbnail's, then the tiles' dominant patches row
-    by row, class tokens and merged tokens. Towers without a class token, and projectors that take more than states,
-    have the projected features merged, at their places in the image.
+    Of every tile the class token and the patches it attends to most stay (`dominant` in all); the others are
+    added to `contextual` evenly spaced ones that have the most similar keys. `keep` changes the sum of both,
+    in the same proportion, to equal numbers for all tiles. Merging happens before the projector, padding
+    included; tokens enter in the paper's order, for which positions="paper" is meant: the thumbnail's, then
+    the tiles' dominant patches row by row, class tokens and merged tokens. Towers without a class token, and
+    projectors that take more than states, have the projected features merged, at their places in the image.
     """
 
     dominant: int = 54
@@ -35,7 +35,8 @@ class VisionZip(FeatureReducer):
         super().__post_init__()
         if self.dominant < 1 or self.contextual < 0:
             raise ValueError(
-                f"dominant is {self.dominant} and contextual {self.contextual}; they are at least 1 (the class token) and 0"
+                f"dominant is {self.dominant} and contextual {self.contextual}; they are at least 1 (the class "
+                "token) and 0"
             )
 
     def tower_layers(self) -> dict[TowerLayer, bool]:
@@ -47,7 +48,8 @@ class VisionZip(FeatureReducer):
         return self.layer
 
     def retained_count(self, grid: Grid | int, budget: float | int | None) -> int:
-        """Equally many tokens of every tile, at most the budget; without one `dominant` and `contextual` of each."""
+        """Equally many tokens of every tile, at most the budget; without one `dominant` and `contextual`
+        of each."""
         tokens, tiles, each = grid, 1, grid
         if isinstance(grid, Grid):
             tokens, tiles, each = grid.num_tokens, grid.num_tiles, grid.tokens_per_tile
@@ -79,7 +81,11 @@ class VisionZip(FeatureReducer):
             image.states, F.pad(rows, (1, 0)), image.keys.mean(2), count // tiles - merged, merged
         )
         # [tiles, dominant + contextual]: where each dominant patch stands in the sequence, -1 for others
-        where = torch.arange(tokens, device=rows.device)[None] if image.grid is None else image.grid.place.to(rows.device)
+        where = (
+            torch.arange(tokens, device=rows.device)[None]
+            if image.grid is None
+            else image.grid.place.to(rows.device)
+        )
         source = F.pad(where.gather(1, folded.kept[:, 1:] - 1), (1, merged), value=-1).flatten()
         states = folded.tokens.flatten(0, 1)
         if tiles > 1:
@@ -92,7 +98,8 @@ class VisionZip(FeatureReducer):
         return min(count - 1, round(count * self.contextual / (self.dominant + self.contextual)))
 
     def _fold(self, features: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Places and values of at most `count` tokens: features [N, D] merged, scores [N] -inf for newlines."""
+        """Places and values of at most `count` tokens: features [N, D] merged, scores [N] -inf for
+        newlines."""
         patches = (scores > -torch.inf).nonzero().squeeze(1)
         count = min(count, len(patches))
         merged = self._merged(count)
