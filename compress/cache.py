@@ -28,6 +28,7 @@ class CacheState:
     next: Tensor
     planes: int = 0
     compact: bool = False
+    tail: int = 0
 
 
 class ReducedDynamicCache(DynamicCache):
@@ -45,11 +46,22 @@ class ReducedDynamicCache(DynamicCache):
         return super().get_seq_length(layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: entries and tokens no longer correspond. Raises NotImplementedError."""
-        raise NotImplementedError(
-            "a cache that a reducer has shortened cannot be cropped (assisted decoding, prefix reuse); "
-            "generate without it, or shorten the inputs up front with session.prepare(inputs)"
-        )
+        """Take back the last tokens, as decoding with drafts does; a negative number, as in the stock cache.
+
+        Raises NotImplementedError when that would reach back to an image.
+        """
+        state, count = self.reduction, abs(tokens_to_remove)
+        later = self.get_seq_length() - state.length
+        if count > later + state.tail:
+            raise NotImplementedError(
+                f"{count} tokens cannot be taken back from a cache that a reducer has shortened: only "
+                f"{later + state.tail} came after the last image; shorten the inputs up front with "
+                "session.prepare(inputs)"
+            )
+        super().crop(tokens_to_remove)
+        if (within := count - later) > 0:
+            state.length, state.tail, state.next = state.length - within, state.tail - within, state.next - within
+            state.columns = [None if c is None else c[:, : c.shape[1] - within] for c in state.columns]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""

@@ -207,7 +207,9 @@ def finish(call: Call, cache: Cache | None, compact: bool) -> None:
         positions = positions[-3:].amax(0)  # a fourth plane, in front, counts text
     valid = call.entering.valid.to(positions.device)
     last = positions.expand(valid.shape).masked_fill(~valid, -1).amax(1)
-    adopt(cache, CacheState(length, columns, ragged, removed, gap, last + 1, planes, compact))
+    text = (call.start.valid & (call.prompt.image < 0)).all(0)
+    tail = int(text.flip(0).long().cumprod(0).sum())
+    adopt(cache, CacheState(length, columns, ragged, removed, gap, last + 1, planes, compact, tail))
 
 
 def past_columns(call: Call, layer: int) -> Tensor:

@@ -102,11 +102,11 @@ class Image:
             )
         return rows
 
-    def arranged(self, values: Tensor, source: Tensor) -> "Selection":
-        """A selection of `values` [n, D] in an order of their own.
+    def arranged(self, values: Tensor, source: Tensor, *, in_place: bool = False) -> "Selection":
+        """A selection of `values` [n, D], of which `source` [n] says what token each shows, or -1.
 
-        `source` [n] says which token each shows, or -1. The slots are those tokens' places, and for the
-        others places at even distances. Raises ValueError for more values than tokens.
+        The slots are those tokens' places, and for the others places at even distances. Values fill them in
+        the order given or, `in_place`, each its own. Raises ValueError for more values than tokens.
         """
         if len(values) > self.num_tokens:
             raise ValueError(
@@ -115,7 +115,11 @@ class Image:
         taken = torch.zeros(self.num_tokens, dtype=torch.bool, device=source.device)
         taken[source[source >= 0]] = True
         free = (~taken).nonzero().squeeze(1)
-        taken[free[uniform(len(free), len(values) - int(taken.sum()), free.device)]] = True
+        free = free[uniform(len(free), len(values) - int(taken.sum()), free.device)]
+        if in_place:
+            kept, order = source.masked_scatter(source < 0, free).sort()
+            return Selection(kept, values[order], source[order])
+        taken[free] = True
         return Selection(taken.nonzero().squeeze(1), values, source)
 
     def generator(self, seed: int) -> torch.Generator:

@@ -129,6 +129,48 @@ def test_gradients_flow_and_checkpointing_does_not_change_them():
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
+PATTERNS = {
+    "several sequences": {"do_sample": True, "num_return_sequences": 2},
+    "beams and sequences": {"num_beams": 4, "num_return_sequences": 2},
+    "sampled beams": {"do_sample": True, "num_beams": 2},
+    "no cache": {"use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("stages", ["features", "layer", "both"])
+def test_ways_of_calling_generate(vlm, stages, pattern):
+    model, _, inputs = vlm
+    inputs = inputs(images=(1,) if "lookup" in pattern else (1, 2))
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "suppress_tokens": placeholders(model),
+        **PATTERNS[pattern],
+    }
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(0)
+        out = model.generate(**inputs, **settings)
+        return out if isinstance(out, torch.Tensor) else out.sequences
+
+    with torch.no_grad():
+        stock = run()
+        with compress.attach(model, STAGES[stages], keep=0.5) as session:
+            reduced = run()
+            session.keep = 1.0
+            everything = run()
+            session.keep = 0.5
+            assert torch.equal(run(), reduced)
+            if pattern in ("no cache", "prompt lookup"):
+                plain = {k: v for k, v in settings.items() if k not in PATTERNS[pattern]}
+                assert torch.equal(model.generate(**inputs, **plain), reduced)
+    assert torch.equal(everything, stock)
+    assert reduced.shape == stock.shape
+
+
 # The functional mode ----------------------------------------------------------------------------------------
 
 
@@ -368,7 +410,7 @@ def test_two_threads_with_one_model_give_the_sequential_results(name):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_shortened_cache_survives_copies_and_pickles_and_refuses_cropping():
+def test_a_shortened_cache_survives_copies_and_pickles_and_guards_its_prompt():
     model, _, inputs = tiny_vlm("llava")
     with torch.no_grad(), compress.attach(model, "divprune", keep=0.25):
         cache = model(**inputs(1), use_cache=True).past_key_values
@@ -376,8 +418,8 @@ def test_a_shortened_cache_survives_copies_and_pickles_and_refuses_cropping():
         for other in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
             assert other.get_seq_length() == length
             assert other.layers[0].keys.shape[2] == length - 12
-        with pytest.raises(NotImplementedError, match="cannot be cropped"):
-            cache.crop(-1)
+        with pytest.raises(NotImplementedError, match="only 7 came after the last image"):
+            cache.crop(-8)
 
 
 def test_the_report_counts_tokens_operations_and_bytes():
@@ -434,3 +476,19 @@ def test_merging_in_the_tower_shortens_the_prompt():
     with torch.no_grad(), compress.attach(model, ToMe(keep=0.5)) as session:
         model.generate(**inputs(2), max_new_tokens=2)
         assert [image.layers for image in session.report().images] == [[8] * 4] * 2
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_half_precision_models(vlm, stages):
+    model, _, inputs = vlm
+    model.to(torch.bfloat16)
+    inputs = inputs(images=(2, 1, 0)).to(torch.bfloat16)
+    before = outputs(model, inputs)
+    with compress.attach(model, STAGES[stages], keep=0.5) as session:
+        during = outputs(model, inputs, num_beams=2)
+        assert during[0].dtype == torch.bfloat16
+        assert torch.isfinite(during[0]).all()
+        session.keep = 1.0
+        everything = outputs(model, inputs)
+    assert torch.equal(everything[0], before[0])
+    assert torch.equal(everything[1], before[1])

@@ -124,8 +124,9 @@ class PackedMerging(VisionMerging):
         return merged if x.ndim == 3 else merged[0]
 
     def _plan_image(self, lengths: list[int]) -> np.ndarray:
+        plan = self.plan(sum(lengths))
         try:
-            return spread(self.plan(sum(lengths)), lengths, None if self.keep is None else self.depth)
+            return spread(plan, lengths, None if self.keep is None else self.depth)
         except ValueError as error:
             raise ValueError(f"{type(self.reducer).__name__}: {error}") from None
 
@@ -300,8 +301,8 @@ def _goals(keep: int, lengths: np.ndarray, depth: int) -> np.ndarray:
     fewest = -(-lengths // 2 ** min(depth, 32))
     if keep < fewest.sum():
         raise ValueError(
-            f"{depth} blocks cannot leave {keep} of {lengths.sum()} patches: each merges at most half of each "
-            f"of {len(lengths)} windows or frames, which stay apart; the fewest are {fewest.sum()}"
+            f"{depth} blocks cannot leave {keep} of {lengths.sum()} patches: each merges at most half of "
+            f"each of {len(lengths)} windows or frames, which stay apart; the fewest are {fewest.sum()}"
         )
     return fewest + _apportion(keep - int(fewest.sum()), lengths - fewest, lengths - fewest)
 

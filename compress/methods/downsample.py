@@ -62,9 +62,9 @@ def shrunken(grid: Grid, count: int) -> Grid:
 
     h × w tokens a tile, with h : w as in the grid: of the exactly scaled sides one is rounded down or up, and
     the other is what the count then allows, rounded up at most; the most tokens win, then the nearest aspect.
-    All tiles alike, with the padding around the picture cut away; but the thumbnail alone where it has `count`
-    tokens or the tiles could show no more than it. No separators. Raises ValueError for fewer tokens than
-    tiles.
+    All tiles alike, with the padding around the picture cut away; but the thumbnail alone where it has
+    `count` tokens or the tiles could show no more than it. No separators. Raises ValueError for fewer tokens
+    than tiles.
     """
     tiles = None
     if grid.thumbnail is None or count > grid.tokens_per_tile:

@@ -46,9 +46,10 @@ class HiRED(FeatureReducer):
 
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
         """The budget in tokens; without redistribution up to as many stay."""
-        if self.geometry == "correct" or isinstance(budget, int):
+        if self.geometry == "correct":
             return count_of(budget, grid if isinstance(grid, int) else grid.num_tokens)
-        return int((grid if isinstance(grid, int) else grid.num_tiles * grid.tokens_per_tile) * budget)
+        encoded = grid if isinstance(grid, int) else grid.num_tiles * grid.tokens_per_tile
+        return min(budget if isinstance(budget, int) else int(encoded * budget), encoded)
 
     def scores(self, image: Image) -> Tensor:
         """Attention in the early and the late layer [2, tiles, heads, n]."""

@@ -35,8 +35,8 @@ class VisionZip(FeatureReducer):
         super().__post_init__()
         if self.dominant < 1 or self.contextual < 0:
             raise ValueError(
-                f"dominant is {self.dominant} and contextual {self.contextual}; they are at least 1 (the class "
-                "token) and 0"
+                f"dominant is {self.dominant} and contextual {self.contextual}; at least 1 (the class token) "
+                "and 0 are accepted"
             )
 
     def tower_layers(self) -> dict[TowerLayer, bool]:
@@ -74,8 +74,7 @@ class VisionZip(FeatureReducer):
         count = self.retained_count(image.grid or image.num_tokens, budget)
         if image.states is None or image.project is None or image.states.shape[1] != tokens + 1:
             places, values = self._fold(image.features, self.scores(image), count)
-            order = places.argsort()
-            return Selection(places[order], values[order], places[order])
+            return image.arranged(values, places, in_place=True)
         merged = self._merged(count // tiles)
         folded = visionzip(
             image.states, F.pad(rows, (1, 0)), image.keys.mean(2), count // tiles - merged, merged

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ...compress.methods.globalcom2 import GlobalCom2
 from ...compress.methods.hired import HiRED
 from ...compress.methods.prumerge import PruMerge
 from ...compress.methods.visionzip import VisionZip
-from ...compress.reducer import FeatureReducer, Image
+from ...compress.reducer import Budget, FeatureReducer, Image
 from ...compress.select import farthest_first
 from .case import CannotBuild, Case, Outputs
 from .prune import _stated
@@ -69,14 +70,15 @@ def _method(case: Case, model: Any, inputs: dict[str, Any], name: str, settings:
     yield f"{name}.logits", logits
 
 
-def _reducer(case: Case, name: str, settings: dict[str, Any]) -> tuple[FeatureReducer, float | None]:
+def _reducer(case: Case, name: str, settings: dict[str, Any]) -> tuple[FeatureReducer, Budget]:
     """The method of a case, and its budget."""
     if name == "divprune":
         return DivPrune(), settings["ratio"]
     if name == "hired":
         alpha = settings["alpha"]
         given = {} if alpha is None else {"alpha": alpha}
-        return HiRED(geometry="reference", **given), settings["token_budget_rate"]
+        # As a count: a whole budget drops newlines here, where keep=1.0 drops nothing.
+        return HiRED(geometry="reference", **given), partial(_encoded, rate=settings["token_budget_rate"])
     if name == "globalcom2":
         return GlobalCom2(geometry="reference"), settings["retention_ratio"]
     if name == "visionzip":
@@ -86,13 +88,18 @@ def _reducer(case: Case, name: str, settings: dict[str, Any]) -> tuple[FeatureRe
     raise CannotBuild(f"{case.path.name}: no reducer of this version is called {name!r}")
 
 
+def _encoded(image: Image, rate: float) -> int:
+    """A share of the tokens of all tiles, padding included."""
+    return int(image.grid.num_tiles * image.grid.tokens_per_tile * min(rate, 1))
+
+
 def _selected(
     case: Case,
     name: str,
     settings: dict[str, Any],
     reducer: FeatureReducer,
     image: Image,
-    budget: float,
+    budget: float | int | None,
 ) -> Outputs:
     """What each method decided, where that was recorded."""
     if isinstance(reducer, DivPrune):
