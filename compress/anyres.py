@@ -171,6 +171,7 @@ def globalcom2(
     *,
     ratio: float = 0.25,
     total: int | None = None,
+    temperature: float = 10.0,
     newline: Newline | None = None,
     geometry: Geometry = "correct",
 ) -> TileSelection:
@@ -195,11 +196,11 @@ def globalcom2(
     available = grid.shown.sum(1)
     if total is None:
         whole = int(grid.tokens_per_tile * ratio)
-        counts = (available * globalcom2_ratios(scores, grid, ratio)).long()
+        counts = (available * globalcom2_ratios(scores, grid, ratio, temperature)).long()
     else:
         capacity = torch.cat([available.new_tensor([grid.tokens_per_tile]), available])
         rate = total / int(capacity.sum())
-        guided = globalcom2_ratios(scores, grid, rate)
+        guided = globalcom2_ratios(scores, grid, rate, temperature)
         weights = torch.cat([guided.new_tensor([rate]), guided]) * capacity
         whole, *counts = split_budget(weights, total, capacity).tolist()
         counts = torch.tensor(counts, device=scores.device)

@@ -57,12 +57,13 @@ def choose(
     reducer: FeatureReducer | None,
     keep: Budget,
     groups: Callable[[Span], Tensor | None],
+    renumbered: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Which tokens of the prompt stay.
 
     Returns keep [B, L], the embeddings with merged values written in, and the places kept of each span, as
     token numbers. Tokens that the tower merged (`groups(span)` [N], equal numbers are one group) stay once.
-    Images that stand in several rows (beams) are decided once.
+    Images that stand in several rows (beams) are decided once. `renumbered` tells whether positions will be.
     """
     stay = call.start.valid.clone()
     text_mask = call.start.valid & (call.prompt.image < 0)
@@ -76,17 +77,19 @@ def choose(
         if key not in decided:
             with call.timed():
                 image = view(host, span, features, embeds[span.row, text_mask[span.row].to(embeds.device)])
+                image.renumbered = renumbered
                 decided[key] = decide(image, reducer, keep, groups(span))
         selection, numbers = decided[key]
-        if len(selection.kept) < len(places) and places[-1] == embeds.shape[1] - 1:
+        if numbers[-1] != len(places) - 1 and places[-1] == embeds.shape[1] - 1:
             # The last token's output predicts the next: it stays even if it is visual.
-            numbers = torch.cat([numbers[numbers < len(places) - 1], numbers.new_tensor([len(places) - 1])])
-            selection = Selection(numbers)
+            numbers = torch.cat([numbers[:-1], numbers.new_tensor([len(places) - 1])])
         if selection.values is not None:
             if changed is embeds:
                 changed = embeds.clone()
             changed[span.row, places[numbers]] = selection.values.to(embeds)
-        span.deepstack = selection.deepstack
+        span.deepstack, span.shown = selection.deepstack, torch.arange(len(places))
+        if selection.source is not None:
+            span.shown[numbers.cpu()] = selection.source.cpu()
         gone = torch.ones(len(places), dtype=torch.bool, device=stay.device)
         gone[numbers.to(stay.device)] = False
         stay[span.row, span.places[gone]] = False
@@ -129,6 +132,9 @@ def decide(
         raise ValueError(
             f"{type(reducer).__name__} kept no token of an image with {image.num_tokens}; raise keep"
         )
+    if selection.source is not None:
+        source = selection.source.to(numbers.device)
+        selection.source = numbers[source.clamp_min(0)].masked_fill(source < 0, -1)
     return selection, numbers[selection.kept.to(numbers.device)]
 
 

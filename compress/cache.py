@@ -60,7 +60,11 @@ class ReducedDynamicCache(DynamicCache):
             )
         super().crop(tokens_to_remove)
         if (within := count - later) > 0:
-            state.length, state.tail, state.next = state.length - within, state.tail - within, state.next - within
+            state.length, state.tail, state.next = (
+                state.length - within,
+                state.tail - within,
+                state.next - within,
+            )
             state.columns = [None if c is None else c[:, : c.shape[1] - within] for c in state.columns]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -14,7 +14,8 @@ from .grid import Grid
 
 @dataclass(frozen=True)
 class Explanation:
-    """One image in one prompt: `tokens` [n] are the numbers of its kept visual tokens, of `num_tokens`.
+    """One image in one prompt: `tokens` [n] are the numbers of its kept visual tokens, of `num_tokens` (-1:
+    what stayed shows none of them alone, as a sum of many).
 
     `tile` and `index` [n] say which of the encoder's inputs each shows and the row-major place in it (-1: no
     patch, as newline vectors), `boxes` [n, 4] the part of the picture as (top, left, bottom, right), each
@@ -30,17 +31,21 @@ class Explanation:
     @property
     def tile(self) -> Tensor | None:
         """The encoder input of each kept token."""
-        return None if self.grid is None else self.grid.tile[self.tokens]
+        return None if self.grid is None else self.grid.tile[self.tokens].masked_fill(self.tokens < 0, -1)
 
     @property
     def index(self) -> Tensor | None:
         """The place of each kept token in its encoder input."""
-        return None if self.grid is None else self.grid.index[self.tokens]
+        return None if self.grid is None else self.grid.index[self.tokens].masked_fill(self.tokens < 0, -1)
 
     @property
     def boxes(self) -> Tensor | None:
-        """The part of the picture that each kept token shows; NaN for separators."""
-        return None if self.grid is None else _boxes(self.grid)[self.tokens]
+        """The part of the picture that each kept token shows; NaN for separators and sums."""
+        return (
+            None
+            if self.grid is None
+            else _boxes(self.grid)[self.tokens].masked_fill(self.tokens[:, None] < 0, torch.nan)
+        )
 
     def overlay(self, image: Any) -> Any:
         """The picture with kept patches lit and the others dimmed, as a PIL image."""
@@ -87,5 +92,7 @@ def explain(call: Call, layer: int, cache: bool) -> list[Explanation]:
     for span in call.prompt.spans:
         alive = torch.isin(span.places, places[span.row]).cpu()
         tokens = alive.nonzero().squeeze(1)
+        if span.shown is not None:
+            tokens = span.shown[tokens]
         found.append(Explanation(span.row, span.number, len(span.places), tokens, span.grid))
     return found

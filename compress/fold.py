@@ -86,7 +86,13 @@ def visionzip_order(kept: Tensor, contextual: int, grid: Grid) -> Tensor:
 
 
 def prumerge(
-    features: Tensor, attention: Tensor, keys: Tensor, *, plus: bool = False, neighbours: int = 32
+    features: Tensor,
+    attention: Tensor,
+    keys: Tensor,
+    *,
+    plus: bool = False,
+    neighbours: int = 32,
+    kept: Tensor | None = None,
 ) -> Folded:
     """Keep the outliers of the class token's attention and add to each the tokens most similar to it.
 
@@ -94,8 +100,9 @@ def prumerge(
     Models", 2024, arXiv 2403.15388, section 3). For one image without its class token: features [N, C], the
     class token's `attention` [N] after softmax (one head of full width in the original) and `keys` [N, d].
     How many are kept follows from the image: those above the third quartile by 1.5 interquartile ranges, by
-    falling attention; `plus` adds evenly spaced ones. Each becomes itself plus its `neighbours` weighted by
-    attention; one more token sums what is not kept. Raises ValueError for shapes that do not fit.
+    falling attention; `plus` adds evenly spaced ones (or it is `kept` [K] that stay). Each becomes itself
+    plus its `neighbours` weighted by attention; one more token sums what is not kept. Raises ValueError for
+    shapes that do not fit.
     """
     if features.ndim != 2 or attention.ndim != 1:
         raise ValueError(
@@ -106,14 +113,7 @@ def prumerge(
     _check_length("attention", attention, tokens)
     _check_length("keys", keys.mT, tokens)
     weight = attention.float()
-    low, high = torch.quantile(weight, weight.new_tensor([0.25, 0.75]))
-    outliers = int((weight > high + 1.5 * (high - low)).sum())
-    kept = top_k(weight, outliers)
-    if plus:
-        # The original fails without outliers or with more than a third; one outlier and step 1 stand in.
-        step = max(1, int(tokens / max(1, outliers)) // 3)
-        evenly = torch.arange(0, tokens - 1, step, device=kept.device)
-        kept = torch.cat([kept, evenly[~torch.isin(evenly, kept)]])
+    kept = _outliers(weight, plus) if kept is None else kept
     left = torch.ones(tokens, dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
     with full_precision(features.device):
         unit = F.normalize(keys.float(), dim=-1)
@@ -125,6 +125,18 @@ def prumerge(
         added = share @ features.float()
     own = torch.cat([features[kept].float(), added.new_zeros(1, features.shape[1])])
     return Folded(kept, (own + added).to(features.dtype))
+
+
+def _outliers(weight: Tensor, plus: bool) -> Tensor:
+    low, high = torch.quantile(weight, weight.new_tensor([0.25, 0.75]))
+    outliers = int((weight > high + 1.5 * (high - low)).sum())
+    kept = top_k(weight, outliers)
+    if plus:
+        # The original fails without outliers or with more than a third; one outlier and step 1 stand in.
+        step = max(1, int(len(weight) / max(1, outliers)) // 3)
+        evenly = torch.arange(0, len(weight) - 1, step, device=kept.device)
+        kept = torch.cat([kept, evenly[~torch.isin(evenly, kept)]])
+    return kept
 
 
 def _check_length(name: str, value: Tensor, tokens: int) -> None:

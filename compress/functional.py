@@ -74,9 +74,8 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
         features = torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])
         embeds = embeds.masked_scatter(shown[..., None], features.to(embeds))
     features = session._stages.get(Stage.FEATURES)
-    stay, changed, kept = choose(
-        host, call, embeds, features, session._budget_of(features)(), session._groups
-    )
+    budget, renumbered = session._budget_of(features)(), session._compact(features)
+    stay, changed, kept = choose(host, call, embeds, features, budget, session._groups, renumbered)
     index, valid, _ = compact(stay)
     short: dict[str, Any] = {}
     pad = host.lm.config.pad_token_id or 0
@@ -85,7 +84,7 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
             value = gather(value, index).masked_fill(~valid, pad if key == "input_ids" else 0)
         short[key] = value
     short["attention_mask"] = valid.long()
-    if not session._compact(features):
+    if not renumbered:
         short["position_ids"] = _positions(host, call, inputs, index)
     short["mm_encoder_outputs"] = {
         modality: _shortened(call, modality, output, changed, kept)

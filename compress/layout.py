@@ -14,7 +14,8 @@ from .hosts.families import Host, Record, tiled
 class Span:
     """One image in one prompt: `places` [N] of its tokens in row `row`, `item` and `offset` of its first
     token in the record its features came from. `deepstack` [n, D] a layer is what its kept tokens get
-    inside the model in place of the recorded features."""
+    inside the model in place of the recorded features, `shown` [N] which token each place shows by now
+    (-1: none of them, or several merged)."""
 
     row: int
     places: Tensor
@@ -25,6 +26,7 @@ class Span:
     number: int = 0
     grid: Grid | None = None
     deepstack: list[Tensor] | None = None
+    shown: Tensor | None = None
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .merge import Matching
+from .merge import Matching, compose, representatives
 from .select import uniform
 
 Budget = float | int | Callable[["Image"], float | int] | None
@@ -58,6 +58,7 @@ class Image:
     [tiles, 1 + n, heads, d] are the tower's (n without a class token), for methods that merge before the
     projector (`project`). `encode(smaller_grid)` makes the features [n, D] of the picture in the layout of a
     smaller grid (and after them those that the model adds inside its first layers), if `wants_pixels`.
+    `renumbered` tells that positions will be counted anew, so that only the order of tokens matters.
     """
 
     features: Tensor
@@ -70,6 +71,7 @@ class Image:
     project: Callable[[Tensor], Tensor] | None = None
     newline: Tensor | None = None
     encode: Callable[[Grid], list[Tensor]] | None = None
+    renumbered: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -96,9 +98,9 @@ class Image:
             fits = (tiles, tokens) == (grid.num_tiles, grid.tokens_per_tile)
         if not fits:
             raise ValueError(
-                f"the tower's attention is for {tiles} tiles of {tokens} tokens, which cannot be matched with "
-                f"this image's {self.num_tokens} (tokens merge inside the tower, or the family hides their "
-                f"layout); {instead}"
+                f"the tower's attention is for {tiles} tiles of {tokens} tokens, which cannot be matched "
+                f"with this image's {self.num_tokens} (tokens merge inside the tower, or the family hides "
+                f"their layout); {instead}"
             )
         return rows
 
@@ -123,8 +125,8 @@ class Image:
         return Selection(taken.nonzero().squeeze(1), values, source)
 
     def generator(self, seed: int) -> torch.Generator:
-        """A generator that depends on the image and the seed alone: equal images in a batch, in beams or alone
-        draw the same."""
+        """A generator that depends on the image and the seed alone: equal images in a batch, in beams or
+        alone draw the same."""
         digest = self.features[:: max(1, self.num_tokens // 16)].double().abs().sum()
         return torch.Generator().manual_seed(seed * 1_000_003 + int(digest * 1024) % (1 << 31))
 
@@ -190,7 +192,8 @@ class FeatureReducer(Reducer):
         return flat[index.clamp_min(0)].masked_fill(index < 0, -torch.inf)
 
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
-        """How many tokens of an image stay, from its layout (or its number of tokens) and the budget alone."""
+        """How many tokens of an image stay, from its layout (or its number of tokens) and the budget
+        alone."""
         tokens = grid if isinstance(grid, int) else grid.num_tokens
         return count_of(budget, tokens)
 
@@ -241,13 +244,31 @@ class VisionReducer(Reducer):
     prop_attn = False
 
     def plan(self, num_blocks: int, num_tokens: int, prefix: int, keep: int | None) -> list[int]:
-        """Tokens merged in each of `num_blocks` blocks, from `num_tokens` patches (without the `prefix` of class
-        and register tokens) down to `keep` of them, or by the paper's schedule."""
+        """Tokens merged in each of `num_blocks` blocks, from `num_tokens` patches (without the `prefix` of
+        class and register tokens) down to `keep` of them, or by the paper's schedule."""
         raise NotImplementedError
 
     def match(self, block: int, num_blocks: int, metric: Tensor, r: int, prefix: int) -> Matching:
         """Which r tokens of `metric` [B, N, C] merge in a block."""
         raise NotImplementedError
+
+    def retained_count(self, grid: Grid | int, budget: float | int) -> int:
+        """How many tokens of an image stay, from its layout (or its number of tokens) and the budget
+        alone."""
+        return count_of(budget, grid if isinstance(grid, int) else grid.num_tokens)
+
+    def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
+        """Without a tower: the tokens to keep as a mask [N] with exactly `count` True, one of each group that
+        merging the features [N, D] themselves leaves. Grid and scores are not looked at."""
+        merged, matchings = features[None], []
+        while merged.shape[1] > count:
+            r = min(merged.shape[1] - count, merged.shape[1] // 2)
+            matchings.append(self.match(len(matchings), len(matchings) + 1, merged, r, 0))
+            merged = matchings[-1].merge(merged)
+        mask = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+        groups = compose(matchings)
+        mask[slice(None) if groups is None else representatives(groups, count)[0]] = True
+        return mask
 
 
 @dataclass
@@ -275,8 +296,8 @@ class LayerReducer(Reducer):
     rows_of: ClassVar[Literal["previous", "next"]] = "previous"
 
     def cuts(self, num_layers: int) -> dict[int, float]:
-        """0-based layers before which tokens are dropped → the share of the image's tokens kept from there on,
-        by the paper's schedule."""
+        """0-based layers before which tokens are dropped → the share of the image's tokens kept from there
+        on, by the paper's schedule."""
         raise NotImplementedError
 
     def measured_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -333,7 +354,7 @@ def count_of(budget: float | int, tokens: int) -> int:
         return max(1, round(budget * tokens))
     if budget > tokens:
         raise ValueError(
-            f"keep is {budget} tokens, but this image has {tokens}; give at most that, a fraction in (0, 1], or "
-            f"keep=lambda image: min({budget}, image.num_tokens)"
+            f"keep is {budget} tokens, but this image has {tokens}; give at most that, a fraction in (0, "
+            f"1], or keep=lambda image: min({budget}, image.num_tokens)"
         )
     return budget

@@ -188,7 +188,7 @@ class Session:
         vision, features = self._stages.get(Stage.VISION), self._stages.get(Stage.FEATURES)
         layer, cache = self._stages.get(Stage.LAYER), self._stages.get(Stage.CACHE)
         wanted = {} if features is None else features.tower_layers()
-        states = features is not None and features.wants_states()
+        states = None if features is None else features.wants_states()
         pixels = features is not None and features.wants_pixels
         self._features = FeatureRecorder(host, wanted, states, self._made, pixels=pixels)
         if vision is not None:
@@ -198,8 +198,9 @@ class Session:
         self._features.attach()
         self._undo.append(self._features.remove)
         watch_text = layer is not None and layer.rows is not None
-        if watch_text or wanted or states:
-            self._watch(text=watch_text, vision=bool(wanted or states))
+        watch_tower = bool(wanted) or states is not None
+        if watch_text or watch_tower:
+            self._watch(text=watch_text, vision=watch_tower)
         self._cuts = None
         if layer is not None or cache is not None:
             self._cuts = LayerCuts(host, layer, self._budget_of(layer), self._compact(layer), self._note)
@@ -295,14 +296,15 @@ class Session:
         features = self._stages.get(Stage.FEATURES)
         call.kept = [torch.arange(len(span.places)) for span in call.prompt.spans]
         if features is not None or Stage.VISION in self._stages:
-            budget = self._budget_of(features)()
+            budget, renumbered = self._budget_of(features)(), self._compact(features)
             embeds = kwargs["inputs_embeds"]
             with torch.no_grad() if not embeds.requires_grad else torch.enable_grad():
-                stay, changed, call.kept = choose(self.host, call, embeds, features, budget, self._groups)
+                stay, changed, call.kept = choose(
+                    self.host, call, embeds, features, budget, self._groups, renumbered
+                )
             kwargs = {**kwargs, "inputs_embeds": changed, "position_ids": call.positions}
             if not torch.equal(stay, call.start.valid):
-                positions = "compact" if self._compact(features) else "keep"
-                kwargs = shorten(self.host, call, kwargs, stay, positions)
+                kwargs = shorten(self.host, call, kwargs, stay, "compact" if renumbered else "keep")
                 call.positions = kwargs["position_ids"]
         call.entering = call.layout
         before = len(self.host.layers) if self._cuts is None else self._cuts.first

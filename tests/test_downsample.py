@@ -75,14 +75,27 @@ def test_an_image_keeps_the_promised_count(vlm, batch, decoding):
         assert not explanation.grid.separators[explanation.tokens].any()
 
 
-def test_keep_everything_leaves_the_model_identical(vlm, batch, decoding):
+def test_keeping_everything_or_detaching_leaves_the_model_identical(vlm, batch, decoding):
     model, _, inputs = vlm
-    matrix.keeping_everything_changes_nothing(model, inputs(images=batch), Downsample(), **decoding)
+    given = inputs(images=batch)
+    before, state = matrix.outputs(model, given, **decoding), matrix.fingerprint(model)
+    with compress.attach(model, Downsample(), keep=1.0) as session:
+        everything = matrix.outputs(model, given, **decoding)
+        session.keep = 0.4
+        matrix.outputs(model, given, **decoding)
+    after = matrix.outputs(model, given, **decoding)
+    assert all(map(torch.equal, everything, before))
+    assert all(map(torch.equal, after, before))
+    assert matrix.fingerprint(model) == state
 
 
-def test_detaching_leaves_nothing_behind(vlm, decoding):
+def test_beams_share_one_smaller_picture(vlm):
     model, _, inputs = vlm
-    matrix.detaching_restores(model, inputs(images=(2, 1, 0)), Downsample(), 0.4, **decoding)
+    given, seen = inputs(images=(2, 1, 0)), []
+    with compress.attach(model, Downsample(), keep=lambda image: seen.append(image) or 0.5) as session:
+        model.generate(**given, max_new_tokens=2, num_beams=3, do_sample=False)
+        matrix.kept_rows(session, rows=3, beams=3)
+    assert len(seen) == 3
 
 
 def test_forward_and_generate_agree(vlm):

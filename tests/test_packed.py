@@ -247,7 +247,7 @@ def test_tome_equals_explicit_softmaxes_and_loops(name, attention, prop_attn):
     else:
         pooled = tower.merger(states[-1])
         if "qwen2_5" in name:
-            windows = tower_host_windows(tower, inputs["image_grid_thw"])
+            windows = window_order(tower, inputs["image_grid_thw"])
             pooled = pooled[windows.argsort()]
     close(torch.cat(output.pooler_output), pooled)
     for level, block in enumerate(getattr(tower, "deepstack_visual_indexes", [])):
@@ -255,7 +255,7 @@ def test_tome_equals_explicit_softmaxes_and_loops(name, attention, prop_attn):
         close(torch.cat(output.deepstack_features[level]), expected)
 
 
-def tower_host_windows(tower, grids):
+def window_order(tower, grids):
     """The original unit at each place of a windowed sequence, by loops: 2 × 2 units a window."""
     order, first = [], 0
     for _, height, width in (grids // torch.tensor([1, 2, 2])).tolist():
@@ -376,8 +376,63 @@ def test_fewer_tokens_are_computed(name):
 # In a session -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [(1,), (2, 1, 0)])
-@pytest.mark.parametrize("keep", [0.5, 0.3, 0.15])
+@pytest.mark.parametrize("name", PACKED)
+@torch.no_grad()
+def test_groups_are_told_in_the_order_in_which_patches_enter(name):
+    model, inputs = fresh(name)
+    inputs = inputs(images=(2, 2))
+    merging = tower_host.install(tower_of(model), ToMe(r=3))
+    hidden = encode(model, inputs).last_hidden_state.flatten(0, -2)
+    if name == "qwen2_5_vl":
+        order = window_order(tower_of(model), inputs["image_grid_thw"])[:, None] * 4 + torch.arange(4)
+        hidden = hidden[order.flatten().argsort()]
+        assert not torch.equal(merging.trace.patch_groups(), merging.trace.groups())
+    groups = merging.trace.patch_groups()[0]
+    assert torch.equal(groups[:, None] == groups, (hidden[:, None] == hidden).all(-1))
+
+
+@torch.no_grad()
+def test_groups_of_qwen3_hold_for_its_deepstack_features():
+    model, inputs = fresh("qwen3_vl")
+    inputs, tower = inputs(images=(2, 1)), tower_of(model)
+    merging = tower_host.install(tower, ToMe(r=3))
+    output = tower(inputs["pixel_values"], inputs["image_grid_thw"], output_hidden_states=True)
+    first, last = (output.hidden_states[layer] for layer in (1, 3))
+    groups = merging.trace.exit_groups()[0]
+    assert torch.equal(groups[:, None] == groups, (first[:, None] == first).all(-1))
+    assert not torch.equal(groups[:, None] == groups, (last[:, None] == last).all(-1))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_patches_behind_a_token_are_those_it_is_made_of(name):
+    model, inputs = fresh(name)
+    inputs, seen = inputs(images=(2, 1)), []
+    head = model.base_model.multi_modal_projector if name == "mistral3" else tower_of(model).merger
+
+    def keep(module, args):
+        seen.append(args[0].detach().requires_grad_())
+        return seen[0], *args[1:]
+
+    with compress.attach(model, ToMe(r=2)) as session:
+        with torch.no_grad():
+            model(**inputs)
+        handle = head.register_forward_pre_hook(keep)
+        pooled = encode(model, inputs).pooler_output
+        handle.remove()
+        for span in session._last.prompt.spans:
+            span.record.groups = torch.arange(len(seen[0]))[None]  # every patch on its own
+            for number, patches in enumerate(session._features.token_groups(span).tolist()):
+                token = pooled[span.item][number].square().sum()
+                (support,) = torch.autograd.grad(token, seen[0], retain_graph=True)
+                found = support.abs().sum(-1).nonzero().flatten()
+                if name == "qwen2_5_vl":
+                    units = window_order(tower_of(model), inputs["image_grid_thw"])
+                    found = units[found // 4] * 4 + found % 4
+                assert sorted(patches) == sorted(found.tolist())
+
+
+@pytest.mark.parametrize("batch", [(1,), (2, 1, 0), (3, 3, 3)])
+@pytest.mark.parametrize("keep", [0.5, 0.3, 0.15, 0.13])
 @pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
 def test_the_language_model_gets_one_token_for_those_that_became_equal(name, keep, batch):

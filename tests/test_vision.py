@@ -14,6 +14,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig,
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionConfig, SmolVLMVisionTransformer
 from vision_oracle import tome_forward
 
+from vistok.compress.grid import Grid
 from vistok.compress.hosts import timm as timm_host
 from vistok.compress.hosts import tower as tower_host
 from vistok.compress.methods.pitome import PiToMe
@@ -483,3 +484,15 @@ def _after_first_block(model):
         model(pictures())
     finally:
         model.encoder.layers[0].self_attn.config = stock
+
+
+@pytest.mark.parametrize("reducer", [ToMe(), PiToMe()], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 7, 20, 33])
+def test_merging_reducers_select_exactly_the_count_without_a_model(reducer, count):
+    features = torch.randn(33, 8, generator=torch.Generator().manual_seed(0))
+    mask = reducer.select(features, None, count)
+    assert mask.shape == (33,) and int(mask.sum()) == count == reducer.retained_count(33, count)
+    assert reducer.retained_count(Grid.single(4, 4), 0.5) == 8
+    copies = features[torch.arange(33) % 8]
+    kept = copies[reducer.select(copies, None, 8)]
+    assert len(torch.unique(kept, dim=0)) >= 4

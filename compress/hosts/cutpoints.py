@@ -171,8 +171,8 @@ def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Bu
         )
     if reducer.wants_pixels:
         raise TypeError(
-            f"{name} ({model.config.model_type}) cannot encode a smaller picture: what its tower gives does not "
-            "enter the language model as tokens"
+            f"{name} ({model.config.model_type}) cannot encode a smaller picture: what its tower gives does "
+            "not enter the language model as tokens"
         )
     if reducer.tower_layers() or reducer.wants_states():
         raise TypeError(

@@ -1,4 +1,5 @@
-"""What is remembered while a tower makes features: sizes and grids, and the attention rows reducers asked for."""
+"""What is remembered while a tower makes features: sizes and grids, and the attention rows reducers asked
+for."""
 
 import inspect
 import math
@@ -42,9 +43,9 @@ def tower_attentions(tower: nn.Module) -> list[nn.Module]:
 class FeatureRecorder:
     """Wraps `get_image_features` and `get_video_features` of a model's core as instance attributes.
 
-    `layers` maps tower layers to what is wanted, probabilities (True), logits (False) or "joined" probabilities;
-    `states` asks for a layer's keys and the states that are projected, `pixels` for the pixel values in the
-    record's arguments. `done(modality, output, record)` gets what was made.
+    `layers` maps tower layers to what is wanted: probabilities (True), logits (False) or "joined"
+    probabilities; `states` asks for a layer's keys and the states that are projected, `pixels` for the pixel
+    values in the record's arguments. `done(modality, output, record)` gets what was made.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class FeatureRecorder:
         for layer in [*layers, states or "features"]:
             if layer != "features" and not -len(self.attentions) <= layer < len(self.attentions):
                 raise ValueError(
-                    f"the reducer reads attention of tower layer {layer}, but {type(host.tower).__name__} has "
-                    f"{len(self.attentions)} layers"
+                    f"the reducer reads attention of tower layer {layer}, but {type(host.tower).__name__} "
+                    f"has {len(self.attentions)} layers"
                 )
 
     def attach(self) -> None:
@@ -126,15 +127,16 @@ class FeatureRecorder:
 
     @property
     def depth(self) -> int:
-        """How many tower layers it takes to make the features (hidden_states[i] is the output of i layers)."""
+        """How many tower layers it takes to make the features (hidden_states[i] is the output of i
+        layers)."""
         count = len(tower_attentions(self.host.tower))
         chosen = getattr(self.host.config, "vision_feature_layer", -1)
         chosen = [chosen] if isinstance(chosen, int) else chosen
         return max(layer % (count + 1) for layer in chosen)
 
     def token_groups(self, span: Span) -> Tensor | None:
-        """Which patches stand behind each of an image's tokens, by the groups that merging made of them [N, pool²];
-        tokens with equal rows are equal. None where the layout of the tokens is not known."""
+        """Which patches stand behind each of an image's tokens, by the groups that merging made of them
+        [N, pool²]; tokens with equal rows are equal. None where the layout of the tokens is not known."""
         grid, record = span.grid, span.record
         if isinstance(self.merging, PackedMerging):
             patches = self._packed_patches(span)
@@ -206,8 +208,8 @@ class FeatureRecorder:
         return self.host.family.order != "raster"
 
     def _per_item(self, rows: Tensor, record: Record, tiles: list[tuple[int, int]]) -> list[Tensor]:
-        """Rows over patches, [tiles, H, patches] or [1, H, all patches], as [tiles, H, n] an item over its visual
-        tokens: the mean of each token's block of patches."""
+        """Rows over patches, [tiles, H, patches] or [1, H, all patches], as [tiles, H, n] an item over its
+        visual tokens: the mean of each token's block of patches."""
         order, pool = self.host.family.order, self.host.pool
         if order == "raster":
             if pool > 1:

@@ -129,8 +129,8 @@ class VisionMerging:
         keep = self.reducer.keep if keep is None else keep
         if callable(keep):
             raise ValueError(
-                f"{type(self.reducer).__name__} merges a whole batch at once in the tower, so keep cannot be a "
-                "function of the image; give a fraction or a count"
+                f"{type(self.reducer).__name__} merges a whole batch at once in the tower, so keep cannot be "
+                "a function of the image; give a fraction or a count"
             )
         self._keep = keep
         self._plans.clear()

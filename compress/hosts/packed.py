@@ -234,7 +234,6 @@ class QwenMerging(PackedMerging):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if self.running is None or self.running.bias is None:
                 return None
-            self.running.bias = None
             heads = args[0].unflatten(-1, (attention.num_heads, 2, -1))
             return heads[..., :-_EXTRA].flatten(1), *args[1:]
 

@@ -82,7 +82,7 @@ def _pixels(record: Record) -> Tensor | None:
 
 
 def _interpolates(host: Host) -> bool:
-    return "interpolate_pos_encoding" in inspect.signature(host.tower.forward).parameters
+    return "interpolate_pos_encoding" in inspect.signature(type(host.tower).forward).parameters
 
 
 def _unit(host: Host) -> int:

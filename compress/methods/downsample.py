@@ -54,7 +54,7 @@ class Downsample(FeatureReducer):
         values, *deepstack = image.encode(small)
         kept, order = nearest_places(image.grid, small).to(values.device).sort()
         deepstack = [layer[order] for layer in deepstack] or None
-        return Selection(kept, values[order], torch.full_like(kept, -1), deepstack)
+        return Selection(kept, values[order], kept, deepstack)
 
 
 def shrunken(grid: Grid, count: int) -> Grid:

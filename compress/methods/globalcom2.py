@@ -45,7 +45,7 @@ class GlobalCom2(FeatureReducer):
 
     def scores(self, image: Image) -> Tensor:
         """Mean logit of each tile's tokens [tiles, n]."""
-        # Only the shares have a scale, which is 10 in `anyres.globalcom2`: ranks are by scores of unit length.
+        # Only shares depend on the scale, for which `anyres.globalcom2` takes 10: ranks use unit lengths.
         return image.attention(self.layer).float().mean(1) * (10.0 / self.temperature)
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from ..anyres import split_budget
 from ..fold import Folded, prumerge
 from ..grid import Grid
 from ..reducer import FeatureReducer, Image, Selection, TowerLayer
-from ..select import full_precision, top_k, uniform
+from ..select import top_k, uniform
 
 
 @dataclass(kw_only=True)
@@ -23,8 +23,10 @@ class PruMerge(FeatureReducer):
     (heads joined to one), more in fuller pictures; `plus` adds evenly spaced ones. To each are added its
     `neighbours` with the most similar keys, weighted by attention, and one token more sums those left out.
     With `keep` the number is the budget's instead: highest attention first (of `plus` a quarter so, the
-    paper's proportion). Merging happens before the projector where that takes the tower's states; tokens
-    enter by falling attention, for which positions="paper" is meant.
+    paper's proportion).
+
+    Merging happens before the projector, and tokens enter by falling attention, for which positions="paper"
+    is meant. Where the projector takes more than states, projected features merge, each at its place.
     """
 
     plus: bool = False
@@ -85,7 +87,9 @@ class PruMerge(FeatureReducer):
                 F.pad(place[tile, own][folded.kept], (0, len(folded.tokens) - len(folded.kept)), value=-1)
             )
         merged = torch.cat(values)
-        return image.arranged(image.project(merged) if inside else merged, torch.cat(source))
+        if inside:
+            return image.arranged(image.project(merged), torch.cat(source), in_place=not image.renumbered)
+        return image.arranged(merged, torch.cat(source), in_place=True)
 
     def _chosen(self, weight: Tensor, count: int) -> Tensor:
         """`count` places by falling attention [n]; of `plus` a quarter so, and the rest at even distances."""
@@ -99,18 +103,7 @@ class PruMerge(FeatureReducer):
 
     def _fold(self, hidden: Tensor, weight: Tensor, keys: Tensor, count: int | None) -> Folded:
         """One tile, with the paper's number of tokens or `count` of them, the last of which sums the rest."""
-        if count is None:
-            folded = prumerge(hidden, weight, keys, plus=self.plus, neighbours=self.neighbours)
-            # Nothing is left to sum where all stay.
-            return Folded(folded.kept, folded.tokens[: len(hidden)])
-        kept = self._chosen(weight, count - 1)
-        with full_precision(hidden.device):
-            unit = F.normalize(keys.float(), dim=-1)
-            similarity = unit[kept] @ unit.T
-            similarity[torch.arange(len(kept), device=kept.device), kept] = -torch.inf
-            near = top_k(similarity, min(self.neighbours, len(hidden) - 1))
-            share = torch.zeros_like(similarity).scatter_(1, near, weight[near])
-            share = torch.cat([share, weight.index_fill(0, kept, 0)[None]])
-            added = share @ hidden.float()
-        own = torch.cat([hidden[kept].float(), added.new_zeros(1, hidden.shape[1])])
-        return Folded(kept, (own + added).to(hidden.dtype))
+        kept = None if count is None else self._chosen(weight, count - 1)
+        folded = prumerge(hidden, weight, keys, plus=self.plus, neighbours=self.neighbours, kept=kept)
+        # Nothing is left to sum where all stay.
+        return Folded(folded.kept, folded.tokens[: len(hidden)])

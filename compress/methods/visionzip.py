@@ -90,7 +90,7 @@ class VisionZip(FeatureReducer):
         if tiles > 1:
             order = visionzip_order(folded.kept, merged, image.grid)
             source, states = source[order], states[order]
-        return image.arranged(image.project(states), source)
+        return image.arranged(image.project(states), source, in_place=not image.renumbered)
 
     def _merged(self, count: int) -> int:
         """How many of `count` tokens are contextual ones."""

@@ -1,20 +1,34 @@
 """Quantizers: latents → codes → latents, each usable without any tokenizer.
 
-codes = quantizer.encode(latents)       # [B, K, D] → [B, K]
+codes = quantizer.encode(latents)       # [B, K, D] → [B, K], [B, K, Q] or bits [B, K, D']
 latents = quantizer.decode(codes)       # and back
 result = quantizer(latents)             # training: result.latents, result.codes, result.losses
+quantizer.usage(codes)                  # how much of the codebook, or of each bit, is used
 """
 
 from .base import Quantized, Quantizer
+from .binary import BinaryQuantizer, bits_to_integers, integers_to_bits
+from .composite import ProductQuantizer, ResidualQuantizer
 from .finite_scalar import FiniteScalarQuantizer
 from .gaussian import DiagonalGaussian, GaussianQuantizer
+from .lookup_free import LookupFreeQuantizer
+from .usage import bit_entropy, codebook_usage, perplexity
 from .vector import VectorQuantizer
 
 __all__ = [
+    "BinaryQuantizer",
     "DiagonalGaussian",
     "FiniteScalarQuantizer",
     "GaussianQuantizer",
+    "LookupFreeQuantizer",
+    "ProductQuantizer",
     "Quantized",
     "Quantizer",
+    "ResidualQuantizer",
     "VectorQuantizer",
+    "bit_entropy",
+    "bits_to_integers",
+    "codebook_usage",
+    "integers_to_bits",
+    "perplexity",
 ]

@@ -5,6 +5,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from .usage import bit_entropy, codebook_usage, perplexity
+
 
 @dataclass
 class Quantized:
@@ -23,7 +25,7 @@ class Quantizer(nn.Module):
     """Base of all quantizers: `encode`, `decode`, and `forward` for training.
 
     `kind` says which field of `Tokens` the codes fill; `codebook_sizes` has one entry per codebook and is
-    None for continuous codes.
+    None for bits and for continuous codes.
     """
 
     kind: Literal["indices", "bits", "latents"] = "indices"
@@ -40,3 +42,19 @@ class Quantizer(nn.Module):
     def forward(self, latents: Tensor) -> Quantized:
         """Latents [B, K, D] → quantized latents with a gradient, codes and losses by name."""
         raise NotImplementedError
+
+    def usage(self, codes: Tensor) -> dict[str, Tensor]:
+        """How well these codes use the room they have: scalars by name, measured over all of them.
+
+        Bits: `bit_entropy`, in bits, the mean over the K·D bits of a token grid, 1 at best. Indices:
+        `codebook_usage` (share of the codebook that occurs, 0..1) and `perplexity` (1..codebook size), means
+        over the codebooks. Continuous codes: nothing.
+        """
+        if self.kind == "latents":
+            return {}
+        if self.kind == "bits":
+            return {"bit_entropy": bit_entropy(codes).mean()}
+        return {
+            "codebook_usage": codebook_usage(codes, self.codebook_sizes).mean(),
+            "perplexity": perplexity(codes, self.codebook_sizes).mean(),
+        }
