@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_vlms import tiny_vlm
+
 import vistok
+from vistok import compress
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,7 +19,8 @@ def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4
-    names: dict[str, object] = {}
+    model, _, inputs = tiny_vlm("llava")
+    names: dict[str, object] = {"model": model, "inputs": inputs(2)}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "cat-from-32-bytes.png").is_file() and (tmp_path / "cat.vtok").is_file()
@@ -25,6 +29,10 @@ def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
 
 def test_every_registered_family_is_in_the_table():
     assert all(family in README for family in ("TiTok", "TA-TiTok", "MaskGIT-VQGAN", "vistok-mini"))
+
+
+def test_every_reducer_is_in_the_table():
+    assert all(f"`{name}`" in README for name in compress.list_reducers())
 
 
 def test_files_the_readme_points_to_exist():

@@ -493,6 +493,5 @@ def test_merging_reducers_select_exactly_the_count_without_a_model(reducer, coun
     mask = reducer.select(features, None, count)
     assert mask.shape == (33,) and int(mask.sum()) == count == reducer.retained_count(33, count)
     assert reducer.retained_count(Grid.single(4, 4), 0.5) == 8
-    copies = features[torch.arange(33) % 8]
-    kept = copies[reducer.select(copies, None, 8)]
-    assert len(torch.unique(kept, dim=0)) >= 4
+    pairs = features[torch.arange(32) // 2]  # neighbours are equal, so one of each pair is enough
+    assert len(torch.unique(pairs[reducer.select(pairs, None, 16)], dim=0)) == 16

@@ -126,13 +126,16 @@ class FeatureRecorder:
         return self.attentions[self.depth - 1 if layer == "features" else layer]
 
     @property
-    def depth(self) -> int:
-        """How many tower layers it takes to make the features (hidden_states[i] is the output of i
-        layers)."""
+    def used_layers(self) -> list[int]:
+        """After how many tower layers features are taken (hidden_states[i] is the output of i layers)."""
         count = len(tower_attentions(self.host.tower))
         chosen = getattr(self.host.config, "vision_feature_layer", -1)
-        chosen = [chosen] if isinstance(chosen, int) else chosen
-        return max(layer % (count + 1) for layer in chosen)
+        return sorted(layer % (count + 1) for layer in ([chosen] if isinstance(chosen, int) else chosen))
+
+    @property
+    def depth(self) -> int:
+        """How many tower layers it takes to make the features."""
+        return self.used_layers[-1]
 
     def token_groups(self, span: Span) -> Tensor | None:
         """Which patches stand behind each of an image's tokens, by the groups that merging made of them
@@ -188,7 +191,9 @@ class FeatureRecorder:
                 record.states = [states[a:b] for a, b in tiles]
                 record.keys = [keys[0][a:b] for a, b in tiles]
         if self.merging is not None:
-            record.groups = self.merging.trace.exit_groups()
+            first, last = self.used_layers[0], self.used_layers[-1]
+            trace = self.merging.trace
+            record.groups = trace.patch_groups(first) if first < last else trace.exit_groups()
         return record
 
     def _tiles(self, record: Record) -> list[tuple[int, int]]:

@@ -8,10 +8,11 @@ quantizer.usage(codes)                  # how much of the codebook, or of each b
 
 from .base import Quantized, Quantizer
 from .binary import BinaryQuantizer, bits_to_integers, integers_to_bits
-from .composite import ProductQuantizer, ResidualQuantizer
 from .finite_scalar import FiniteScalarQuantizer
 from .gaussian import DiagonalGaussian, GaussianQuantizer
 from .lookup_free import LookupFreeQuantizer
+from .product import ProductQuantizer
+from .residual import ResidualQuantizer
 from .usage import bit_entropy, codebook_usage, perplexity
 from .vector import VectorQuantizer
 

@@ -88,7 +88,8 @@ def _entropy_loss(logits: Tensor, probability: Tensor) -> Tensor:
     """Mean entropy of the bits given their image, less their entropy over the batch (axis 0), in nats."""
     decided = F.softplus(logits) - probability * logits
     share = probability.mean(0).clamp(1e-6, 1 - 1e-6)
-    return decided.mean() - F.binary_cross_entropy(share, share)
+    entropy = torch.special.entr(share) + torch.special.entr(1 - share)
+    return decided.mean() - entropy.mean()
 
 
 def bits_to_integers(bits: Tensor) -> Tensor:

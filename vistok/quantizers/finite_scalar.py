@@ -1,6 +1,7 @@
 """Finite scalar quantization: each channel rounds to a few levels, and the code is their mixed-radix
 number."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,12 +24,15 @@ class FiniteScalarQuantizer(Quantizer):
         table = torch.tensor(levels, dtype=torch.int64)
         if table.ndim not in (1, 2) or not table.numel() or table.min() < 1:
             raise ValueError(f"levels={levels!r}: give one row of positive counts, or one such row a token")
-        sizes = table.prod(-1).unique()
+        sizes = sorted({math.prod(row) for row in table.reshape(-1, table.shape[-1]).tolist()})
         if len(sizes) > 1:
+            raise ValueError(f"tokens have codebooks of sizes {sizes}; every row must have the same product")
+        if sizes[0] > 2**63:
             raise ValueError(
-                f"tokens have codebooks of sizes {sizes.tolist()}; every row must have the same product"
+                f"levels={levels!r} make {sizes[0]} codes, more than an int64 index tells apart (2**63); "
+                "quantize groups of channels with ProductQuantizer"
             )
-        self.codebook_sizes = (int(sizes[0]),)
+        self.codebook_sizes = (sizes[0],)
         radix = table.cumprod(-1) // table
         self.register_buffer("_levels", table, persistent=False)
         self.register_buffer("_radix", radix, persistent=False)
