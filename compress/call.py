@@ -53,8 +53,18 @@ class Call:
     deepstack: list[Tensor] | None = None
     derived: dict[Any, Any] = field(default_factory=dict)  # masks and rotations shared by layers
     held: dict[int, Layout] = field(default_factory=dict)  # layers whose cache holds less than they computed
+    columns: list[Tensor | None] | None = None  # which entries of the cache are real, once it is shortened
     kept: list[Tensor] = field(default_factory=list)  # token numbers of each span that entered the model
     seconds: float = 0.0
+
+    def release(self) -> None:
+        """Let go of everything but what explains the call: tensors of the model's size must not live on."""
+        state = state_of(self.cache)
+        self.columns = None if state is None else state.columns
+        self.cache = self.state = self.positions = self.measured = self.deepstack = self.relative = None
+        self.outputs, self.scores, self.derived = {}, {}, {}
+        for span in self.prompt.spans:
+            span.record = span.deepstack = None
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ class Span:
 
     row: int
     places: Tensor
-    record: Record
+    record: Record | None
     item: int
     offset: int = 0
     items: int = 1

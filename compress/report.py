@@ -89,12 +89,11 @@ def of(host: Host, call: Call, reducers: list[str]) -> Report:
     ]
     entering = [_lengths(layout.valid) for layout in layouts]
     full = [_lengths(call.start.valid)] * len(layouts)
-    state = getattr(call.cache, "reduction", None)
     held = entering
-    if state is not None:
+    if call.columns is not None:
         held = [
             lengths if columns is None else _lengths(columns)
-            for lengths, columns in zip(entering, state.columns, strict=True)
+            for lengths, columns in zip(entering, call.columns, strict=True)
         ]
     return Report(
         reducers,

@@ -246,8 +246,7 @@ class Session:
         if positions == "compact" and planes and reducer.stage is Stage.LAYER:
             raise ValueError(
                 f"{self.host.name} has positions in several planes (M-RoPE), where renumbering inside the "
-                "layers is not "
-                'defined; attach with positions="keep"'
+                "layers is not defined; attach with positions='keep'"
             )
         return positions == "compact"
 
@@ -345,9 +344,10 @@ class Session:
             finish(call, cache, self._compact(features))
             if eviction is not None and cache is not None and hasattr(cache, "reduction"):
                 evict(self.host, call, eviction, self._budget_of(eviction)())
-        self._last = call
         if call.layouts[-1] is not call.start:
             output.last_hidden_state = _restored(output.last_hidden_state, call)
+        call.release()
+        self._last = call
         return output
 
     def _note(self, name: str, value: Tensor) -> None:

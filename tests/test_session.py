@@ -2,8 +2,10 @@
 refusals."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -492,3 +494,35 @@ def test_half_precision_models(vlm, stages):
         everything = outputs(model, inputs)
     assert torch.equal(everything[0], before[0])
     assert torch.equal(everything[1], before[1])
+
+
+def test_a_session_keeps_no_cache_or_features_alive():
+    model, _, inputs = tiny_vlm("qwen3_vl")
+    with torch.no_grad(), compress.attach(model, [Random(), Cut(k=1), KeyNorm()], keep=0.5) as session:
+        out = model(**inputs(2), use_cache=True)
+        keys = weakref.ref(out.past_key_values.layers[0].keys)
+        before = str(session.report())
+        del out
+        gc.collect()
+        assert keys() is None
+        assert str(session.report()) == before and len(session.explain()) == 2
+        largest = max((t.numel() for t in _tensors(session)), default=0)
+        assert largest <= 2 * inputs(2)["input_ids"].numel()
+
+
+def _tensors(session: compress.Session) -> list[torch.Tensor]:
+    found, seen, todo = [], set(), [session._last]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, list | tuple):
+            todo += item
+        elif hasattr(item, "__dict__"):
+            todo += vars(item).values()
+    return found
