@@ -275,6 +275,21 @@ def test_frames_of_a_video_shrink_alike(name):
         Downsample().retained_count(video.grid, 1)
 
 
+@pytest.mark.parametrize(("name", "prompt"), [("idefics3", {"images": (1,)}), ("qwen3_vl", {"videos": (1,)})])
+def test_tokens_of_several_tiles_enter_in_the_prompts_order(name, prompt):
+    model, _, inputs = fixture(name)
+    (image,) = images_of(model, inputs(**prompt))
+    small = shrunken(image.grid, image.num_tokens // 2)
+    assert len(small.tile.unique()) > 1
+    places = nearest_places(image.grid, small)
+    selection = Downsample().reduce(image, image.num_tokens // 2)
+    assert torch.equal(selection.kept, places.unique(sorted=True))
+    entered = [selection.values, *(selection.deepstack or [])]
+    for values, encoded in zip(entered, image.encode(small), strict=True):
+        for place, features in zip(places, encoded, strict=True):
+            assert torch.equal(values[selection.kept == place][0], features)
+
+
 @pytest.mark.parametrize("name", ["llava_onevision", "mllama", "blip2", "llama4"])
 def test_other_families_are_refused_by_name(name):
     model, _, _ = fixture(name)
@@ -324,9 +339,10 @@ def test_pictures_are_kept_only_for_reducers_that_want_them(reducer):
     given = inputs(batch=1)
     picture = weakref.ref(given["pixel_values"])
     with compress.attach(model, reducer, keep=0.5), torch.no_grad():
-        model(**given)
+        features = model.base_model.get_image_features(given["pixel_values"])
         del given
         gc.collect()
+        assert len(features.pooler_output) == 1
         assert (picture() is not None) == reducer.wants_pixels
 
 
@@ -338,6 +354,11 @@ def test_a_square_picture_stays_nearly_square(count, size):
     small = shrunken(Grid.single(24, 24), count)
     assert (small.height, small.width) == size
     assert Downsample().retained_count(576, count) == size[0] * size[1]
+
+
+def test_tiles_that_show_less_than_the_thumbnail_give_way_to_it():
+    padded = Grid.anyres((368, 22), [(672, 336)], 24, tile_pixels=336)  # 96 of 1152 places are not padding
+    assert shrunken(padded, padded.num_tokens).num_tokens == 576
 
 
 def test_places_are_distinct_and_show_the_same_part_of_the_picture():
