@@ -1,7 +1,6 @@
 """One forward of a model with reducers attached: what it is given, what was dropped, what the cache must
 know."""
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +82,7 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str
     pieces of "prepared" ones, or the caller's own (None). Raises NotImplementedError for static caches, masks
     that are already 4-D and chunked prefill, ValueError for images without placeholders.
     """
-    bound = inspect.signature(host.core.forward).bind(*args, **kwargs).arguments
+    bound = host.signature.bind(*args, **kwargs).arguments
     arguments = {**bound.pop("kwargs", {}), **bound}
     cache = arguments.get("past_key_values")
     call = Call(cache=cache, state=state_of(cache))

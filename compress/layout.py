@@ -60,11 +60,15 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens [B, L, ...] at index [B, L']."""
-    index = index.to(x.device)
-    while index.ndim < x.ndim:
-        index = index.unsqueeze(-1)
-    return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))
+    """Tokens [B, L, ...] at index [B, L'] → [B, L', ...]."""
+    return (
+        x.flatten(0, 1).index_select(0, flat(index.to(x.device), x.shape[1])).view(*index.shape, *x.shape[2:])
+    )
+
+
+def flat(index: Tensor, length: int) -> Tensor:
+    """Places [B, L'] in sequences of `length` as places in all of them, one after the other [B L']."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()
 
 
 def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[Record, list[int]]]) -> Prompt:

@@ -1,5 +1,6 @@
 """Choosing which visual tokens to keep, as pure functions on tensors that know nothing of any model."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 144  # rows of the distance matrix in one product
+_PRECISION = threading.Lock()
+BLOCK = 96  # rows of the distance matrix in one product
 IDENTICAL = -1.0  # stands for the distance of identical rows: below every distance that rounding can give
 
 
@@ -121,7 +123,7 @@ def cosine_distances(features: Tensor, compute_dtype: torch.dtype = torch.float3
         stop = start + BLOCK
         block = distances[start:stop, start:]
         torch.mm(unit[start:stop], unit[start:].T, out=block)
-        block.neg_().add_(1)
+        torch.sub(1, block, out=block)
         corner = block[:, :BLOCK]
         corner.copy_(corner.triu() + corner.triu(1).T)
         distances[stop:, start:stop] = block[:, BLOCK:].T
@@ -165,13 +167,13 @@ def _unit_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products in float32, not TF32 or bfloat16, and no autocast: both would change picks."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), _PRECISION:  # a setting of the whole process
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
             yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _pick_one(image: Tensor, count: int, dtype: torch.dtype, mask: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from .hosts.families import Record, resolve
 from .hosts.features import FeatureRecorder
 from .hosts.merging import VisionMerging
 from .layers import LayerCuts
-from .layout import Span
+from .layout import Span, flat
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
 from .report import Report
@@ -358,7 +358,7 @@ class Session:
 def _restored(hidden: Tensor, call: Call) -> Tensor:
     """The states of the last layer at their places in the whole prompt; zeros where tokens were dropped."""
     layout = call.layouts[-1]
-    index = layout.index.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-    real = hidden.masked_fill(~layout.valid.to(hidden.device)[..., None], 0)
-    full = hidden.new_zeros(hidden.shape[0], call.full, hidden.shape[-1])
-    return full.scatter(1, index, real)
+    index, valid = layout.index.to(hidden.device), layout.valid.to(hidden.device)
+    real = hidden.masked_fill(~valid[..., None], 0) if layout.ragged else hidden
+    full = hidden.new_zeros(len(hidden) * call.full, hidden.shape[-1])
+    return full.index_copy(0, flat(index, call.full), real.flatten(0, 1)).view(len(hidden), call.full, -1)

@@ -40,8 +40,7 @@ class Prefill:
     full: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
     attached: list[float] = field(default_factory=list)
-    short_step: list[float] = field(default_factory=list)
-    attached_step: list[float] = field(default_factory=list)
+    extra_step: list[float] = field(default_factory=list)
 
     @property
     def speedup(self) -> float:
@@ -61,7 +60,7 @@ class Prefill:
     @property
     def overhead(self) -> float:
         """Seconds a decode step takes longer with the reducer attached."""
-        return median(a - b for a, b in zip(self.attached_step, self.short_step, strict=True))
+        return median(self.extra_step)
 
 
 @dataclass
@@ -141,7 +140,7 @@ def run(
     repeats: int = 9,
     threads: int = 1,
     tokens: int = 576,
-    steps: int = 32,
+    steps: int = 16,
     device: str = "cpu",
 ) -> PrefillSpeed:
     """Time every reducer at every budget `repeats` times, full, short and attached in turn, after a warm-up.
@@ -179,7 +178,6 @@ def _measure(
     full, _ = _timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
     with attach(model, one.reducer, keep=one.keep, positions="compact") as session:
         attached, out = _timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
-        attached_step = _steps(model, out, steps)
         kept = session.explain()[0].tokens
     short = features[kept.to(features.device)]
     begin, end = prompt[:, :4], prompt[:, 4 + len(features) :]
@@ -192,24 +190,26 @@ def _measure(
         raise RuntimeError(
             f"{type(one.reducer).__name__} attached gives other logits than its shortened prompt"
         )
-    short_step = _steps(model, expected, steps)
     if keep:
         one.full.append(full)
         one.short.append(short_seconds)
         one.attached.append(attached)
-        one.short_step.append(short_step)
-        one.attached_step.append(attached_step)
+        one.extra_step += _extra_steps(model, one, out.past_key_values, expected.past_key_values, steps)
 
 
-def _steps(model: hf.LlavaForConditionalGeneration, out: Any, steps: int) -> float:
-    """Seconds of a decode step on the cache of a prefill."""
-    token = torch.full((1, 1), 7, device=out.logits.device)
-
-    def decode() -> None:
-        for _ in range(steps):
-            model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-
-    return _timed(decode)[0] / steps
+def _extra_steps(
+    model: hf.LlavaForConditionalGeneration, one: Prefill, ours: hf.Cache, plain: hf.Cache, steps: int
+) -> list[float]:
+    """Seconds that decode steps take longer attached than on the shortened prompt's cache, step by step in
+    turn."""
+    token = torch.full((1, 1), 7, device=model.device)
+    found = []
+    for _ in range(steps):
+        with attach(model, one.reducer, keep=one.keep, positions="compact"):
+            attached, _ = _timed(lambda: model(input_ids=token, past_key_values=ours, use_cache=True))
+        stock, _ = _timed(lambda: model(input_ids=token, past_key_values=plain, use_cache=True))
+        found.append(attached - stock)
+    return found
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:

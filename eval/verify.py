@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .parity.case import CannotBuild, Case
 
-FAMILIES = ("titok", "prune", "reduce")
+FAMILIES = ("titok", "karl", "prune", "reduce", "instella", "flextok")
 
 
 @dataclass(frozen=True)

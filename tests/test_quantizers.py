@@ -8,7 +8,22 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vistok.quantizers import DiagonalGaussian, FiniteScalarQuantizer, GaussianQuantizer, VectorQuantizer
+from vistok import Tokens
+from vistok.quantizers import (
+    BinaryQuantizer,
+    DiagonalGaussian,
+    FiniteScalarQuantizer,
+    GaussianQuantizer,
+    LookupFreeQuantizer,
+    ProductQuantizer,
+    ResidualQuantizer,
+    VectorQuantizer,
+    bit_entropy,
+    bits_to_integers,
+    codebook_usage,
+    integers_to_bits,
+    perplexity,
+)
 
 HALVES = [torch.bfloat16, torch.float16]
 LEVELS = [[8, 6, 5], [2, 3], [7, 5, 5, 5], [16], [4, 4, 4, 4], [5, 1, 3]]
@@ -38,6 +53,17 @@ def every_quantizer():
         "vq entropy": (VectorQuantizer(16, 6, entropy_weight=0.1, entropy_temperature=1.0), 6),
         "vq clustering": (VectorQuantizer(16, 6, clustering=True), 6),
         "gaussian": (GaussianQuantizer(3), 6),
+        "lfq": (LookupFreeQuantizer(6), 6),
+        "binary": (BinaryQuantizer(10, 6), 6),
+        "binary entropy": (BinaryQuantizer(10, 6, entropy_weight=0.1, temperature=0), 6),
+        "residual": (ResidualQuantizer([VectorQuantizer(16, 6, clustering=n == 1) for n in range(3)]), 6),
+        "product": (ProductQuantizer([VectorQuantizer(16, 3), LookupFreeQuantizer(3)]), 6),
+        "product of residuals": (
+            ProductQuantizer(
+                [ResidualQuantizer([VectorQuantizer(16, 3)] * 2), FiniteScalarQuantizer([4] * 3)]
+            ),
+            6,
+        ),
     }
 
 
@@ -67,11 +93,10 @@ def test_alone_in_five_lines(quantizer):
 def test_indices_lie_in_the_codebook(quantizer):
     quantizer, channels = quantizer
     if quantizer.kind != "indices":
-        pytest.skip("continuous")
+        pytest.skip("bits, or continuous")
     codes = quantizer.encode(100 * torch.randn(8, 4, channels))
     assert codes.dtype == torch.int64
-    assert codes.min() >= 0
-    assert codes.max() < quantizer.codebook_sizes[0]
+    Tokens(indices=codes, codebook_sizes=quantizer.codebook_sizes).validate()
 
 
 def test_an_empty_batch_stays_empty(quantizer):
@@ -83,7 +108,7 @@ def test_an_empty_batch_stays_empty(quantizer):
 
 def test_training_reports_the_codes_that_encode_gives(quantizer):
     quantizer, channels = quantizer
-    if quantizer.kind != "indices":
+    if quantizer.kind == "latents":
         pytest.skip("training samples")
     latents = torch.randn(2, 4, channels)
     result = quantizer.eval()(latents)
@@ -112,7 +137,7 @@ def test_half_precision_latents_give_finite_results(quantizer, dtype, scale):
     result = quantizer(latents)
     assert result.latents.dtype == dtype
     assert all(loss.isfinite() for loss in result.losses.values())
-    if quantizer.kind == "indices":  # a posterior of standard deviation exp(10) may leave half precision
+    if quantizer.kind != "latents":  # a posterior of standard deviation exp(10) may leave half precision
         assert result.latents.isfinite().all()
         assert torch.equal(quantizer.eval().encode(latents), quantizer.encode(latents.float()))
 
@@ -507,3 +532,382 @@ def test_samples_follow_the_generator_and_the_posterior():
 def test_odd_moments_are_refused():
     with pytest.raises(ValueError, match="7 channels"):
         DiagonalGaussian(torch.zeros(1, 2, 7))
+
+
+# ---- binary ------------------------------------------------------------------------------------------------
+
+
+def test_a_bit_is_set_strictly_above_zero_and_a_latent_is_the_sum_of_its_set_bits():
+    quantizer = BinaryQuantizer(3, 3)
+    with torch.no_grad():
+        quantizer.proj[0].weight.copy_(torch.eye(3))
+        quantizer.proj[0].bias.zero_()
+    bits = quantizer.encode(torch.tensor([[[1e-30, 0.0, -1e-30], [2.0, 1.0, -5.0]]]))
+    assert bits.tolist() == [[[True, False, False], [True, True, False]]]
+    decoded = quantizer.decode(bits)[0]
+    torch.testing.assert_close(decoded[0], quantizer.embed[0])
+    torch.testing.assert_close(decoded[1], quantizer.embed[0] + quantizer.embed[1])
+    assert set(quantizer.state_dict()) == {"embed", "proj.0.weight", "proj.0.bias"}
+
+
+def test_training_draws_bits_at_its_temperature_and_inference_does_not():
+    torch.manual_seed(0)
+    quantizer, latents = BinaryQuantizer(4, 4, temperature=0.5), torch.randn(1, 1, 4).expand(20000, 1, 4)
+    logits = quantizer.logits(latents)[0].detach()
+    share = quantizer.train()(latents).codes.float().mean(0)
+    torch.testing.assert_close(share, (logits / 0.5).sigmoid(), rtol=0, atol=0.02)
+    assert torch.equal(quantizer.eval()(latents).codes, quantizer.encode(latents))
+    quantizer.train().temperature = 0  # the end of an annealing
+    assert torch.equal(quantizer(latents).codes, quantizer.encode(latents))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_binary_gradient_is_that_of_the_probabilities(training):
+    torch.manual_seed(1)
+    quantizer = BinaryQuantizer(8, 6).train(training)
+    latents, upstream = torch.randn(2, 4, 6, requires_grad=True), torch.randn(2, 4, 6)
+    result = quantizer(latents)
+    (result.latents * upstream).sum().backward()
+    again = latents.detach().clone().requires_grad_()
+    ((quantizer.logits(again).sigmoid() @ quantizer.embed.detach()) * upstream).sum().backward()
+    torch.testing.assert_close(latents.grad, again.grad)
+    torch.testing.assert_close(result.latents, quantizer.decode(result.codes))
+    quantizer.eval().zero_grad()
+    (quantizer(latents.detach()).latents * upstream).sum().backward()
+    expected = torch.einsum("bkn,bkd->nd", quantizer.encode(latents).float(), upstream)
+    torch.testing.assert_close(quantizer.embed.grad, expected)
+
+
+def test_binary_losses_are_the_formulae_written_out():
+    torch.manual_seed(2)
+    quantizer = BinaryQuantizer(5, 6, code_weight=0.3, entropy_weight=0.2).eval()
+    latents = torch.randn(4, 3, 6)
+    p = quantizer.logits(latents).sigmoid().double().detach()
+    losses = quantizer(latents).losses
+    assert float(losses["code"].detach()) == pytest.approx(0.3 * float((p * (1 - p)).mean()), rel=1e-5)
+
+    def entropy(q):
+        return float(-(q * q.log() + (1 - q) * (1 - q).log()).mean())
+
+    expected = 0.2 * (entropy(p) - entropy(p.mean(0)))
+    assert float(losses["entropy"].detach()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_entropy_regularisation_makes_bits_differ_between_images():
+    torch.manual_seed(3)
+    quantizer = BinaryQuantizer(16, 8, code_weight=0.01, entropy_weight=1.0)
+    with torch.no_grad():
+        quantizer.proj[0].bias.fill_(4)  # almost every bit is set in every image
+    latents = torch.randn(64, 4, 8)
+    before = float(quantizer.usage(quantizer.encode(latents))["bit_entropy"])
+    optimizer = torch.optim.Adam(quantizer.parameters(), 0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        sum(quantizer(latents).losses.values()).backward()
+        optimizer.step()
+    after = float(quantizer.usage(quantizer.encode(latents))["bit_entropy"])
+    assert before < 0.1
+    assert after > 0.9
+
+
+@given(
+    batch=st.integers(0, 3), tokens=st.integers(1, 9), width=st.integers(1, 64), seed=st.integers(0, 2**31)
+)
+@settings(max_examples=50, deadline=None)
+def test_bits_come_back_from_integers_and_from_one_bit_a_bit_files(batch, tokens, width, seed):
+    bits = torch.rand(batch, tokens, width, generator=seeded(seed)) < 0.5
+    assert torch.equal(integers_to_bits(bits_to_integers(bits), width), bits)
+    packed = Tokens(bits=bits)
+    assert packed.bits_per_image.tolist() == [tokens * width] * batch
+    assert Tokens.from_bytes(packed.to_bytes()) == packed
+    assert len(packed.to_bytes()) <= (batch * tokens * width + 7) // 8 + 32
+
+
+def test_integers_of_64_bits_are_eight_little_endian_bytes_a_token():
+    bits = torch.zeros(1, 2, 64, dtype=torch.bool)
+    bits[0, 0, 0] = bits[0, 0, 9] = bits[0, 1, 63] = True
+    data = bits_to_integers(bits).numpy().astype("<u8").tobytes()
+    assert data == bytes([1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 128])
+    with pytest.raises(ValueError, match=r"65 bits.*1 to 64"):
+        bits_to_integers(torch.zeros(1, 65, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("bits", [torch.zeros(1, 2, 9, dtype=torch.bool), torch.zeros(1, 2, 10)])
+def test_bits_of_another_width_or_type_are_refused(bits):
+    with pytest.raises(ValueError, match=r"give bool \[\.\.\., 10\]"):
+        BinaryQuantizer(10, 6).decode(bits)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BinaryQuantizer(0, 4),
+        lambda: BinaryQuantizer(4, 4, temperature=-1),
+        lambda: LookupFreeQuantizer(64),
+        lambda: LookupFreeQuantizer(4, temperature=0),
+        lambda: LookupFreeQuantizer(4, group_bits=30),
+        lambda: FiniteScalarQuantizer([2] * 64),
+        lambda: ResidualQuantizer([]),
+        lambda: ProductQuantizer([BinaryQuantizer(4, 4)]),
+        lambda: ResidualQuantizer([GaussianQuantizer(3)]),
+    ],
+)
+def test_impossible_quantizers_are_refused(make):
+    with pytest.raises(ValueError, match=r"give|BinaryQuantizer|ProductQuantizer|GaussianQuantizer|none"):
+        make()
+
+
+# ---- lookup-free -------------------------------------------------------------------------------------------
+
+
+@given(width=st.integers(1, 63), seed=st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_every_sign_code_comes_back_exactly_beyond_32_bits(width, seed):
+    quantizer = LookupFreeQuantizer(width)
+    assert quantizer.codebook_sizes == (2**width,)
+    latents = torch.randn(2, 3, width, generator=seeded(seed))
+    codes = quantizer.encode(latents)
+    for latent, code in zip(latents.flatten(0, 1).tolist(), codes.flatten().tolist(), strict=True):
+        assert code == int("".join("1" if value > 0 else "0" for value in latent), 2)
+    assert torch.equal(quantizer.decode(codes), torch.where(latents > 0, 1.0, -1.0))
+    tokens = Tokens(indices=codes, codebook_sizes=quantizer.codebook_sizes)
+    assert Tokens.from_bytes(tokens.to_bytes()) == tokens
+
+
+def test_zero_counts_as_negative():
+    assert LookupFreeQuantizer(2).encode(torch.tensor([[[0.0, -0.0], [0.0, 1e-30]]])).tolist() == [[0, 1]]
+
+
+def test_grouped_entropy_is_exact_for_independent_channels():
+    values = torch.cartesian_prod(*[torch.tensor([-0.3, 0.2])] * 4)[None]  # every combination once
+    exact, grouped = (
+        LookupFreeQuantizer(4, temperature=1.0, group_bits=bits)(values).losses["entropy"] for bits in (9, 1)
+    )
+    torch.testing.assert_close(exact, grouped)
+    tied = torch.tensor([[[0.3, 0.3], [-0.3, -0.3]]])  # channels that always agree: groups see more entropy
+    exact, grouped = (
+        LookupFreeQuantizer(2, temperature=0.1, group_bits=bits)(tied).losses["entropy"] for bits in (2, 1)
+    )
+    assert grouped < exact
+
+
+# ---- residual and product ----------------------------------------------------------------------------------
+
+
+def residual(parts=3, size=16, dim=6, **options):
+    torch.manual_seed(20)
+    quantizer = ResidualQuantizer([VectorQuantizer(size, dim, **options) for _ in range(parts)])
+    for depth, part in enumerate(quantizer.parts):
+        part.embedding.weight.data.normal_(std=0.5**depth)
+    return quantizer
+
+
+def test_each_residual_codebook_describes_what_is_left():
+    quantizer, latents = residual(), torch.randn(2, 5, 6, generator=seeded(21))
+    codes, left = quantizer.encode(latents), latents
+    errors = []
+    for depth, part in enumerate(quantizer.parts):
+        assert torch.equal(codes[..., depth], part.encode(left))
+        left = left - part.decode(codes[..., depth])
+        torch.testing.assert_close(quantizer.decode(codes[..., : depth + 1]), latents - left)
+        errors.append(float(left.detach().square().mean()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_residual_gradient_passes_once():
+    quantizer = residual()
+    latents, upstream = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
+    (quantizer(latents).latents * upstream).sum().backward()
+    torch.testing.assert_close(latents.grad, upstream)
+
+
+def test_residual_losses_train_every_codebook():
+    quantizer = residual()
+    sum(quantizer(torch.randn(8, 5, 6)).losses.values()).backward()
+    assert all(part.embedding.weight.grad.any() for part in quantizer.parts)
+
+
+def test_residual_codebooks_revive_their_dead_codes():
+    quantizer = residual(parts=2, size=32, dim=2, clustering=True)
+    for part in quantizer.parts:
+        part.embedding.weight.data[1:] = 100 * torch.randn(31, 2).sign()
+    latents = torch.randn(4, 64, 2, generator=seeded(22))
+    before = codebook_usage(quantizer.encode(latents), quantizer.codebook_sizes)
+    for _ in range(20):
+        quantizer(torch.randn(4, 64, 2))
+    after = codebook_usage(quantizer.encode(latents), quantizer.codebook_sizes)
+    assert (before * 32 <= 2).all()
+    assert (after * 32 > 4).all()
+
+
+def test_product_is_its_parts_side_by_side():
+    torch.manual_seed(23)
+    parts = [VectorQuantizer(16, 3), FiniteScalarQuantizer([5, 4, 3])]
+    quantizer, latents = ProductQuantizer(parts), torch.randn(2, 5, 6)
+    codes = quantizer.encode(latents)
+    assert quantizer.codebook_sizes == (16, 60)
+    for number, part in enumerate(parts):
+        run = latents[..., 3 * number : 3 * number + 3]
+        assert torch.equal(codes[..., number], part.encode(run))
+        assert torch.equal(
+            quantizer.decode(codes)[..., 3 * number : 3 * number + 3], part.decode(codes[..., number])
+        )
+    commitment = parts[0](latents[..., :3]).losses["commitment"]
+    torch.testing.assert_close(quantizer(latents).losses["commitment"], commitment / 2)
+
+
+def test_composites_nest_and_refuse_codes_of_another_width():
+    quantizer = ProductQuantizer([residual(2, dim=3), residual(3, dim=3)])
+    codes = quantizer.encode(torch.randn(2, 4, 6))
+    assert codes.shape == (2, 4, 5)
+    assert quantizer.decode(codes).shape == (2, 4, 6)
+    with pytest.raises(ValueError, match=r"4 codebooks.*has 5"):
+        quantizer.decode(codes[..., :4])
+    with pytest.raises(ValueError, match=r"4 codebooks.*has 3"):
+        residual(3).decode(torch.zeros(1, 2, 4, dtype=torch.int64))
+
+
+# ---- beside vector-quantize-pytorch ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [[8, 6, 5], [7, 5, 5, 5], [16], [4, 4, 4, 4], [3, 9]])
+def test_fsq_equals_vector_quantize_pytorch(levels):
+    from vector_quantize_pytorch import FSQ
+
+    theirs, ours = FSQ(levels), FiniteScalarQuantizer(levels)
+    latents = 2 * torch.randn(4, 50, len(levels), generator=seeded(30))
+    one, other = latents.clone().requires_grad_(), latents.clone().requires_grad_()
+    quantized, indices = theirs(one)
+    result = ours(other)
+    assert torch.equal(result.codes, indices.long())
+    torch.testing.assert_close(result.latents, quantized)
+    torch.testing.assert_close(ours.decode(result.codes), theirs.indices_to_codes(indices))
+    upstream = torch.randn(latents.shape, generator=seeded(31))
+    (quantized * upstream).sum().backward()
+    (result.latents * upstream).sum().backward()
+    torch.testing.assert_close(other.grad, one.grad)
+
+
+@pytest.mark.parametrize("width", [1, 5, 9])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_lfq_equals_vector_quantize_pytorch(width, temperature):
+    from vector_quantize_pytorch import LFQ
+
+    theirs = LFQ(dim=width, codebook_size=2**width, diversity_gamma=0.7, commitment_loss_weight=0.25).train()
+    ours = LookupFreeQuantizer(width, diversity=0.7, temperature=temperature)
+    latents = 0.3 * temperature * torch.randn(4, 50, width, generator=seeded(32))
+    one, other = latents.clone().requires_grad_(), latents.clone().requires_grad_()
+    (quantized, indices, _), parts = theirs(one, inv_temperature=1 / temperature, return_loss_breakdown=True)
+    result = ours(other)
+    assert torch.equal(result.codes, indices.long())
+    torch.testing.assert_close(result.latents, quantized)
+    torch.testing.assert_close(ours.decode(result.codes), theirs.indices_to_codes(indices))
+    entropy = 0.1 * (parts.per_sample_entropy - 0.7 * parts.batch_entropy)
+    torch.testing.assert_close(result.losses["entropy"], entropy, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result.losses["commitment"], 0.25 * parts.commitment)
+    grads = [
+        torch.autograd.grad(loss, x)[0] for loss, x in ((entropy, one), (result.losses["entropy"], other))
+    ]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_residual_vq_equals_vector_quantize_pytorch(cosine):
+    from vector_quantize_pytorch import ResidualVQ
+
+    torch.manual_seed(33)
+    theirs = ResidualVQ(
+        dim=6, num_quantizers=4, codebook_size=32, use_cosine_sim=cosine, commitment_weight=1.0
+    )
+    ours = ResidualQuantizer([VectorQuantizer(32, 6, l2_norm=cosine, commitment_cost=1.0) for _ in range(4)])
+    for layer, part in zip(theirs.layers, ours.parts, strict=True):
+        part.embedding.weight.data.copy_(layer.codebook)
+    latents = torch.randn(4, 50, 6, generator=seeded(34))
+    quantized, indices, _ = theirs.eval()(latents)
+    codes = ours.eval().encode(latents)
+    assert torch.equal(codes, indices)
+    torch.testing.assert_close(ours.decode(codes), quantized)
+    torch.testing.assert_close(ours(latents).latents, quantized)
+    if not cosine:
+        _, _, losses = theirs.train()(latents, freeze_codebook=True)
+        torch.testing.assert_close(ours(latents).losses["commitment"], losses.sum())
+
+
+# ---- any size ----------------------------------------------------------------------------------------------
+
+
+@given(
+    levels=st.lists(st.integers(2, 40), min_size=7, max_size=11).filter(
+        lambda levels: 2**31 < math.prod(levels) < 2**62
+    ),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=50, deadline=None)
+def test_fsq_indices_are_exact_beyond_32_bits(levels, seed):
+    quantizer = FiniteScalarQuantizer(levels)
+    assert quantizer.codebook_sizes == (math.prod(levels),)
+    latents = 2 * torch.randn(2, 3, len(levels), generator=seeded(seed), dtype=torch.float64)
+    codes, result = quantizer.encode(latents), quantizer(latents)
+    for latent, code in zip(latents.flatten(0, 1).tolist(), codes.flatten().tolist(), strict=True):
+        assert code == plain_fsq(latent, levels)[0]
+    torch.testing.assert_close(quantizer.decode(codes).double(), result.latents)
+    assert torch.equal(result.codes, codes)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "channels"),
+    [
+        (lambda: VectorQuantizer(1, 4, clustering=True, entropy_weight=0.1), 4),
+        (lambda: VectorQuantizer(2, 1, l2_norm=True, entropy_weight=0.1), 1),
+        (lambda: VectorQuantizer(20000, 4, entropy_weight=0.1), 4),
+        (lambda: FiniteScalarQuantizer([1]), 1),
+        (lambda: FiniteScalarQuantizer([2]), 1),
+        (lambda: FiniteScalarQuantizer([64] * 10), 10),
+        (lambda: LookupFreeQuantizer(1), 1),
+        (lambda: LookupFreeQuantizer(10), 10),
+        (lambda: LookupFreeQuantizer(63), 63),
+        (lambda: BinaryQuantizer(1, 4, entropy_weight=0.1), 4),
+        (lambda: BinaryQuantizer(512, 4, entropy_weight=0.1), 4),
+        (lambda: ResidualQuantizer([VectorQuantizer(300, 4), VectorQuantizer(1, 4)]), 4),
+        (lambda: ProductQuantizer([LookupFreeQuantizer(40), LookupFreeQuantizer(40)]), 80),
+    ],
+)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_no_codebook_size_gives_nan_in_bfloat16(quantizer, channels, scale):
+    torch.manual_seed(40)
+    quantizer = quantizer()
+    latents = (scale * torch.randn(2, 8, channels)).bfloat16().requires_grad_()
+    result = quantizer(latents)
+    assert result.latents.isfinite().all()
+    assert quantizer.decode(result.codes).isfinite().all()
+    (result.latents.float().sum() + sum(result.losses.values())).backward()
+    assert latents.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in quantizer.parameters())
+    assert all(value.isfinite() for value in quantizer.usage(result.codes).values())
+
+
+# ---- usage -------------------------------------------------------------------------------------------------
+
+
+def test_bit_entropy_is_measured_bit_by_bit_over_the_batch():
+    bits = torch.zeros(4, 1, 3, dtype=torch.bool)
+    bits[:2, 0, 1] = bits[0, 0, 2] = True  # never, half, a quarter
+    expected = [0.0, 1.0, -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))]
+    assert bit_entropy(bits)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    quantizer = BinaryQuantizer(3, 4)
+    assert float(quantizer.usage(bits)["bit_entropy"]) == pytest.approx(sum(expected) / 3, abs=1e-6)
+
+
+def test_codebook_usage_and_perplexity_count_each_codebook():
+    indices = torch.tensor([[[0, 5], [1, 5]], [[2, 5], [3, 5]]])
+    assert codebook_usage(indices, (8, 10)).tolist() == pytest.approx([0.5, 0.1])
+    assert perplexity(indices, (8, 10)).tolist() == pytest.approx([4.0, 1.0])
+    assert perplexity(torch.tensor([[0, 0, 0, 1]]), (2**40,)).tolist() == pytest.approx(
+        [math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))]
+    )
+    with pytest.raises(ValueError, match=r"2 codebooks.*name 3"):
+        codebook_usage(indices, (8, 8, 8))
+
+
+def test_continuous_codes_have_no_usage():
+    assert GaussianQuantizer(3).usage(torch.randn(2, 4, 3)) == {}

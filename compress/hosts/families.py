@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +73,11 @@ class Host:
     media_ids: dict[str, int]
     family: Family
     name: str
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """What the core's forward takes; reading it anew would cost more than all else in a decode step."""
+        return inspect.signature(self.core.forward)
 
     @property
     def config(self) -> Any:
