@@ -8,6 +8,7 @@ them, its attention function is wrapped through the public `AttentionInterface` 
 function still computes the output.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def attention_rows(
     groups = heads // key.shape[1]
     scaling = width**-0.5 if scaling is None else scaling
     grouped = query.float().reshape(batch, key.shape[1], groups * rows, width)
-    logits = (grouped * scaling) @ key.float().transpose(2, 3)
+    with torch.autocast(query.device.type, enabled=False):  # half precision would change what is kept
+        logits = (grouped * scaling) @ key.float().transpose(2, 3)
     logits = logits.reshape(batch, heads, rows, key.shape[2])
     if mask is not None:
         if mask.dtype == torch.bool:
@@ -123,7 +125,15 @@ def watched(implementation: str) -> str:
 
     if implementation.startswith(_PREFIX):
         return implementation
-    name = _PREFIX + implementation
+    # Names with a slash would be looked for on the hub.
+    name = _PREFIX + re.sub(r"[/:|@]", "_", implementation)
+    if implementation != "eager" and implementation not in ALL_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"the attention implementation {implementation!r} is not registered with transformers, so it "
+            "cannot be "
+            'observed; load the model with attn_implementation="sdpa", or use a reducer that reads no '
+            "attention"
+        )
     if name not in ALL_ATTENTION_FUNCTIONS:
         stock = None if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         AttentionInterface.register(name, _reporting(stock))

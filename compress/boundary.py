@@ -12,6 +12,7 @@ from .call import Call, past_columns, read_prompt
 from .hosts.families import Host
 from .hosts.shrink import encoder
 from .layout import Layout, Span, compact, gather
+from .masks import shrunk, slide
 from .reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count
 
 
@@ -140,6 +141,9 @@ def decide(
     return selection, numbers[selection.kept.to(numbers.device)]
 
 
+_SHORTENED = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks")
+
+
 def shorten(
     host: Host,
     call: Call,
@@ -162,6 +166,9 @@ def shorten(
         kwargs["deepstack_visual_embeds"] = [
             x[remaining.to(x.device)] for x in _deepstack(call, shown, kwargs["deepstack_visual_embeds"])
         ]
+    for key, value in kwargs.items():  # such as Gemma's inputs for each layer
+        if key not in _SHORTENED and isinstance(value, Tensor) and value.shape[:2] == stay.shape:
+            kwargs[key] = gather(value, index)
     kwargs["attention_mask"] = _mask(host, call, kwargs.get("attention_mask"))
     return kwargs
 
@@ -199,36 +206,16 @@ def _mask(host: Host, call: Call, mask: Any) -> Any:
     layout, entries = call.layout, call.entries[0]
     valid = torch.cat([past_columns(call, 0), layout.valid], 1) if entries else layout.valid
     if isinstance(mask, dict):
-        full = _shrunk(mask["full_attention"], layout, valid, entries)
+        if mask["full_attention"] is None:  # nothing was masked; the model makes its own from two dimensions
+            return valid.long()
+        full = shrunk(mask["full_attention"], layout, valid, entries)
         shorter = {"full_attention": full}
         if "sliding_attention" in mask:
-            shorter["sliding_attention"] = _slide(full, host.lm.config.sliding_window)
+            shorter["sliding_attention"] = slide(full, host.lm.config.sliding_window)
         return shorter
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        return _shrunk(mask, layout, valid, entries)
+        return shrunk(mask, layout, valid, entries)
     return valid.long()
-
-
-def _shrunk(mask: Tensor, layout: Layout, valid: Tensor, entries: int) -> Tensor:
-    """Rows and columns of a 4-D mask [B, 1, L, entries + L] that remain; columns that are not real are
-    masked."""
-    batch, index = len(layout.index), layout.index.to(mask.device)
-    rows = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-    mask = mask.expand(batch, -1, -1, -1).gather(2, rows)
-    past = torch.arange(entries, device=index.device).expand(batch, -1)
-    columns = torch.cat([past, index + entries], 1)[:, None, None].expand(
-        -1, mask.shape[1], mask.shape[2], -1
-    )
-    mask = mask.gather(3, columns)
-    hidden = ~valid.to(mask.device)[:, None, None]
-    return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-
-
-def _slide(full: Tensor, window: int) -> Tensor:
-    """The part of a full mask within a window, counted in tokens that are left."""
-    rows = torch.arange(full.shape[2], device=full.device) + full.shape[3] - full.shape[2]
-    near = torch.arange(full.shape[3], device=full.device) > rows[:, None] - window
-    return full & near if full.dtype == torch.bool else full.masked_fill(~near, torch.finfo(full.dtype).min)
 
 
 def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from .cache import CacheState, ReducedDynamicCache, adopt, extended, physical, state_of
 from .hosts.families import Host, Record
 from .layout import Layout, Prompt, find_spans
+from .reducer import Stage
 
 CURRENT: ContextVar["Call | None"] = ContextVar("vistok_call", default=None)
 
@@ -29,6 +30,9 @@ FUNCTIONAL = (
 class Call:
     """State of one forward of the core; it lives in a context variable, so threads do not meet."""
 
+    host: Host
+    outer: "Call | None" = None
+    outer_probes: Any = None
     prefill: bool = False
     passed: bool = False  # features that session.prepare has reduced already
     ids: Tensor | None = None
@@ -50,6 +54,8 @@ class Call:
     scores: dict[int, Tensor] = field(default_factory=dict)
     measured: Tensor | None = None
     deepstack: list[Tensor] | None = None
+    full_mask: Tensor | None = None  # of full-attention layers, where the core makes masks
+    budgets: dict[Stage, list[Any]] = field(default_factory=dict)  # of each span, inside the model
     derived: dict[Any, Any] = field(default_factory=dict)  # masks and rotations shared by layers
     held: dict[int, Layout] = field(default_factory=dict)  # layers whose cache holds less than they computed
     columns: list[Tensor | None] | None = None  # which entries of the cache are real, once it is shortened
@@ -61,6 +67,7 @@ class Call:
         state = state_of(self.cache)
         self.columns = None if state is None else state.columns
         self.cache = self.state = self.positions = self.measured = self.deepstack = self.relative = None
+        self.full_mask = None
         self.outputs, self.scores, self.derived = {}, {}, {}
         for span in self.prompt.spans:
             span.record = span.deepstack = None
@@ -75,6 +82,12 @@ class Call:
             self.seconds += time.perf_counter() - start
 
 
+def current(host: Host | None) -> Call | None:
+    """The call of this model that is under way in this thread of execution, if any."""
+    call = CURRENT.get()
+    return call if call is not None and call.host is host else None
+
+
 def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str | None) -> tuple[Call, dict]:
     """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
 
@@ -85,7 +98,7 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str
     bound = host.signature.bind(*args, **kwargs).arguments
     arguments = {**bound.pop("kwargs", {}), **bound}
     cache = arguments.get("past_key_values")
-    call = Call(cache=cache, state=state_of(cache))
+    call = Call(host, cache=cache, state=state_of(cache))
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = any(arguments.get(f"pixel_values{suffix}") is not None for suffix in ("", "_videos"))
     records = [_record_of(output) for output in outputs.values()]
@@ -179,6 +192,17 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
         record = _record_of(output) or Record(modality, lengths)
         records[modality] = (record, lengths)
     call.full = length
+    for modality, token in host.media_ids.items():
+        if (
+            modality not in records
+            and token not in {host.media_ids[m] for m in records}
+            and (call.ids == token).any()
+        ):
+            raise RuntimeError(
+                f"the prompt holds {modality} placeholders, but {host.name} made no {modality} features "
+                f"through get_{modality}_features while the reducer was attached, so nothing could be "
+                "dropped; attach again, or give the features as mm_encoder_outputs"
+            )
     real = torch.ones_like(call.ids, dtype=torch.bool) if call.mask is None else call.mask[:, -length:].bool()
     call.prompt = find_spans(host, call.ids, real, records)
     index = torch.arange(length, device=real.device).expand(real.shape[0], -1)

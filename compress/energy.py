@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .merge import Matching, bipartite_soft_matching
+from .merge import Matching, bipartite_soft_matching, similarity
 
 Rule = Literal["pitome", "pitome_bsm", "bsm", "text"]
 
@@ -95,4 +95,4 @@ def _cosines(x: Tensor, y: Tensor | None = None) -> Tensor:
     exact = torch.promote_types(x.dtype, torch.float32)
     x = F.normalize(x.to(exact), dim=-1)
     y = x if y is None else F.normalize(y.to(exact), dim=-1)
-    return x @ y.transpose(1, 2)
+    return similarity(x, y)

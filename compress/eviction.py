@@ -1,21 +1,21 @@
 """Evicting visual tokens from the cache of a language model, once the prompt has been read."""
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from .boundary import budget_of, view
 from .call import Call, past_columns
-from .hosts.families import Host
 from .layout import Layout, compact
-from .reducer import Budget, CacheReducer, count_of
+from .reducer import CacheReducer, Stage, count_of
 
 
-def evict(host: Host, call: Call, reducer: CacheReducer, keep: Budget) -> None:
+def evict(call: Call, reducer: CacheReducer) -> None:
     """Remove entries of visual tokens from every full-attention layer, after the prompt has been read.
 
     Writes the remaining entries into the cache's state; layers of sliding windows are left alone.
     """
     state, cache = call.cache.reduction, call.cache
+    shared: dict[tuple[tuple[int, ...], int], Tensor] = {}
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer) or not layer.is_initialized:
             continue
@@ -29,8 +29,7 @@ def evict(host: Host, call: Call, reducer: CacheReducer, keep: Budget) -> None:
                 continue
             tokens = (places + entries).to(layer.keys.device)
             keys, values = layer.keys[span.row][:, tokens], layer.values[span.row][:, tokens]
-            features = keys.transpose(0, 1).flatten(1)
-            budget = budget_of(keep, view(host, span, features, features[:0]), None)
+            budget = call.budgets[Stage.CACHE][number]
             count = len(places) if budget is None else count_of(budget, len(places))
             if count >= len(places):
                 continue
@@ -47,7 +46,9 @@ def evict(host: Host, call: Call, reducer: CacheReducer, keep: Budget) -> None:
         layer.values = layer.values.gather(
             2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
         )
-        state.columns[i], state.ragged[i] = valid, ragged
+        # Entries stand to the right, so equal counts make equal columns: layers share them, and their masks.
+        counts = tuple(valid.sum(1).tolist())
+        state.columns[i], state.ragged[i] = shared.setdefault((counts, valid.shape[1]), valid), ragged
         places = layout.index.gather(1, (index - entries).clamp_min(0))
         call.held[i] = Layout(places, valid & (index >= entries), ragged)
         state.gap[i] = state.length - index.shape[1]

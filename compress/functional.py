@@ -95,7 +95,7 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
 
 def _encode(host: Host, inputs: Mapping[str, Any]) -> tuple[Call, dict[str, Any]]:
     """Make the features of all media; returns a call that holds them and the inputs that are left."""
-    call, used = Call(prefill=True, ids=inputs["input_ids"], mask=inputs.get("attention_mask")), set()
+    call, used = Call(host, prefill=True, ids=inputs["input_ids"], mask=inputs.get("attention_mask")), set()
     for modality in MEDIA:
         encode = getattr(host.core, f"get_{modality}_features", None)
         if encode is None:

@@ -1,19 +1,19 @@
 """Dropping visual tokens between the layers of a language model."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_causal_mask
 
 from .attention import Probe, Seen, attention_rows, mask_rows, probing
-from .boundary import budget_of, view
 from .cache import extended
-from .call import CURRENT, Call, past_columns
+from .call import Call, current, past_columns
 from .hosts.families import Host
-from .layout import Layout, Span, compact, gather
-from .reducer import Budget, LayerReducer, LayerTokens, count_of
+from .layout import Layout, compact, gather
+from .masks import build, shrunk, slide
+from .reducer import LayerReducer, LayerTokens, Stage, count_of
 
 Trace = Callable[[str, Tensor], None]
 
@@ -26,11 +26,10 @@ class LayerCuts:
         self,
         host: Host,
         reducer: LayerReducer | None,
-        keep: Callable[[], Budget],
         compact_positions: bool,
         trace: Trace,
     ) -> None:
-        self.host, self.reducer, self.keep, self.compact = host, reducer, keep, compact_positions
+        self.host, self.reducer, self.compact = host, reducer, compact_positions
         self.trace = trace
         count = len(host.layers)
         self.cuts = sorted(reducer.cuts(count)) if reducer is not None else []
@@ -45,8 +44,26 @@ class LayerCuts:
                 f"{type(reducer).__name__} ranks tokens by the attention of the layer before, so it cannot "
                 "drop before layer 0"
             )
+        if reducer is not None:
+            self._check(count)
         self.measured = reducer.measured_layers(count) if reducer is not None else ()
         self.first = self.cuts[0] if self.cuts else 0  # without cuts: layers whose cache is evicted
+
+    def _check(self, count: int) -> None:
+        """Refuse schedules that cannot be met, and layers that cannot be cut."""
+        name, cuts = type(self.reducer).__name__, self.reducer.cuts(count)
+        shares = list(cuts.values())
+        falling = all(a >= b for a, b in pairwise(shares))
+        if list(cuts) != self.cuts or not falling or not all(0 < share <= 1 for share in shares):
+            raise ValueError(
+                f"{name} is to keep the shares {shares} before layers {list(cuts)}; layers must ascend, and "
+                "shares fall or stay, above 0 and up to 1"
+            )
+        if getattr(self.host.lm.config, "hidden_size_per_layer_input", 0):
+            raise TypeError(
+                f"{self.host.name} feeds every layer with inputs of its own for each token, so {name} "
+                "cannot drop tokens inside it; use a reducer of features"
+            )
 
     def attach(self) -> list[Any]:
         """Register the hooks; returns their handles."""
@@ -88,7 +105,7 @@ class LayerCuts:
         self, call: Call, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
     ) -> Tensor:
         """Head-mean attention [B, L] that each token of the call gets from the reducer's rows."""
-        index, real = self._row_index(call)
+        index, real = (x.to(query.device) for x in self._row_index(call))
         length = query.shape[2]
         wanted = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         rows = attention_rows(
@@ -116,7 +133,7 @@ class LayerCuts:
         real = real | (nothing & (torch.arange(count, device=index.device) == 0))
         return index, real.float()
 
-    def _next_rows(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _next_rows(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The rows of layer i on the states that are about to enter it: its attention is called and left as
         soon as queries and keys are there."""
         layer, attention, found = self.host.layers[i], self.host.attention(i), []
@@ -135,22 +152,21 @@ class LayerCuts:
                 attention(hidden_states=layer.input_layernorm(hidden), **passed)
             except Seen:
                 return found[0]
-        raise RuntimeError(f"{type(attention).__name__} did not report its queries and keys")
+        return None
 
     def _measure(self, i: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            call = CURRENT.get()
+            call = current(self.host)
             if call is None or not call.prefill:
                 return
             inputs = args[0] if args else kwargs["hidden_states"]
             outputs = output[0] if isinstance(output, tuple) else output
             with torch.no_grad(), call.timed():
-                visual = call.prompt.image.gather(1, call.layout.index) >= 0
-                vector = self.reducer.measure(
-                    name, inputs, outputs, call.layout.valid, visual & call.layout.valid
-                )
+                visual = (call.prompt.image.gather(1, call.layout.index) >= 0) & call.layout.valid
+                valid, visual = call.layout.valid.to(outputs.device), visual.to(outputs.device)
+                vector = self.reducer.measure(name, inputs, outputs, valid, visual)
                 self.trace(f"{name}.{i}", vector)
-                call.measured = vector if call.measured is None else call.measured + vector
+                call.measured = vector if call.measured is None else call.measured.to(vector.device) + vector
 
         return hook
 
@@ -158,7 +174,7 @@ class LayerCuts:
 
     def _before(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            call = CURRENT.get()
+            call = current(self.host)
             if call is None:
                 return None
             if not call.prefill:
@@ -167,27 +183,27 @@ class LayerCuts:
                 changed = self._continue(call, i, args, kwargs)
                 return None if changed is None else (args, changed)
             hidden = args[0] if args else kwargs["hidden_states"]
-            current = self._adjusted(call, i, hidden, kwargs)
+            adjusted = self._adjusted(call, i, hidden, kwargs)
             if i in self.cuts:
                 # Row probes saw this layer's or the previous one's queries with today's layout.
                 with call.timed():
-                    stay = self._decide(call, i, hidden, current)
+                    stay = self._decide(call, i, hidden, adjusted)
                 if stay is not None:
                     hidden = self._cut(call, i, hidden, stay)
-                    current = self._adjusted(call, i, hidden, kwargs)
+                    adjusted = self._adjusted(call, i, hidden, kwargs)
             call.layouts.append(call.layout)
             call.removed.append(call.derived.get("removed"))
-            if current is kwargs:
+            if adjusted is kwargs:
                 return None
             if args:
-                return (hidden, *args[1:]), current
-            return args, {**current, "hidden_states": hidden}
+                return (hidden, *args[1:]), adjusted
+            return args, {**adjusted, "hidden_states": hidden}
 
         return hook
 
     def _after(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            call = CURRENT.get()
+            call = current(self.host)
             if call is None or not call.deepstack or i >= len(call.deepstack):
                 return None
             added = call.deepstack[i]
@@ -205,19 +221,26 @@ class LayerCuts:
         attention = call.scores.get(i)
         if reducer.rows and reducer.rows_of == "next":
             attention = self._next_rows(call, i, hidden, kwargs)
+        if reducer.rows and attention is None:
+            raise RuntimeError(
+                f"attention did not report to {type(reducer).__name__} before layer {i}: its implementation "
+                "was changed while the reducer is attached; change it first, then attach"
+            )
         image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
         stay, dropped = layout.valid.clone(), False
         for number, span in enumerate(call.prompt.spans):
             places = (image[span.row] == number).nonzero().squeeze(1)
             original = call.derived.setdefault(("tokens", number), len(places))
-            count = self._count(call, span, i, original, hidden)
+            count = self._count(call, number, i, original)
             if count >= len(places) or not len(places):
                 continue
             tokens = LayerTokens(
                 layer=i,
                 hidden=hidden[span.row, places.to(hidden.device)],
                 attention=None if attention is None else attention[span.row, places.to(attention.device)],
-                measured=None if call.measured is None else call.measured[span.row, places.to(hidden.device)],
+                measured=None
+                if call.measured is None
+                else call.measured[span.row, places.to(call.measured.device)],
                 record=lambda name, value, number=number: self.trace(f"{name}.{i}", value),
             )
             with torch.no_grad():
@@ -233,22 +256,19 @@ class LayerCuts:
             dropped = True
         return stay if dropped else None
 
-    def _count(self, call: Call, span: Span, i: int, original: int, hidden: Tensor) -> int:
-        """Tokens of an image that stay at cut i, of the `original` ones that entered the language model."""
-        key = ("shares", id(span))
+    def _count(self, call: Call, number: int, i: int, original: int) -> int:
+        """Tokens of image `number` that stay at cut i, of the `original` ones that entered the language
+        model."""
+        key = ("shares", number)
         if key not in call.derived:
-            keep = self.keep()
-            if callable(keep):
-                features = hidden.new_empty(original, hidden.shape[-1])
-                keep = keep(view(self.host, span, features, hidden.new_empty(0, hidden.shape[-1])))
-            budget = budget_of(keep, None, None)
+            budget = call.budgets[Stage.LAYER][number]
             if isinstance(budget, int):
                 count_of(budget, original)  # raises when the image has fewer
             share = budget / original if isinstance(budget, int) else budget
             call.derived[key] = (self.reducer.schedule(len(self.host.layers), share), budget)
         shares, budget = call.derived[key]
-        if isinstance(budget, int) and i == max(shares):
-            return budget
+        if isinstance(budget, int):
+            return budget if i == max(shares) else max(budget, self.reducer.count(shares[i], original))
         return max(1, self.reducer.count(shares[i], original))
 
     def _cut(self, call: Call, i: int, hidden: Tensor, stay: Tensor) -> Tensor:
@@ -323,26 +343,23 @@ class LayerCuts:
             made = None
         else:
             real = torch.cat([past_columns(call, i), layout.valid], 1)
-            made = _build(self.host, i, hidden, real, call.cache)
+            made = build(self.host, i, hidden, real, call.cache)
         call.derived[key] = made
         return made
 
     def _first_mask(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
         layout = call.layout
+        if self.host.layer_type(i) == "sliding_attention":
+            # A window counts the tokens that are left, as the cache will.
+            if call.full_mask is None:
+                return build(self.host, i, hidden, layout.valid, None)
+            full = shrunk(call.full_mask, Layout(call.relative, layout.valid, layout.ragged), layout.valid, 0)
+            return slide(full, self.host.lm.config.sliding_window)
         if mask is None:
-            if not layout.ragged:
-                return None
-            return create_causal_mask(self.host.lm.config, hidden, layout.valid, None, None)
-        index = call.relative.to(mask.device)
+            return build(self.host, i, hidden, layout.valid, None) if layout.ragged else None
         if mask.ndim == 2:
-            return mask.gather(1, index) * layout.valid.to(mask)
-        mask = mask.expand(len(index), -1, -1, -1)
-        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        mask = mask.gather(3, index[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
-        hidden_columns = ~layout.valid.to(mask.device)[:, None, None]
-        return mask.masked_fill(
-            hidden_columns, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        )
+            return gather(mask, call.relative) * layout.valid.to(mask)
+        return shrunk(mask, Layout(call.relative, layout.valid, layout.ragged), layout.valid, 0)
 
     def _continue(self, call: Call, i: int, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """A layer's arguments in a later call on a cache whose layers hold different tokens."""
@@ -379,20 +396,7 @@ class LayerCuts:
             if call.mask is not None:
                 latest = call.mask[:, call.length : call.length + new].bool().to(past.device)
             real = torch.cat([past, latest], 1)
-        return _build(self.host, i, hidden, real, call.cache)
-
-
-def _build(host: Host, i: int, hidden: Tensor, real: Tensor | None, cache: Any) -> Tensor | None:
-    """The mask of layer i for new states on top of its own entries; `real` [B, entries + new]."""
-    make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[host.layer_type(i)]
-    return make(
-        config=host.lm.config,
-        inputs_embeds=hidden,
-        attention_mask=real,
-        past_key_values=cache,
-        position_ids=None,
-        layer_idx=i,
-    )
+        return build(self.host, i, hidden, real, call.cache)
 
 
 def _gather_rotary(embeddings: Any, index: Tensor) -> Any:

@@ -100,7 +100,7 @@ def bipartite_soft_matching(
     if not r or bool(mask[1::2].all()):
         return Matching.identity(batch, tokens, metric.device)
     with torch.no_grad():
-        scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # [B, |A|, |B|]
+        scores = similarity(unit[:, ::2], unit[:, 1::2])  # [B, |A|, |B|]
         if shielded:
             mask = mask.to(metric.device)
             scores.masked_fill_(mask[::2, None] | mask[1::2], -torch.inf)
@@ -133,7 +133,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
     kept = places[:, -1].expand(batch, -1)
     source = places[:, :-1].flatten().expand(batch, -1)
     with torch.no_grad():
-        destination = (unit[:, source[0]] @ unit[:, kept[0]].transpose(1, 2)).argmax(-1)
+        destination = similarity(unit[:, source[0]], unit[:, kept[0]]).argmax(-1)
     return Matching(kept, source, destination, places.numel())
 
 
@@ -172,6 +172,13 @@ def representatives(groups: Tensor, count: int) -> Tensor:
     places = torch.arange(tokens, device=groups.device).expand(batch, -1)
     first = groups.new_full((batch, count), tokens)
     return first.scatter_reduce(1, groups, places, reduce="amin").sort(-1).values
+
+
+def similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Products of all rows of x [B, N, C] and y [B, M, C], [B, N, M], in their own precision even under
+    autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ y.transpose(1, 2)
 
 
 def _unit(metric: Tensor) -> Tensor:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from . import report
 from .attention import watch, watched
-from .boundary import choose, enter, shorten
-from .call import CURRENT, Call, begin, finish
+from .boundary import budget_of, choose, enter, shorten, view
+from .call import CURRENT, Call, begin, current, finish
 from .eviction import evict
 from .explain import Explanation, explain
 from .functional import Prepared, prepare
@@ -27,7 +27,8 @@ from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
 from .report import Report
 
-_ATTACHED: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+# A core knows its session; its hooks keep the session alive, and nothing here does.
+_ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Session]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -65,16 +66,36 @@ def attach(
                 "attach one of them, or one a stage"
             )
         stages[item.stage] = item
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}; give a transformers VLM or a timm VisionTransformer")
+    model = _unwrapped(model)
     with _LOCK:
-        if model in _ATTACHED:
+        other = _attached(model)
+        if other is not None:
             raise ValueError(
                 f"this {type(model).__name__} already has a session with "
-                f"{', '.join(type(r).__name__ for r in _ATTACHED[model].reducers)}; detach it first, change "
+                f"{', '.join(type(r).__name__ for r in other.reducers)}; detach it first, change "
                 "session.keep between calls, or attach one list of reducers"
             )
         session = Session(model, stages, keep, positions)
-        _ATTACHED[model] = session
+        _ATTACHED[_anchor(model)] = ref(session)
     return session
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper."""
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else base()
+
+
+def _anchor(model: nn.Module) -> nn.Module:
+    """What a model and its parts have in common, however they are given."""
+    return getattr(model, "base_model", model)
+
+
+def _attached(model: nn.Module) -> Session | None:
+    found = _ATTACHED.get(_anchor(model))
+    return None if found is None else found()
 
 
 class Session:
@@ -123,9 +144,15 @@ class Session:
         """
         while self._undo:
             self._undo.pop()()
-        self._clear()
-        if _ATTACHED.get(self.model) is self:
-            del _ATTACHED[self.model]
+        self._leave(current(self.host))
+        if _attached(self.model) is self:
+            del _ATTACHED[_anchor(self.model)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        raise TypeError(
+            f"a {type(self.model).__name__} with reducers attached cannot be copied: the copy could not be "
+            "detached; detach, copy, and attach again"
+        )
 
     # What happened ------------------------------------------------------------------------------------------
 
@@ -189,6 +216,12 @@ class Session:
         layer, cache = self._stages.get(Stage.LAYER), self._stages.get(Stage.CACHE)
         wanted = {} if features is None else features.tower_layers()
         states = None if features is None else features.wants_states()
+        if vision is not None and (wanted or states is not None):
+            raise ValueError(
+                f"{type(features).__name__} reads the tower's attention, which is not that of its patches "
+                f"once {type(vision).__name__} merges them; attach one of them, or a method that reads "
+                "features alone"
+            )
         pixels = features is not None and features.wants_pixels
         self._features = FeatureRecorder(host, wanted, states, self._made, pixels=pixels)
         if vision is not None:
@@ -203,7 +236,7 @@ class Session:
             self._watch(text=watch_text, vision=watch_tower)
         self._cuts = None
         if layer is not None or cache is not None:
-            self._cuts = LayerCuts(host, layer, self._budget_of(layer), self._compact(layer), self._note)
+            self._cuts = LayerCuts(host, layer, self._compact(layer), self._note)
         core, lm = host.core, host.lm
         hooks = [
             core.register_forward_pre_hook(self._core_before, with_kwargs=True, prepend=True),
@@ -231,7 +264,13 @@ class Session:
             stock[name] = module.config._attn_implementation
             names[name] = watched(stock[name])
         self.model.set_attn_implementation(names)
-        self._undo.append(lambda: self.model.set_attn_implementation(stock))
+
+        def restore() -> None:  # what the user has set since stays
+            ours = {n: stock[n] for n in names if getattr(config, n)._attn_implementation == names[n]}
+            if ours:
+                self.model.set_attn_implementation(ours)
+
+        self._undo.append(restore)
 
     def _budget_of(self, reducer: Reducer | None) -> Callable[[], Budget]:
         return lambda: None if reducer is None else reducer.keep if self._keep is None else self._keep
@@ -254,34 +293,37 @@ class Session:
 
     def _made(self, modality: str, output: Any, record: Record) -> None:
         output.vistok_record = record
-        call = CURRENT.get()
+        call = current(self.host)
         if call is None:  # generate makes features before its first forward
             self._waiting.source = "made"
         else:
             call.outputs[modality] = output
 
     def _core_before(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._clear()  # an interrupt may have left a call behind
+        stale = current(self.host)
+        if stale is not None:  # an interrupt has left it behind
+            self._leave(stale)
         source, self._waiting.source = getattr(self._waiting, "source", None), None
         call, arguments = begin(self.host, args, kwargs, source)
         if call.passed:
             self._waiting.source = "prepared"
         if not call.prefill and call.state is None:
             return None
+        call.outer, call.outer_probes = CURRENT.get(), watch(None)  # another model's, if this runs inside it
         CURRENT.set(call)
         return (), arguments
 
     @staticmethod
-    def _clear() -> None:
-        if CURRENT.get() is not None:
-            CURRENT.set(None)
-            watch(None)
+    def _leave(call: Call | None) -> None:
+        if call is not None:
+            CURRENT.set(call.outer)
+            watch(call.outer_probes)
 
     def _core_after(self, core: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._clear()
+        self._leave(current(self.host))
 
     def _lm_before(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = CURRENT.get()
+        call = current(self.host)
         if call is None:
             return None
         enter(self.host, call, kwargs)
@@ -294,6 +336,7 @@ class Session:
     def _reduce(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         features = self._stages.get(Stage.FEATURES)
         call.kept = [torch.arange(len(span.places)) for span in call.prompt.spans]
+        changed = kwargs["inputs_embeds"]
         if features is not None or Stage.VISION in self._stages:
             budget, renumbered = self._budget_of(features)(), self._compact(features)
             embeds = kwargs["inputs_embeds"]
@@ -305,12 +348,29 @@ class Session:
             if not torch.equal(stay, call.start.valid):
                 kwargs = shorten(self.host, call, kwargs, stay, "compact" if renumbered else "keep")
                 call.positions = kwargs["position_ids"]
+        if self._cuts is not None:
+            self._budgets(call, changed)
+        mask = kwargs.get("attention_mask")
+        call.full_mask = mask.get("full_attention") if isinstance(mask, dict) else None
         call.entering = call.layout
         before = len(self.host.layers) if self._cuts is None else self._cuts.first
         call.layouts, call.removed = [call.layout] * before, [None] * before
         if self._cuts is not None and kwargs.get("deepstack_visual_embeds") is not None:
             kwargs = self._spread_deepstack(call, kwargs)
         return kwargs
+
+    def _budgets(self, call: Call, embeds: Tensor) -> None:
+        """Ask budgets that are functions of the image, with the tokens that enter the language model."""
+        for stage in (Stage.LAYER, Stage.CACHE):
+            keep = self._budget_of(self._stages.get(stage))()
+            call.budgets[stage] = []
+            for span, kept in zip(call.prompt.spans, call.kept, strict=True):
+                if callable(keep):
+                    places = span.places.to(embeds.device)[kept.to(embeds.device)]
+                    image = view(self.host, span, embeds[span.row, places], embeds[span.row, :0])
+                    call.budgets[stage].append(budget_of(keep, image, None))
+                else:
+                    call.budgets[stage].append(keep)
 
     def _spread_deepstack(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Features that Qwen3-VL adds after its first layers, as tensors [B, L, D] that can be cut like
@@ -331,7 +391,7 @@ class Session:
         return self._features.token_groups(span)
 
     def _lm_after(self, lm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        call = CURRENT.get()
+        call = current(self.host)
         if call is None or not call.prefill:
             return None
         watch(None)
@@ -343,7 +403,7 @@ class Session:
             features = self._stages.get(Stage.FEATURES)
             finish(call, cache, self._compact(features))
             if eviction is not None and cache is not None and hasattr(cache, "reduction"):
-                evict(self.host, call, eviction, self._budget_of(eviction)())
+                evict(call, eviction)
         if call.layouts[-1] is not call.start:
             output.last_hidden_state = _restored(output.last_hidden_state, call)
         call.release()

@@ -511,7 +511,7 @@ def test_a_session_keeps_no_cache_or_features_alive():
 
 
 def _tensors(session: compress.Session) -> list[torch.Tensor]:
-    found, seen, todo = [], set(), [session._last]
+    found, seen, todo = [], {id(session.host)}, [session._last]
     while todo:
         item = todo.pop()
         if id(item) in seen:
@@ -526,3 +526,166 @@ def _tensors(session: compress.Session) -> list[torch.Tensor]:
         elif hasattr(item, "__dict__"):
             todo += vars(item).values()
     return found
+
+
+# Around a session -------------------------------------------------------------------------------------------
+
+
+def test_a_forgotten_session_does_not_keep_its_model():
+    model = tiny_vlm("llava")[0]
+    compress.attach(model, "divprune")
+    gone = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_is_the_same_however_it_is_given():
+    model, *_ = tiny_vlm("llava")
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def get_base_model(self):
+            return self.inner
+
+    with compress.attach(Wrapper(), "divprune"):
+        for other in (model, model.model, Wrapper()):
+            with pytest.raises(ValueError, match="already has a session"):
+                compress.attach(other, "fastv")
+    compress.attach(model.model, "divprune").detach()
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        FastV(k=1),
+        TransPrune(
+            accumulating_layer_list=(1,), pruning_layer_list=(1, 2), image_token_ratio_list=(0.5, 0.2)
+        ),
+        "hired",
+        "divprune",
+    ],
+    ids=str,
+)
+def test_autocast_changes_no_scores_to_half_precision(reducer):
+    model, _, inputs = tiny_vlm("llava")
+    with torch.no_grad(), compress.attach(model, reducer, keep=0.5) as session:
+        session.trace = {}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(**inputs(2))
+    assert torch.isfinite(out.logits).all()
+    assert all(
+        value.dtype == torch.float32 for name, v in session.trace.items() if "score" in name for value in v
+    )
+
+
+def test_features_made_past_the_session_are_not_silently_left_whole():
+    model, _, inputs = tiny_vlm("llava")
+    with compress.attach(model, "divprune", keep=0.5):
+        del vars(model.model)["get_image_features"]
+        with pytest.raises(RuntimeError, match="made no image features through get_image_features"):
+            model(**inputs(1))
+
+
+def test_a_users_own_feature_function_comes_back():
+    model, _, inputs = tiny_vlm("llava")
+    stock, calls = model.model.get_image_features, []
+
+    def counted(pixel_values, **kwargs):
+        calls.append(1)
+        return stock(pixel_values, **kwargs)
+
+    model.model.get_image_features = counted
+    with torch.no_grad(), compress.attach(model, "divprune", keep=0.5):
+        model(**inputs(1))
+    assert model.model.get_image_features is counted
+    assert calls == [1]
+
+
+def test_changing_the_attention_while_attached_is_said_and_kept():
+    model, _, inputs = tiny_vlm("llava")
+    with torch.no_grad(), compress.attach(model, FastV(k=1)):
+        model.set_attn_implementation("eager")
+        with pytest.raises(RuntimeError, match="implementation was changed"):
+            model(**inputs(1))
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "eager"
+
+
+def test_a_model_may_run_inside_another():
+    outer, _, inputs = tiny_vlm("llava")
+    inner, _, other = tiny_vlm("internvl")
+    with torch.no_grad(), compress.attach(outer, [DivPrune(), FastV(k=1)], keep=0.5):
+        expected = outer(**inputs(2)).logits
+        with compress.attach(inner, [DivPrune(), FastV(k=1)], keep=0.5):
+            alone = inner(**other(2)).logits
+            nested = []
+            handle = outer.model.language_model.layers[0].register_forward_pre_hook(
+                lambda *_: nested.append(inner(**other(2)).logits)
+            )
+            found = outer(**inputs(2)).logits
+            handle.remove()
+    assert torch.equal(found, expected)
+    assert torch.equal(nested[0], alone)
+    assert CURRENT.get() is None
+
+
+def test_copies_of_attached_models_are_refused():
+    model, *_ = tiny_vlm("llava")
+    with compress.attach(model, "divprune"), pytest.raises(TypeError, match="detach, copy, and attach again"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_functions_of_the_image_see_its_tokens_at_every_stage():
+    model, _, inputs = tiny_vlm("llava")
+    seen: dict[str, list[float]] = {}
+    for stage, reducer in (("features", UniformGrid()), ("layer", Cut(k=1)), ("cache", KeyNorm())):
+
+        def keep(image, stage=stage):
+            seen.setdefault(stage, []).append(float(image.features.abs().sum()))
+            return 0.5
+
+        with torch.no_grad(), compress.attach(model, reducer, keep=keep):
+            model(**inputs(1), use_cache=True)
+    assert seen["layer"] == seen["cache"] == seen["features"] and len(seen["features"]) == 1
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        FastV(k=1, r=1.0),
+        FastV(k=1, r=2.0),
+        compress.PyramidDrop(layer_list=(1, 2), image_token_ratio_list=(0.25, 0.5)),
+        compress.PyramidDrop(layer_list=(2, 1), image_token_ratio_list=(0.5, 0.25)),
+        compress.PyramidDrop(layer_list=(1, 2), image_token_ratio_list=(0.5, 0.0)),
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be_met_are_refused(reducer):
+    model, *_ = tiny_vlm("llava")
+    with pytest.raises(ValueError, match="layers must ascend, and shares fall"):
+        compress.attach(model, reducer)
+
+
+def test_reading_a_towers_attention_and_merging_in_it_exclude_each_other():
+    model, *_ = tiny_vlm("llava")
+    with pytest.raises(ValueError, match="HiRED reads the tower's attention"):
+        compress.attach(model, [ToMe(r=1), "hired"])
+
+
+def test_sliding_windows_count_the_tokens_that_are_left():
+    model, _, inputs = tiny_vlm("gemma3", seed=2)
+    inputs = inputs(1)
+    ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+    rest = {k: v for k, v in inputs.items() if k.startswith("pixel")}
+    types = inputs["token_type_ids"]
+    with torch.no_grad(), compress.attach(model, Cut(k=1), keep=0.5):
+        whole = model(input_ids=ids, token_type_ids=types, **rest).logits[:, -1]
+        out = model(input_ids=ids[:, :-1], token_type_ids=types[:, :-1], use_cache=True, **rest)
+        position = torch.tensor([[length - 1]])
+        step = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, position_ids=position)
+    assert torch.allclose(step.logits[:, -1], whole, atol=1e-5)

@@ -212,6 +212,8 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family(_mistral3, pool="spatial_merge_size", order="images"),
 }
 
+_ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+
 _OTHER_CUTS = {"mllama", "blip-2", "instructblip"}
 
 _REFUSED = {
@@ -228,12 +230,15 @@ def resolve(model: nn.Module) -> Host:
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        inner = getattr(model, "get_base_model", None)
-        if inner is not None:  # PEFT
-            return resolve(inner())
         hint = "; give the unwrapped model (model.module)" if hasattr(model, "module") else ""
         raise TypeError(f"{name} is not a transformers model or a timm VisionTransformer{hint}")
     kind = model.config.model_type
+    if (
+        hasattr(model, "vision_model")
+        and not hasattr(model, "language_model")
+        and kind.endswith("vision_model")
+    ):
+        raise TypeError(f"{name} wraps a tower; attach to the tower itself: model.vision_model")
     if kind in _REFUSED:
         raise TypeError(f"reducers cannot attach to {name}: {_REFUSED[kind]}")
     core = model.base_model
@@ -245,6 +250,13 @@ def resolve(model: nn.Module) -> Host:
     if not hasattr(lm, "layers"):
         raise TypeError(
             f"reducers cannot attach to {name}: its language model {type(lm).__name__} has no `layers`"
+        )
+    unknown = set(getattr(lm.config, "layer_types", None) or ()) - _ATTENTIONS
+    if unknown or not all(hasattr(layer, "self_attn") for layer in lm.layers):
+        what = ", ".join(sorted(unknown)) or "other modules than self_attn"
+        raise TypeError(
+            f"reducers cannot attach to {name}: its language model mixes attention with {what}, whose state "
+            "cannot be shortened"
         )
     ids = {
         modality: int(token)

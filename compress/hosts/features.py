@@ -57,6 +57,8 @@ class FeatureRecorder:
         merging: Any = None,
         pixels: bool = False,
     ) -> None:
+        self._ours: dict[str, Callable[..., Any]] = {}
+        self._own: dict[str, Any] = {}
         self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, merging
         self.pixels = pixels
         if pixels:
@@ -75,12 +77,19 @@ class FeatureRecorder:
             name = f"get_{modality}_features"
             stock = getattr(self.host.core, name, None)
             if stock is not None:
-                setattr(self.host.core, name, self._wrapper(modality, stock))
+                self._own[name] = vars(self.host.core).get(name)  # what a user may have put there
+                self._ours[name] = self._wrapper(modality, stock)
+                setattr(self.host.core, name, self._ours[name])
 
     def remove(self) -> None:
         """Restore the core."""
-        for modality in MEDIA:
-            self.host.core.__dict__.pop(f"get_{modality}_features", None)
+        attributes = vars(self.host.core)
+        for name, ours in self._ours.items():
+            if attributes.get(name) is ours:
+                del attributes[name]
+                if self._own[name] is not None:
+                    attributes[name] = self._own[name]
+        self._ours, self._own = {}, {}
 
     def _wrapper(self, modality: str, stock: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(stock)

@@ -113,6 +113,8 @@ class VisionMerging:
         self._undo: list[Callable[[], Any]] = []
         for block in blocks:
             refuse_replaced(block)
+        vars(blocks[0])["vistok_merging"] = self  # so that copies of the model are refused
+        self.undo(lambda: vars(blocks[0]).pop("vistok_merging", None))
         keys = [getattr(block, parts.attention).get_submodule(parts.keys) for block in blocks]
         for index, block in enumerate(blocks):
             self.replace(block, "forward", self._block_forward(index))
@@ -129,8 +131,8 @@ class VisionMerging:
         keep = self.reducer.keep if keep is None else keep
         if callable(keep):
             raise ValueError(
-                f"{type(self.reducer).__name__} merges a whole batch at once in the tower, so keep cannot be "
-                "a function of the image; give a fraction or a count"
+                f"{type(self.reducer).__name__} merges a whole batch at once in the tower, so keep cannot "
+                "be a function of the image; give a fraction or a count"
             )
         self._keep = keep
         self._plans.clear()
@@ -148,6 +150,12 @@ class VisionMerging:
     def reset(self) -> None:
         """Forget this thread's last forward."""
         self._local.trace = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VisionMerging":
+        raise TypeError(
+            f"a model with {type(self.reducer).__name__} attached cannot be copied: the copy could not be "
+            "detached; detach, copy, and attach again"
+        )
 
     def remove(self) -> None:
         """Take everything out again. Doing so twice is harmless."""
@@ -303,8 +311,8 @@ def log_size(size: Tensor, x: Tensor, attention: nn.Module) -> Tensor:
     kernel = str(getattr(getattr(attention, "config", None), "_attn_implementation", ""))
     if "flash" in kernel or "flex" in kernel:
         raise ValueError(
-            f"proportional attention needs a mask, which {kernel} does not take; use prop_attn=False or load "
-            "the model with attn_implementation='sdpa'"
+            f"proportional attention needs a mask, which {kernel} does not take; use prop_attn=False or "
+            "load the model with attn_implementation='sdpa'"
         )
     return size.log().to(x.dtype).transpose(1, 2).unsqueeze(1)
 
@@ -315,7 +323,7 @@ def _without_masks(kwargs: dict[str, Any], parts: BlockParts) -> dict[str, Any]:
     hidden = mask is not None and not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
     if hidden or kwargs.get("is_causal"):
         raise ValueError(
-            "merging inside the tower does not support attention masks: padded and real patches would merge; "
-            "give images without padding"
+            "merging inside the tower does not support attention masks: padded and real patches would "
+            "merge; give images without padding"
         )
     return kwargs if mask is None else {**kwargs, parts.mask: None}
