@@ -387,9 +387,7 @@ def test_merged_features_stand_at_their_places(vlm, method):
 
 def test_attention_of_merged_tokens_is_refused():
     model, _, inputs = fixture("llava")
-    with compress.attach(model, [compress.ToMe(keep=8), FasterVLM()], keep=0.5) as session:
-        with pytest.raises(ValueError, match="merge inside the tower"):
-            model(**inputs(batch=1))
-        assert session.reducers
+    with pytest.raises(ValueError, match="FasterVLM reads the tower's attention"):
+        compress.attach(model, [compress.ToMe(keep=8), FasterVLM()], keep=0.5)
     with torch.no_grad(), compress.attach(model, [compress.ToMe(keep=8), DivPrune(keep=0.5)]):
         model(**inputs(batch=1))

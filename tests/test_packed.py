@@ -417,9 +417,11 @@ def test_the_patches_behind_a_token_are_those_it_is_made_of(name):
         with torch.no_grad():
             model(**inputs)
         handle = head.register_forward_pre_hook(keep)
-        pooled = encode(model, inputs).pooler_output
+        output = encode(model, inputs)
+        pooled = output.pooler_output
         handle.remove()
         for span in session._last.prompt.spans:
+            span.record = output.vistok_record
             span.record.groups = torch.arange(len(seen[0]))[None]  # every patch on its own
             for number, patches in enumerate(session._features.token_groups(span).tolist()):
                 token = pooled[span.item][number].square().sum()

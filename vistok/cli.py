@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from .quantizers import Quantizer
     from .tokenizer import Tokenizer
 
 DEFAULT = "vistok-mini"
@@ -119,12 +120,11 @@ def list_(
     for entry in table.values():
         with init_empty_weights(include_buffers=False):
             model = create(entry.name)
-        sizes = model.quantizer.codebook_sizes
         rows.append(
             [
                 entry.name,
                 f"1–{model.num_tokens}" if model.ordered else str(model.num_tokens),
-                "continuous" if sizes is None else "×".join(f"{size:,}" for size in sizes),
+                _codebook(model.quantizer),
                 f"{entry.parameters:g}",
                 ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()),
                 entry.license,
@@ -133,6 +133,13 @@ def list_(
         )
     header = ["name", "tokens", "codebook", "M params", "paper figures", "licence", "weights"]
     _table(f"{len(rows)} tokenizers", header, rows)
+
+
+def _codebook(quantizer: "Quantizer") -> str:
+    if quantizer.kind == "bits":
+        return f"{len(quantizer.embed)} bits"
+    sizes = quantizer.codebook_sizes
+    return "continuous" if sizes is None else "×".join(f"{size:,}" for size in sizes)
 
 
 @app.command()
@@ -159,9 +166,7 @@ def info(name: Annotated[str, typer.Argument(help="Registry name.", show_default
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         "image": f"{model.image_size}×{model.image_size}",
         "tokens": f"1 to {model.num_tokens}, any prefix decodes" if model.ordered else str(model.num_tokens),
-        "codebook": "continuous"
-        if model.quantizer.codebook_sizes is None
-        else str(model.quantizer.codebook_sizes[0]),
+        "codebook": _codebook(model.quantizer),
     }
     _table(name, ["", ""], [[key, value] for key, value in facts.items()])
     print(json.dumps(asdict(model.config), indent=2))
@@ -545,7 +550,7 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left", show_header=any(header))
     for name in header:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "name")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
