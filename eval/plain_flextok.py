@@ -1,8 +1,8 @@
 """The yardstick of FlexTok's speed: the same tokenizer written straightforwardly, and both timed in one run.
 
-Images go one by one, every block computes every row under a materialised mask, all registers take part in every
-step, and each call projects the registers and computes the modulations anew. It gives the same numbers as
-`vistok.models.flextok`, slower.
+Images go one by one, every block computes every row under a materialised mask, all registers take part in
+every step, and each call projects the registers and computes the modulations anew. It gives the same numbers
+as `vistok.models.flextok`, slower.
 
     python -m vistok.eval.plain_flextok --batch-size 8 --tokens 256 32 --steps 4 --threads 2
 """
@@ -72,7 +72,10 @@ class PlainFlexTok(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
         """Codes [B, K], noise [B, C, h, w] → images [B, 3, H, W] in [0, 1], with normalized guidance."""
-        images = [self._decode(each[None], start[None], steps, guidance) for each, start in zip(codes, noise, strict=True)]
+        images = [
+            self._decode(each[None], start[None], steps, guidance)
+            for each, start in zip(codes, noise, strict=True)
+        ]
         return torch.cat(images).clamp(0, 1)
 
     def _decode(self, codes: Tensor, x: Tensor, steps: int, guidance: float) -> Tensor:
@@ -188,8 +191,8 @@ def measure(
 ) -> list[Pair]:
     """Time encoding, and guided decoding at each number of `tokens`, both ways in turn after a warm-up.
 
-    Weights are fresh, with noise in the layers that start at zero. The decoder runs twice a step; its share of
-    the time, next to the VAE's, grows with `steps`.
+    Weights are fresh, with noise in the layers that start at zero. The decoder runs twice a step; its share
+    of the time, next to the VAE's, grows with `steps`.
     """
     device = torch.device(device)
     torch.manual_seed(0)

@@ -384,7 +384,7 @@ def test_the_registered_model_has_the_published_keys_and_size():
     entry = entries()["instella-bae"]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(entry.parameters, abs=0.01)
     assert entry.repo == "amd/Instella-T2I"
-    assert "research" in entry.notes
+    assert "research-only" in entry.license
     assert (model.num_tokens, model.config.codebook_size, model.config.scale) == (128, 64, 1024)
 
 

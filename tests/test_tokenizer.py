@@ -47,6 +47,25 @@ CASES = {
     "tatitok-vq": ("tatitok", {**VIT, **SINGLE, **TEXT}),
     "tatitok-vae": ("tatitok", {**VIT, **SINGLE, **TEXT, "quantize_mode": "vae"}),
     "maskgit-vqgan": ("maskgit-vqgan", {**GRID, "image_size": SIDE}),
+    "instella": (
+        "instella",
+        {
+            "encoder_layers": 2,
+            "encoder_head_dim": 16,
+            "encoder_num_heads": 2,
+            "patch_size": 8,
+            "num_latent_tkns": 6,
+            "axes_dims_rope": (4, 6, 6),
+            "downsample_idx": (0,),
+            "decoder_layers": 2,
+            "decoder_head_dim": 16,
+            "decoder_num_heads": 2,
+            "upsample_idx": (0,),
+            "codebook_size": 12,
+            "image_size": SIDE,
+            "scale": 64,
+        },
+    ),
 }
 FIXED_LENGTH = [case for case in CASES if case.startswith(("titok", "tatitok"))]
 HALF_PRECISION_FRIENDLY = [

@@ -1,5 +1,6 @@
 """Find and read weights: hub, folder or file; safetensors or weights-only pickle; strict about every key."""
 
+import argparse
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping
@@ -112,8 +113,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file by key, on the CPU.
 
     Safetensors, or a pickle restricted to tensors and plain containers (never arbitrary objects). Wrappers
-    such as {"state_dict": …}, {"model": …} or {"model_state_dict": …} are opened. Raises ValueError for
-    truncated, corrupt or unsafe files.
+    such as {"state_dict": …}, {"model": …} or {"model_state_dict": …} are opened, an average of weights
+    ({"ema": …}) before the weights themselves. Raises ValueError for truncated, corrupt or unsafe files.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -130,14 +131,16 @@ def read(path: str | Path) -> dict[str, Tensor]:
                 "fetch it again"
             ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts pickle their parsed arguments beside the weights: a Namespace is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated zip, foreign pickle, forbidden global: torch raises many kinds
         raise ValueError(
             f"{path} cannot be read as plain tensors ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}). It is truncated, or a pickle with more than weights in "
             "it, which is refused because unpickling runs code; convert it to safetensors where you trust it."
         ) from error
-    for wrapper in ("state_dict", "model_state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "ema", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     plain = isinstance(state, dict) and all(

@@ -550,7 +550,7 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left", show_header=any(header))
     for name in header:
-        table.add_column(name, overflow="fold", no_wrap=name == "name")
+        table.add_column(name, overflow="fold", no_wrap=name in ("name", "weights"))
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=type)
 
-# One module a family; `vistok.models.<module>` registers its class and rows when imported.
-FAMILY_MODULES = ("mini", "titok", "maskgit_vqgan")
+# One module a family; `vistok.models.<module>` registers its class and rows when imported. The first whose
+# `recognise` knows a checkpoint's keys has it.
+FAMILY_MODULES = ("mini", "karl", "titok", "maskgit_vqgan", "instella", "flextok")
 
 
 @dataclass(frozen=True)
@@ -130,4 +131,6 @@ def load(
     """
     from .tokenizer import Tokenizer
 
-    return Tokenizer.from_pretrained(source, device=device, dtype=dtype, weights=weights, **options)
+    entry = entries().get(str(source))
+    owner = families()[entry.family] if entry else Tokenizer
+    return owner.from_pretrained(source, device=device, dtype=dtype, weights=weights, **options)

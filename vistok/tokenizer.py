@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from . import checkpoint, registry
 from .quantizers import Quantizer
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from .adaptive import AdaptiveTokens
 
 
 @dataclasses.dataclass
@@ -34,6 +37,8 @@ class Tokenizer(nn.Module):
     config_class: ClassVar[type]
     ordered: ClassVar[bool] = False
     """Whether any prefix of the tokens decodes to a whole image."""
+    adaptive: ClassVar[bool] = False
+    """Whether `encode` gives images different numbers of tokens."""
     checkpoint_ignores: ClassVar[tuple[str, ...]] = ()
     """Patterns of keys that a checkpoint may have or lack without harm (training statistics)."""
 
@@ -85,16 +90,36 @@ class Tokenizer(nn.Module):
         """
         return None
 
+    @classmethod
+    def check_variant(cls, shapes: Mapping[str, torch.Size], config: Mapping[str, Any]) -> None:
+        """Raise ValueError for a checkpoint of another variant than `config` where a sentence can say so."""
+
     # What a user calls --------------------------------------------------------------------------------------
 
+    @overload
+    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens: ...
+
+    @overload
+    def encode(
+        self, images: Tensor, num_tokens: int | None = None, *, target_psnr: float
+    ) -> "AdaptiveTokens": ...
+
     @torch.no_grad()
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
+    def encode(
+        self, images: Tensor, num_tokens: int | None = None, *, target_psnr: float | None = None
+    ) -> "Tokens | AdaptiveTokens":
         """Images [B, 3, H, W] in [0, 1] → tokens.
 
         `num_tokens`: ordered tokenizers keep that many; fixed-length ones accept only their own number.
+        `target_psnr` (dB, ordered tokenizers): the shortest prefix that reaches it for each image, up to
+        `num_tokens`, with the quality reached: see `vistok.adaptive`.
         Raises ValueError for images of the wrong shape, type, range or size, and for counts the model does
         not have.
         """
+        if target_psnr is not None:
+            from .adaptive import encode_to_quality
+
+            return encode_to_quality(self, images, target_psnr, num_tokens=num_tokens)
         count = self.check_num_tokens(num_tokens)
         codes = self.quantizer.encode(self.latents(self.check_images(images)))
         tokens = self.as_tokens(codes)
@@ -160,7 +185,7 @@ class Tokenizer(nn.Module):
         lengths = tokens.lengths
         if lengths is not None:
             lengths = lengths.to(self.device)
-            if not self.ordered and bool((lengths != self.num_tokens).any()):
+            if not (self.ordered or self.adaptive) and bool((lengths != self.num_tokens).any()):
                 raise ValueError(
                     f"{self.label} has exactly {self.num_tokens} tokens an image; these differ in length"
                 )
@@ -269,7 +294,7 @@ class Tokenizer(nn.Module):
         if weights is not None:
             located = checkpoint.locate(weights)
         elif entry is not None:
-            located = checkpoint.fetch(entry.repo, entry.file, **hub) if entry.repo else _shipped(entry.file)
+            located = _published(entry, hub)
         elif isinstance(source, Path) or _looks_local(source):
             located = checkpoint.locate(source)
         elif source.count("/") == 1:
@@ -284,6 +309,7 @@ class Tokenizer(nn.Module):
             raise ValueError(
                 f"{source} is a {family.family} checkpoint, not one of {cls.__name__}; use vistok.load"
             )
+        family.check_variant({key: value.shape for key, value in state.items()}, fields)
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
@@ -301,10 +327,18 @@ class Tokenizer(nn.Module):
         checkpoint.save(folder, self.state_dict(), config)
 
 
-def _shipped(file: str) -> checkpoint.Located:
+def _published(entry: registry.Entry, hub: dict[str, Any]) -> checkpoint.Located:
+    """The weights of a registry row: in this package or on the hub; FileNotFoundError for those on a page."""
     from importlib.resources import files
 
-    return checkpoint.locate(Path(str(files("vistok.assets") / file)))
+    if entry.repo is None:
+        return checkpoint.locate(Path(str(files("vistok.assets") / entry.file)))
+    if "://" in entry.repo:
+        raise FileNotFoundError(
+            f"the weights of {entry.name} are not on the hub; download {entry.file} as {entry.repo} says "
+            f"and pass its path: load({entry.name!r}, weights='path/to/{Path(entry.file).name}')"
+        )
+    return checkpoint.fetch(entry.repo, entry.file, **hub)
 
 
 def _looks_local(source: str) -> bool:

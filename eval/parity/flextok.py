@@ -35,8 +35,8 @@ def run(case: Case) -> Outputs:
         yield from _components(case)
     else:
         raise CannotBuild(
-            f"{case.path.name} is a case of FlexTok's autoregressive generator ({case.data.get('reference')}), "
-            "which this version does not have; it has the tokenizers"
+            f"{case.path.name} is a case of FlexTok's autoregressive generator "
+            f"({case.data.get('reference')}), which this version does not have; it has the tokenizers"
         )
 
 
@@ -62,7 +62,9 @@ class _Blocks:
             block.register_forward_hook(lambda m, i, out, depth=depth: self.seen.update({depth: out}))
             for depth, block in enumerate(blocks[:-1])
         ]
-        self.hooks.append(blocks[-1].register_forward_pre_hook(lambda m, inputs: self.seen.update(last=inputs)))
+        self.hooks.append(
+            blocks[-1].register_forward_pre_hook(lambda m, inputs: self.seen.update(last=inputs))
+        )
 
     def __getitem__(self, depth: int) -> Tensor:
         for hook in self.hooks:
@@ -112,7 +114,9 @@ def _encoding(case: Case, model: FlexTok, images: Tensor) -> Outputs:
     yield "vae_latents", case.subsample("vae_latents", encoded)
     parts = model.encoder.module_dict
     if "enc_patches" in case.tensors:
-        patches = parts["enc_posemb_module"](parts["enc_patch_emb"](patchify(encoded, model.config.patch_size)))
+        patches = parts["enc_posemb_module"](
+            parts["enc_patch_emb"](patchify(encoded, model.config.patch_size))
+        )
         grid = model.config.latent_size // model.config.patch_size
         yield "enc_patches", case.subsample("enc_patches", patches.unflatten(1, (grid, grid)), GRID)
     blocks = _Blocks(parts["enc_transformer"].blocks)
@@ -150,7 +154,8 @@ def _velocities(case: Case, model: FlexTok, quantized: Tensor, noise: Tensor) ->
 
 
 def _told(case: Case, text: str, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """Kept tokens and null flags of a description: "eval_keep_k=[5,200]", "null condition for sample 1 only"."""
+    """Kept tokens and null flags of a description: "eval_keep_k=[5,200]", "null condition for sample 1
+    only"."""
     kept, null = re.search(r"eval_keep_k=\[([\d, ]+)\]", text), None
     lengths = torch.tensor([int(k) for k in kept[1].split(",")], device=case.device) if kept else None
     if "null condition" in text:

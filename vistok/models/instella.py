@@ -8,7 +8,7 @@ midway. There are no position embeddings but a rotary one over (token, row, colu
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from ..tokens import Tokens
 
 EPS = 1e-6
 ROTARY_BASE = 10000.0
+REPA_FIELDS = ("use_repa", "repa_dim", "repa_index")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class InstellaConfig:
             raise ValueError(f"axes_dims_rope is {axes}; it is three even numbers: token, row, column")
         for side, indices in (("encoder", self.downsample_idx), ("decoder", self.upsample_idx)):
             layers, head_dim = getattr(self, f"{side}_layers"), getattr(self, f"{side}_head_dim")
+            if layers < 1:
+                raise ValueError(f"{side}_layers is {layers}; give one block or more")
             if sum(axes) != head_dim:
                 raise ValueError(
                     f"axes_dims_rope {axes} sum to {sum(axes)}, but {side}_head_dim is {head_dim}; make them "
@@ -75,10 +78,11 @@ class InstellaConfig:
                 )
         if self.rope_id_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"rope_id_dtype is {self.rope_id_dtype!r}; it is 'float32' or 'bfloat16'")
-        if self.image_size % self.patch_factor:
+        factor = max(self.encoder_factor, self.decoder_factor)
+        if self.image_size < factor or self.image_size % factor:
             raise ValueError(
-                f"image_size {self.image_size} is not a multiple of {self.patch_factor}, the patch size "
-                "times the resizing"
+                f"image_size is {self.image_size}; give a multiple of {factor}, the patch size times the "
+                "resizing"
             )
 
     @property
@@ -90,11 +94,6 @@ class InstellaConfig:
     def decoder_factor(self) -> int:
         """Sides of decoded images are multiples of this."""
         return self.patch_size * 2 ** len(self.upsample_idx)
-
-    @property
-    def patch_factor(self) -> int:
-        """Images whose sides are multiples of this can be encoded and decoded."""
-        return max(self.encoder_factor, self.decoder_factor)
 
 
 # Blocks -----------------------------------------------------------------------------------------------------
@@ -271,18 +270,17 @@ class InstellaEncoder(nn.Module):
         x = torch.cat([latents, grid.flatten(2).transpose(1, 2)], 1)
         table = self.rotary(height, width, scale, x.device)
         down_layers = dict(zip(self.downsample_idx, self.down_layers, strict=True))
+        last = len(self.transformer_blocks) - 1
         for depth, block in enumerate(self.transformer_blocks):
-            if depth + 1 == len(self.transformer_blocks):
-                return self.proj_out(self.norm_out(block(x, table, rows=slice(count))))
-            x = block(x, table)
-            if depth in down_layers:
+            x = block(x, table, rows=slice(count if depth == last else None))
+            if depth in down_layers and depth < last:
                 small = _resized(x[:, count:], down_layers[depth], height, width)
                 x = torch.cat([x[:, :count], small], 1)
                 height, width = height // 2, width // 2
                 # Parity: an odd scale loses half a patch.
                 scale = None if scale is None else scale // 2
                 table = self.rotary(height, width, scale, x.device)
-        raise ValueError("encoder_layers is 0; give one block or more")
+        return self.proj_out(self.norm_out(x))
 
 
 class InstellaDecoder(nn.Module):
@@ -306,24 +304,27 @@ class InstellaDecoder(nn.Module):
         """Latents [B, K, D] → features [B, height·width, D'] of a grid of that many patches, row by row."""
         factor = 2 ** len(self.upsample_idx)
         height, width = height // factor, width // factor
-        scale = None if self.scale is None else self.scale / self.patch_size // factor
+        scale = None if self.scale is None else self.scale / self.patch_size
+        if scale is not None and factor > 1:
+            scale //= factor  # Parity: as in the encoder
         x = self.input_layer(latents)
         count = x.shape[1]
-        x = torch.cat([x, self.mask_tokens.expand(len(x), height * width, -1).to(x.dtype)], 1)
+        x = torch.cat([x, self.mask_tokens.expand(len(x), height * width, -1)], 1)
         table = self.rotary(height, width, scale, x.device)
         up_layers = dict(zip(self.upsample_idx, self.up_layers, strict=True))
+        last = len(self.transformer_blocks) - 1
         for depth, block in enumerate(self.transformer_blocks):
-            if depth + 1 == len(self.transformer_blocks):
-                x, count = block(x, table, rows=slice(count, None)), 0
-            else:
+            if depth < last:
                 x = block(x, table)
+            else:
+                x, count = block(x, table, rows=slice(count, None)), 0
             if depth in up_layers:
                 large = _resized(x[:, count:], up_layers[depth], height, width)
                 x = torch.cat([x[:, :count], large], 1)
                 height, width = 2 * height, 2 * width
                 scale = None if scale is None else 2 * scale
                 table = self.rotary(height, width, scale, x.device)
-        return self.norm_out(x[:, count:])
+        return self.norm_out(x)
 
 
 # The tokenizer ----------------------------------------------------------------------------------------------
@@ -354,6 +355,15 @@ class Instella(Tokenizer):
         )
         width = config.decoder_num_heads * config.decoder_head_dim
         self.to_pixel = nn.Linear(width, config.in_channels * config.patch_size**2)
+
+    @classmethod
+    def create(cls, **config: Any) -> Self:
+        """Build with fresh weights from the fields of InstellaConfig.
+
+        The original's `use_repa`, `repa_dim` and `repa_index` are accepted and change nothing: they describe
+        a training-only head that published weights do not have.
+        """
+        return super().create(**{name: value for name, value in config.items() if name not in REPA_FIELDS})
 
     @classmethod
     def recognise(
@@ -426,7 +436,8 @@ class Instella(Tokenizer):
 
     def _grid(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Rows and columns of patches of a decoded image."""
-        height, width = size if isinstance(size, tuple) else (size or self.image_size,) * 2
+        size = self.image_size if size is None else size
+        height, width = (size, size) if isinstance(size, int) else size
         factor, patch = self.config.decoder_factor, self.config.patch_size
         if height < factor or width < factor or height % factor or width % factor:
             raise ValueError(
@@ -460,10 +471,10 @@ register(
         config={},
         repo="amd/Instella-T2I",
         file="bae/model.safetensors",
-        license="Instella-T2I RAIL-MS",
+        license="research-only RAIL-MS",
         paper="Instella-T2I (arXiv 2506.21022)",
         parameters=427.75,
-        notes="weights for research only; 128 tokens of 64 bits (1 KiB) an image, decoded at 512, 768, 1024 "
-        "pixels; with the paper's generators on these bits GenEval 0.46 (autoregressive), 0.64 (diffusion)",
+        notes="128 tokens of 64 bits (1 KiB) an image, decoded at 512, 768 or 1024 pixels; with the paper's "
+        "generators on these bits GenEval 0.46 (autoregressive), 0.64 (diffusion)",
     )
 )

@@ -21,7 +21,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     def __init__(self, levels: Sequence[int] | Sequence[Sequence[int]]) -> None:
         super().__init__()
-        table = torch.tensor(levels, dtype=torch.int64)
+        table = torch.tensor(levels, dtype=torch.int64, device="cpu")  # values are read, also under "meta"
         if table.ndim not in (1, 2) or not table.numel() or table.min() < 1:
             raise ValueError(f"levels={levels!r}: give one row of positive counts, or one such row a token")
         sizes = sorted({math.prod(row) for row in table.reshape(-1, table.shape[-1]).tolist()})
@@ -33,6 +33,7 @@ class FiniteScalarQuantizer(Quantizer):
                 "quantize groups of channels with ProductQuantizer"
             )
         self.codebook_sizes = (sizes[0],)
+        table = table.to(torch.get_default_device())
         radix = table.cumprod(-1) // table
         self.register_buffer("_levels", table, persistent=False)
         self.register_buffer("_radix", radix, persistent=False)
@@ -50,8 +51,8 @@ class FiniteScalarQuantizer(Quantizer):
             raise ValueError(f"{count} tokens were given; this quantizer has levels for {len(table)}")
         return table[:count]
 
-    def _digits(self, latents: Tensor) -> Tensor:
-        """Signed integer digits as floats (paper, section 3.1), with a straight-through gradient."""
+    def bound(self, latents: Tensor) -> Tensor:
+        """Latents [B, K, D] squashed to the span of the levels (paper, section 3.1): what `encode` rounds."""
         if latents.shape[-1] != self._levels.shape[-1]:
             raise ValueError(
                 f"latents have {latents.shape[-1]} channels; the levels need {self._levels.shape[-1]}"
@@ -65,7 +66,11 @@ class FiniteScalarQuantizer(Quantizer):
             latents.dtype
         )  # even counts sit half a step off centre
         shift = (offset / half.clamp_min(0.5)).atanh()
-        bounded = (latents + shift).tanh() * half - offset
+        return (latents + shift).tanh() * half - offset
+
+    def _digits(self, latents: Tensor) -> Tensor:
+        """Signed integer digits as floats, with a straight-through gradient."""
+        bounded = self.bound(latents)
         return bounded + (bounded.round() - bounded).detach()
 
     def expand(self, latents: Tensor) -> Tensor:

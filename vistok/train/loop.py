@@ -165,6 +165,8 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = self.saved_step = state["step"]
         self.tokenizer.load_state_dict(state["model"])
+        for name, value in state.get("buffers", {}).items():
+            self.tokenizer.get_buffer(name).copy_(value)
         self.ema = state["ema"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.discriminator_optimizer is not None:
@@ -179,6 +181,8 @@ class _Run:
             "identity": json.dumps(self._identity(), sort_keys=True),
             "step": self.step,
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            # What training moves but no checkpoint holds (the targets of adaptive tokenizers).
+            "buffers": {n: b for n, b in self.tokenizer.named_buffers() if n not in self.ema},
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
         }
@@ -280,6 +284,12 @@ class _Run:
         if self.teacher is None:
             mse = (output.images.detach().float().clamp(0, 1) - images).square().mean((1, 2, 3))
             figures["psnr"] = -10 * mse.clamp_min(1e-10).log10().mean()
+        if self.tokenizer.adaptive:
+            figures |= {name: value.detach() for name, value in output.losses.items()}
+        quantizer = self.tokenizer.quantizer
+        if quantizer.kind == "bits" and (self.step + 1) % config.log_every == 0:
+            # Of the bits that `encode` gives; those of the forward pass are drawn and look livelier.
+            figures |= quantizer.usage(self.tokenizer.encode(images).bits)
         return figures
 
     def _lengths(self, batch: int) -> dict[str, Tensor]:
