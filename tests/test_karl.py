@@ -448,7 +448,13 @@ def test_pickles_with_code_in_them_are_still_refused(quantized, tmp_path):
 def test_keys_tell_the_variant(case, model):
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     told, ours = karl.Karl.recognise(shapes, None), dataclasses.asdict(model.config)
-    untold = {"num_tokens", "image_size", "training_tokens", "encoder_heads", "decoder_heads"}
+    untold = {
+        "num_tokens",
+        "image_size",
+        "training_tokens",
+        "encoder_heads",
+        "decoder_heads",
+    }  # nor the groups
     assert {name for name, value in told.items() if ours[name] != value} == untold
     assert set(told) >= {"encoder_width", "decoder_layers", "base_channel_mult", "max_latent_tokens"}
 
@@ -532,6 +538,7 @@ def test_a_base_tokenizer_is_taken_from_its_own_file(models, tmp_path, base):
         ({"num_tokens": 41}, "1 to max_latent_tokens 40"),
         ({"max_latent_tokens": 2000}, "at most 1024"),
         ({"training_tokens": [16, 368, 16]}, "1 to 40"),
+        ({"base_norm_groups": 5}, "not a multiple of base_norm_groups 5"),
         ({"encoder_width": 8}, "exceed the 8 channels"),
         ({"model": "karl_huge"}, "karl_small"),
         ({"depth": 3}, "no configuration field depth"),

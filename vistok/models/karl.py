@@ -16,6 +16,7 @@ the place.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -104,10 +105,11 @@ class KarlConfig:
             raise ValueError(f"base is {self.base!r}; it is {' or '.join(map(repr, BASE_CHANNELS))}")
         for name in ("base_channel_mult", "training_tokens"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.base_hidden_channels % self.base_norm_groups:
+        groups = 32 if self.base == "vqgan" else 1  # its blocks are MaskGIT's, which have 32
+        if self.base_hidden_channels % math.lcm(self.base_norm_groups, groups):
             raise ValueError(
                 f"base_hidden_channels {self.base_hidden_channels} is not a multiple of base_norm_groups "
-                f"{self.base_norm_groups}"
+                f"{self.base_norm_groups}" + " and of 32, the groups of a VQGAN" * (groups > 1)
             )
         if self.base_channels is None:
             object.__setattr__(self, "base_channels", BASE_CHANNELS[self.base])
@@ -151,14 +153,19 @@ class KarlConfig:
 # digits on flat pictures, which the codes and the agreement of batches with single images feel.
 
 
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """The norm of both base tokenizers; `base_norm_groups` is set once the whole is built."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
 class VAEBlock(nn.Module):
     """Two normalised 3×3 convolutions beside a shortcut, as in latent diffusion (arXiv 2112.10752)."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, channels_in, eps=1e-6)
+        self.norm1 = _group_norm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, channels_out, eps=1e-6)
+        self.norm2 = _group_norm(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
@@ -175,7 +182,7 @@ class GridAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = _group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,7 +251,7 @@ class GridEncoder(nn.Module):
                 level.downsample = Resample(width, stride=2)
             self.down.append(level)
         self.mid = Middle(block, widths[-1], attention=vae)
-        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.norm_out = _group_norm(widths[-1])
         out = 2 * config.base_channels if vae else config.base_channels
         self.conv_out = nn.Conv2d(widths[-1], out, 3 if vae else 1, padding=1 if vae else 0)
 
@@ -276,7 +283,7 @@ class GridDecoder(nn.Module):
             if depth:
                 level.upsample = Resample(width, stride=1)
             self.up.append(level)
-        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.norm_out = _group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, grid: Tensor) -> Tensor:
