@@ -73,7 +73,7 @@ class KarlConfig:
     `base` with the `base_*` fields is the two-dimensional tokenizer; `num_tokens` is T, the tokens an image
     is offered when nothing else is asked for, of `max_latent_tokens` that exist. `training_tokens` are the
     first, the last and the step of the numbers of tokens drawn in training, `halting_weight` that of the
-    halting losses there.
+    halting losses there, `initializer_range` the deviation of fresh weights (narrow models need more).
     """
 
     base: Literal["vqgan", "vae"] = "vqgan"
@@ -99,6 +99,7 @@ class KarlConfig:
     base_codebook_size: int = 1024
     training_tokens: tuple[int, int, int] = (16, 368, 16)
     halting_weight: float = 1.0
+    initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         if self.base not in BASE_CHANNELS:
@@ -569,7 +570,7 @@ class Karl(Tokenizer):
         self.decoder = DistillationDecoder(config, self.base.outputs)
         for name, module in self.named_modules():
             if not name.startswith("base_tokenizer") and isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=config.initializer_range)
                 nn.init.zeros_(module.bias)
         easy = torch.tensor([float(value <= 0.04) for value in TARGETS])
         self.register_buffer("target_probabilities", easy / easy.sum(), persistent=False)
