@@ -668,3 +668,12 @@ def test_the_shipped_recipe_builds():
         model = create(fields.pop("name"), **fields)
     assert (model.image_size, model.num_tokens) == (32, 32)
     assert sum(p.numel() for p in model.parameters()) < 5e6
+
+
+def test_families_stand_in_their_order_whatever_was_imported_first():
+    import subprocess
+    import sys
+
+    code = "import vistok.models.titok, vistok.registry as r; print(list(r.families()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.index("'karl'") < found.index("'titok'") < found.index("'instella'")

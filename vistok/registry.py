@@ -77,9 +77,14 @@ def list_tokenizers() -> list[str]:
 
 
 def families() -> "dict[str, type[Tokenizer]]":
-    """Family name → Tokenizer class."""
+    """Family name → Tokenizer class, in the order of `FAMILY_MODULES` whatever was imported first."""
     _import_families()
-    return dict(_FAMILIES)
+
+    def place(item: "tuple[str, type[Tokenizer]]") -> int:
+        module = item[1].__module__.rpartition(".")[2]
+        return FAMILY_MODULES.index(module) if module in FAMILY_MODULES else len(FAMILY_MODULES)
+
+    return dict(sorted(_FAMILIES.items(), key=place))
 
 
 def create(name_or_family: str, **config: Any) -> "Tokenizer":
