@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -109,6 +109,24 @@ class _Stored:
         return pixels[:, ::-1].copy() if self.flip and rng.random() < 0.5 else pixels
 
 
+def pictures(root: str | Path) -> list[str]:
+    """Every picture in a folder and its subfolders, save linked ones: sorted paths that begin with `root`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no picture in it.
+        OSError: a subfolder cannot be listed.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: give a folder of pictures")
+    walk = os.walk(root, onerror=_raise)
+    found = (Path(parent, name) for parent, _, names in walk for name in names)
+    files = sorted(str(file) for file in found if file.suffix.lower() in _EXTENSIONS)
+    if not files:
+        raise FileNotFoundError(f"no picture under {root}: accepted are {', '.join(sorted(_EXTENSIONS))}")
+    return files
+
+
 def _raise(error: OSError) -> None:
     raise error
 
@@ -133,14 +151,7 @@ class Folder(_Stored):
         super().__post_init__()
         if not isinstance(self.path, str | os.PathLike):
             raise ValueError(f"path is {self.path!r}: give a folder of pictures")
-        root = Path(self.path)
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root} is not a folder: give a folder of pictures")
-        walk = os.walk(root, onerror=_raise)
-        found = (Path(parent, name) for parent, _, names in walk for name in names)
-        self.files = sorted(str(file) for file in found if file.suffix.lower() in _EXTENSIONS)
-        if not self.files:
-            raise FileNotFoundError(f"no picture under {root}: accepted are {', '.join(sorted(_EXTENSIONS))}")
+        self.files = pictures(self.path)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -173,8 +184,8 @@ class Shards(_Stored):
         patterns = [os.fspath(pattern) for pattern in listed("pattern", self.pattern, (str, os.PathLike))]
         if not patterns:
             raise ValueError("pattern is an empty list: give at least one tar file")
-        self.files = list(dict.fromkeys(file for pattern in patterns for file in _expand(pattern)))
-        rows = [(shard, *member) for shard, file in enumerate(self.files) for member in _members(file)]
+        self.files = list(dict.fromkeys(file for pattern in patterns for file in expand(pattern)))
+        rows = [(shard, *place) for shard, file in enumerate(self.files) for _, *place in members(file)]
         if not rows:
             raise FileNotFoundError(
                 f"no picture in {', '.join(patterns)}: accepted are {', '.join(sorted(_SHARD_EXTENSIONS))}"
@@ -198,12 +209,25 @@ class Shards(_Stored):
         return f"{self.files[shard]}:{header.name}"
 
 
-def _members(path: str) -> list[tuple[int, int]]:
-    """Offset and length in bytes of every picture in a tar file."""
+class Member(NamedTuple):
+    """A picture in a tar file: its name, and where in the file its bytes are."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def members(path: str | Path) -> list[Member]:
+    """Every picture (png, jpg, jpeg, webp) in a tar file, in the file's order.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not an uncompressed tar, or is cut off or damaged.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [
-                (member.offset_data, member.size)
+            found = [
+                Member(member.name, member.offset_data, member.size)
                 for member in tar
                 if member.isfile() and Path(member.name).suffix.lower() in _SHARD_EXTENSIONS
             ]
@@ -218,11 +242,16 @@ def _members(path: str) -> list[tuple[int, int]]:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError(f"{path} is cut off or damaged at byte {end}: fetch it again")
-    return members
+    return found
 
 
-def _expand(pattern: str) -> list[str]:
-    """The files that a path with braces and wildcards stands for, in order."""
+def expand(pattern: str) -> list[str]:
+    """The files that a path with braces and wildcards stands for, in order.
+
+    Raises:
+        FileNotFoundError: one of its paths matches no file.
+        ValueError: a range in braces counts down.
+    """
     paths = _braces(pattern)
     files = [
         [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))

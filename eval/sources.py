@@ -1,0 +1,292 @@
+"""Where evaluated images come from: folders, tar shards, manifests, hub datasets and lists of files."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..train.stored import expand, members, pictures
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_ACCEPTED = (
+    "a folder of images, image files, tar shards (val-{000..010}.tar, *.tar), a manifest.jsonl, or a hub "
+    "dataset (owner/name)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images in a fixed order, undecoded; `open_dataset` makes one. It may be sent to worker processes.
+
+    `kind` is "folder", "files", "shards", "manifest" or "hub"; `names` has one name an image, for messages
+    and records.
+    """
+
+    source: str
+    kind: str
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> bytes:
+        """The encoded image at that position. OSError or ValueError if it cannot be had."""
+        raise NotImplementedError
+
+
+def open_dataset(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    split: str | None = None,
+    column: str | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Find the images of a source without decoding any; `limit` keeps the first of them.
+
+    A folder gives every image in it and its subfolders, by name; shards (uncompressed webdataset tar files,
+    braces and wildcards welcome) theirs in stored order; a manifest is JSON lines with the path of an image
+    under "image", relative to the manifest. A hub dataset, `owner/name` or `owner/name:configuration`, is
+    downloaded to the hub's cache, one split of it; a folder of parquet files is read as one without the hub.
+    Several files or folders may be given as a list.
+
+    `column` is the key in a manifest ("image" unless given), the extension in shards that hold several images
+    a sample ("seg.png"), the column of a hub dataset; `split` is for hub datasets.
+
+    Raises:
+        FileNotFoundError: no such file, folder or hub dataset, or no image in it.
+        ValueError: a tar that is compressed or damaged, a manifest line without an image, a hub dataset that
+            needs a split or column, an option that does not apply, a limit below 1.
+        ImportError, ConnectionError: a hub dataset without the package datasets, or offline.
+    """
+    given = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    if not given:
+        raise ValueError(f"no images were given: give {_ACCEPTED}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: give the number of images to take, 1 or more")
+    dataset = _open([os.path.expanduser(os.fspath(each)) for each in given], split, column)
+    return dataset if limit is None else replace(dataset, names=dataset.names[:limit])
+
+
+def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
+    if len(given) == 1:
+        (source,) = given
+        if os.path.isdir(source):
+            return _folder(source, split, column)
+        if Path(source).suffix.lower() == ".jsonl":
+            _refuse("a manifest", split=split)
+            return _manifest(source, column or "image")
+        if not os.path.exists(source) and _HUB_NAME.fullmatch(source) and not _has_file_suffix(source):
+            return _hub(source, split, column)
+    files = list(dict.fromkeys(file for each in given for file in _files(each)))
+    tars = [file for file in files if _is_tar(file)]
+    if len(tars) == len(files):
+        _refuse("tar shards", split=split)
+        return _shards(", ".join(given), files, column)
+    if tars:
+        raise ValueError(f"{', '.join(given)} mixes images and tar files ({tars[0]}): give one kind")
+    _refuse("image files", split=split, column=column)
+    return Files(", ".join(given), "files", files, root="")
+
+
+def _files(given: str) -> list[str]:
+    """One element of a list: a file, the images of a folder, or what a pattern stands for."""
+    if os.path.isdir(given):
+        return pictures(given)
+    if os.path.exists(given):
+        return [given]
+    if any(character in given for character in "{*?["):
+        return expand(given)
+    raise FileNotFoundError(f"there is no file or folder {given}: give {_ACCEPTED}")
+
+
+def _is_tar(path: str) -> bool:
+    return ".tar" in [suffix.lower() for suffix in Path(path).suffixes] or path.lower().endswith(".tgz")
+
+
+def _has_file_suffix(source: str) -> bool:
+    """Whether owner/name is rather a path: names on the hub may hold dots, but not such endings."""
+    return _is_tar(source) or Path(source).suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".npz"}
+
+
+def _refuse(kind: str, **options: str | None) -> None:
+    """An option that would be ignored is an error."""
+    for name, value in options.items():
+        if value is not None:
+            homes = {"split": "hub datasets", "column": "manifests, tar shards and hub datasets"}
+            raise ValueError(f"{name}={value!r} does not apply to {kind}: it is for {homes[name]}")
+
+
+# Files on disk ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Files(Dataset):
+    """Image files; names are paths relative to `root`."""
+
+    root: str
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes."""
+        return Path(self.root, self.names[index]).read_bytes()
+
+
+def _folder(root: str, split: str | None, column: str | None) -> Dataset:
+    try:
+        found = pictures(root)
+    except FileNotFoundError as error:
+        if next(Path(root).rglob("*.parquet"), None):
+            return _rows(root, root, None, split, column)
+        if next(Path(root).glob("*.tar"), None):
+            raise FileNotFoundError(f"{error}; it holds tar files: give '{Path(root, '*.tar')}'") from None
+        raise
+    _refuse("a folder of images", split=split, column=column)
+    return Files(root, "folder", [Path(file).relative_to(root).as_posix() for file in found], root)
+
+
+def _manifest(path: str, key: str) -> Dataset:
+    names = []
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                names.append(_image_of_line(line, key, f"{path}, line {number}"))
+    if not names:
+        raise FileNotFoundError(f'{path} names no image: give one line {{"{key}": "photo.jpg"}} an image')
+    root = Path(path).parent
+    if not any(Path(root, name).is_file() for name in names):
+        raise FileNotFoundError(
+            f"none of the {len(names)} images of {path} is there, the first should be "
+            f"{Path(root, names[0])}: paths are relative to the manifest"
+        )
+    return Files(path, "manifest", names, str(root))
+
+
+def _image_of_line(line: str, key: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{where} is not JSON ({error}): give {{"{key}": "photo.jpg"}}') from error
+    name = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(name, str) or not name:
+        keys = f"its keys are {', '.join(row)}" if isinstance(row, dict) else f"it is {line.strip()[:40]}"
+        raise ValueError(
+            f'{where} has no path under "{key}" ({keys}): give {{"{key}": "photo.jpg"}}, or name the key as '
+            "column"
+        )
+    return name
+
+
+@dataclass(frozen=True, eq=False)
+class Shards(Dataset):
+    """Members of tar files, read in place; names are `shard.tar:member`."""
+
+    files: list[str]
+    places: np.ndarray  # int64 [N, 3]: shard, offset and length in bytes
+
+    def read(self, index: int) -> bytes:
+        """The member's bytes."""
+        shard, offset, length = self.places[index].tolist()
+        with open(self.files[shard], "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
+def _shards(source: str, files: list[str], extension: str | None) -> Dataset:
+    names, places = [], []
+    for shard, file in enumerate(files):
+        for name, *place in members(file):
+            if extension is None or name.endswith("." + extension.removeprefix(".")):
+                names.append(f"{file}:{name}")
+                places.append((shard, *place))
+    if not names:
+        wanted = "png, jpg, jpeg or webp" if extension is None else f"column {extension!r}"
+        raise FileNotFoundError(f"no image ({wanted}) in {source}")
+    return Shards(source, "shards", names, files, np.array(places, dtype=np.int64))
+
+
+# The hub ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Dataset):
+    """One column of a `datasets.Dataset`; names are `source:split:row`."""
+
+    table: Any
+    column: str
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of the row."""
+        value = self.table[index][self.column]
+        if isinstance(value, dict):  # an Image feature that is not decoded
+            inside, path = value["bytes"], value["path"]
+            value = Path(path).read_bytes() if inside is None and path else inside
+        if not isinstance(value, bytes):
+            raise ValueError(f"the row holds no image under {self.column!r}")
+        return value
+
+
+def _hub(source: str, split: str | None, column: str | None) -> Dataset:
+    """A dataset of the hub, after one quick question whether the hub has it: `datasets` retries for long."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    repository, _, configuration = source.partition(":")
+    try:
+        HfApi().dataset_info(repository, timeout=10)
+    except RepositoryNotFoundError as error:  # gated ones too
+        raise FileNotFoundError(
+            f"there is no file or folder {source}, and the hub gives no dataset {repository!r} "
+            f"({type(error).__name__}): give {_ACCEPTED}; for a gated dataset log in with hf auth login"
+        ) from error
+    except Exception as error:  # the client raises many kinds for "no network"
+        raise ConnectionError(
+            f"there is no file or folder {source}, and as a dataset it cannot be fetched: the hub cannot be "
+            f"reached ({type(error).__name__}). Where there is internet, run hf download {repository} "
+            "--repo-type dataset --local-dir FOLDER, and give FOLDER"
+        ) from error
+    return _rows(source, repository, configuration or None, split, column)
+
+
+def _rows(
+    source: str, path: str, configuration: str | None, split: str | None, column: str | None
+) -> Dataset:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{source} is read by the package datasets: pip install datasets") from error
+    try:
+        builder = datasets.load_dataset_builder(path, configuration)
+        files = builder.config.data_files
+        splits = [str(name) for name in files or builder.info.splits or ()]
+    except Exception as error:  # datasets raises many kinds
+        raise OSError(f"{source} cannot be read as a dataset: {error}") from error
+    split = _choose("split", split, splits, splits, source)
+    # Only this split's files: without naming them every split would be downloaded.
+    own = {split: list(files[split])} if files else None
+    try:
+        table = datasets.load_dataset(path, configuration, split=split, data_files=own)
+    except Exception as error:
+        raise OSError(f"{source}, split {split}, cannot be read: {error}") from error
+    images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    column = _choose("column", column, images, list(table.features), source)
+    table = table.select_columns([column])
+    if column in images:
+        table = table.cast_column(column, datasets.Image(decode=False))
+    if not len(table):
+        raise FileNotFoundError(f"{source}, split {split}, has no rows")
+    return Rows(source, "hub", [f"{source}:{split}:{row}" for row in range(len(table))], table, column)
+
+
+def _choose(what: str, given: str | None, fitting: list[str], there: list[str], source: str) -> str:
+    """The one that was asked for, or the only one that fits."""
+    if given in there:
+        return given
+    if given is None and len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(there) or "none"
+    problem = f"has no {what} {given!r}" if given else f"has {len(fitting)} {what}s that may hold the images"
+    raise ValueError(f"{source} {problem}: name the {what}, one of {listed}")
