@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .parity.case import CannotBuild, Case
 
-FAMILIES = ("titok", "karl", "prune", "reduce", "instella", "flextok")
+FAMILIES = ("titok", "karl", "prune", "reduce", "instella", "flextok", "eval")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,21 @@
 """PSNR and SSIM equal scikit-image's, image by image, and refuse what they cannot score."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vistok.eval.metrics.image import psnr, ssim
+from vistok.eval.parity.case import CannotBuild
+from vistok.eval.verify import verify
+
+CASE = Path(__file__).parent / "golden" / "eval_metrics_a.json"
 
 SSIM_OPTIONS = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
 
@@ -93,3 +101,29 @@ def test_reflected_border_equals_scikit_image_on_a_mirrored_image():
 def test_ssim_refuses_an_unknown_border():
     with pytest.raises(ValueError, match="'zero'; give 'crop'"):
         ssim(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), border="zero")
+
+
+def test_reflected_border_equals_torchmetrics_in_double():
+    images, references = (batch.double() for batch in noisy_pair(3, 3, 24, 19, 0.2, 3))
+    expected = structural_similarity_index_measure(images, references, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(images, references, border="reflect"), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["fid_features", "kernel_inception_distance_std", "inception_score_mean", "recall"]
+)
+def test_a_recorded_metric_changed_by_two_millionths_is_a_miss(tmp_path, name):
+    recording = json.loads(CASE.read_text())
+    recording["results"][name] *= 1 + 2e-6
+    (tmp_path / "case.json").write_text(json.dumps(recording))
+    (tmp_path / "case.safetensors").write_bytes(CASE.with_suffix(".safetensors").read_bytes())
+    assert [row.name for row in verify(tmp_path / "case.json") if not row.passed] == [name]
+
+
+def test_a_recorded_metric_that_nobody_computes_is_named(tmp_path):
+    recording = json.loads(CASE.read_text())
+    recording["results"]["perceptual_path_length"] = 1.0
+    (tmp_path / "case.json").write_text(json.dumps(recording))
+    (tmp_path / "case.safetensors").write_bytes(CASE.with_suffix(".safetensors").read_bytes())
+    with pytest.raises(CannotBuild, match="no metric 'perceptual_path_length'"):
+        verify(tmp_path / "case.json")

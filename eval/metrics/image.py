@@ -22,7 +22,7 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     reference. Average these values over a set; the mean of the squared errors is another number.
     Raises ValueError for other shapes or ranges, TypeError for integer images.
     """
-    images, references = _check(images, references)
+    images, references = _in_double(images, references)
     return -10 * torch.log10((images - references).square().mean(dim=(1, 2, 3)))  # [B]
 
 
@@ -39,7 +39,7 @@ def ssim(images: Tensor, references: Tensor, border: Literal["crop", "reflect"] 
 
     "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004), equation 13.
     """
-    images, references = _check(images, references)
+    images, references = _in_double(images, references)
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(
             f"images are {images.shape[-2]}x{images.shape[-1]}; SSIM needs at least {WINDOW}x{WINDOW}"
@@ -70,8 +70,19 @@ def _blur(maps: Tensor, axis: int) -> Tensor:
     return sum(tap * maps.narrow(axis, offset, length) for offset, tap in enumerate(GAUSSIAN))
 
 
-def _check(images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Refuse what the metrics cannot score; return both in the precision they are computed in."""
+def _in_double(images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    check_pair(images, references)
+    # Variances of flat, bright regions cancel in float32 (errors near 1e-4); MPS has no float64.
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64
+    return images.to(dtype), references.to(dtype)
+
+
+def check_pair(images: Tensor, references: Tensor) -> None:
+    """Refuse what no metric can score.
+
+    ValueError unless both are the same non-empty [B, C, H, W] on one device with values in [0, 1], TypeError
+    for integers.
+    """
     if images.ndim != 4 or images.shape != references.shape or images.numel() == 0:
         raise ValueError(
             f"images are {list(images.shape)} and references {list(references.shape)}; both must be the same "
@@ -90,6 +101,3 @@ def _check(images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
                 f"{name} span [{low:.4g}, {high:.4g}]; the metrics take [0, 1]: clamp reconstructions, "
                 "map [-1, 1] by (x + 1) / 2, divide 8-bit values by 255"
             )
-    # Variances of flat, bright regions cancel in float32 (errors near 1e-4); MPS has no float64.
-    dtype = torch.float32 if images.device.type == "mps" else torch.float64
-    return images.to(dtype), references.to(dtype)

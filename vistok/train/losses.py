@@ -6,7 +6,6 @@
 
 import math
 import re
-import warnings
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from ..nn.lpips import build_lpips
 from .discriminator import NLayerDiscriminator
 
 LECAM_DECAY = 0.999
@@ -99,7 +99,7 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         self.networks = parse_perceptual_name(name)
         if "lpips" in self.networks:
-            self.lpips = _build_lpips(weights)
+            self.lpips = build_lpips("vgg", _read_torchvision(VGG16_Weights.IMAGENET1K_V1, weights))
         if "convnext_s" in self.networks:
             state_dict = _read_torchvision(ConvNeXt_Small_Weights.IMAGENET1K_V1, weights)
             self.convnext = convnext_small(weights=None)
@@ -138,23 +138,6 @@ class PerceptualLoss(nn.Module):
         size = [CONVNEXT_SIZE, CONVNEXT_SIZE]
         resized = resize(images, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
         return self.convnext((resized - self.imagenet_mean) / self.imagenet_std)  # [B, 1000]
-
-
-def _build_lpips(weights: str | PathLike[str] | None) -> nn.Module:
-    try:
-        from lpips import LPIPS
-    except ImportError as error:
-        raise ImportError("the perceptual loss 'lpips' needs the lpips package: pip install lpips") from error
-    state_dict = _read_torchvision(VGG16_Weights.IMAGENET1K_V1, weights)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old argument names
-        # The package downloads VGG16 on its own unless told to leave the trunk random.
-        network = LPIPS(net="vgg", pretrained=weights is not None, pnet_rand=True, verbose=False)
-    if state_dict is not None:
-        # slice3.10.weight of lpips is features.10.weight of torchvision
-        trunk = {key: state_dict["features." + key.split(".", 1)[1]] for key in network.net.state_dict()}
-        network.net.load_state_dict(trunk)
-    return network
 
 
 def _read_torchvision(

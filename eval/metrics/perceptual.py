@@ -1,0 +1,67 @@
+"""LPIPS of every image against its reference, by the `lpips` package."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ... import checkpoint
+from ...nn.lpips import build_lpips
+from .image import check_pair
+from .precision import full_precision
+from .weights import find, hub_folder
+
+# File and the smallest side whose last feature map is not empty.
+BACKBONES = {
+    "alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 31),
+    "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", 16),
+}
+OPTION = "--lpips-weights"
+
+
+class Lpips:
+    """Perceptual distance of images to references, both float [B, 3, H, W] in [0, 1] -> float32 [B].
+
+    Raises ValueError for other shapes or ranges and for images smaller than the network takes, TypeError for
+    integer images. "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018, arXiv
+    1801.03924).
+    """
+
+    def __init__(self, network: nn.Module, smallest: int, device: torch.device | str = "cpu") -> None:
+        self.network, self.smallest = network.to(device), smallest
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, references: Tensor) -> Tensor:
+        """One distance an image, 0 where both are equal."""
+        check_pair(images, references)
+        if images.shape[1] != 3 or min(images.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"images are {list(images.shape)}; this LPIPS takes [B, 3, H, W] of at least "
+                f"{self.smallest}x{self.smallest}: enlarge them or leave LPIPS out"
+            )
+        pair = (batch.to(self.device).float() for batch in (images, references))
+        with full_precision():
+            return self.network(*pair, normalize=True).flatten()  # [B, 1, 1, 1] -> [B]
+
+
+def load_lpips(
+    net: Literal["alex", "vgg"] = "alex",
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Lpips:
+    """LPIPS on torchvision's AlexNet or VGG16, from a file, a folder that holds it, or torch hub's cache.
+
+    The package brings its linear layers; the backbone is a file of torchvision's. Raises WeightsMissing,
+    without any download, where that is absent, and ValueError for another `net` or other weights.
+    """
+    if net not in BACKBONES:
+        raise ValueError(f"LPIPS knows the networks {' and '.join(BACKBONES)}; got {net!r}")
+    url, smallest = BACKBONES[net]
+    name = url.rsplit("/", 1)[1]
+    path = find(weights, [name], hub_folder(), metric=f"LPIPS ({net})", url=url, option=OPTION)
+    try:
+        return Lpips(build_lpips(net, checkpoint.read(path)), smallest, device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

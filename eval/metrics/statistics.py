@@ -1,0 +1,237 @@
+"""Mean and covariance of features, streamed and mergeable, and the Fréchet distance between two of them."""
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...files import written_aside
+
+# Columns that one product covers, so that the half of a symmetric or triangular matrix is passed over.
+PANEL = 256
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """What FID knows of a set of images: `mean` [D] and `covariance` [D, D] (n-1), float64 on the CPU.
+
+    `count` is the number of images, None where a file does not tell.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a .npz with `mu` and `sigma` (and `count`), as ADM, pytorch-fid and `save` write them.
+
+        Other arrays of the file are not read. Raises FileNotFoundError, and ValueError for what is no .npz,
+        has no mu and sigma, or holds numbers that are no mean and covariance.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}; give a .npz with the arrays mu [D] and sigma [D, D]")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is no .npz file, or a broken one; give a .npz with mu and sigma")
+        try:
+            with np.load(path) as arrays:
+                names = list(arrays)
+                if not {"mu", "sigma"} <= set(names):
+                    raise ValueError(_no_statistics(path, names))
+                mean, covariance = (
+                    torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma")
+                )
+                count = int(arrays["count"]) if "count" in names else None
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+        size = mean.numel()
+        if mean.shape != (size,) or covariance.shape != (size, size):
+            raise ValueError(
+                f"{path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; they must be [D] and "
+                "[D, D]"
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{path} holds values that are not finite: compute the statistics again")
+        if not torch.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6 * float(covariance.abs().max())):
+            raise ValueError(f"{path}: sigma is not symmetric, so it is no covariance")
+        return cls(mean, covariance, count)
+
+    def save(self, path: str | Path) -> None:
+        """Write mu and sigma (and count, where it is known) to a .npz, aside first and then renamed."""
+        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        if self.count is not None:
+            arrays["count"] = np.array(self.count)
+        with written_aside(path) as aside, open(aside, "wb") as file:
+            np.savez(file, **arrays)
+
+
+def _no_statistics(path: Path, names: list[str]) -> str:
+    advice = "give a file of statistics (mu and sigma), or the images themselves as a folder"
+    if "arr_0" in names:
+        advice = "arr_0 is a batch of samples: write them out as images and give their folder"
+    elif "pool_3" in names:
+        advice = "pool_3 are features: save their mean and covariance (n-1) as mu and sigma"
+    return f"{path} has no mu and sigma (it holds {', '.join(names) or 'nothing'}); {advice}"
+
+
+class FeatureStatistics:
+    """Streaming mean and covariance of feature vectors of `dim` numbers, in float64.
+
+    Memory is one [D, D] matrix, however many images pass. The sums are kept around the running mean, so no
+    digits cancel; parts merge to what one pass gives, to rounding. `device` may be a CUDA device that the
+    features already are on. Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances" (1979).
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # on and above the diagonal
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a feature vector."""
+        return self._mean.numel()
+
+    def update(self, features: Tensor) -> None:
+        """Add a batch [B, D] of any floating dtype. ValueError for other shapes and values that are not
+        finite, which would spoil everything after them."""
+        if features.ndim != 2 or features.shape[1] != self.dim or not features.is_floating_point():
+            raise ValueError(
+                f"features are {features.dtype} {list(features.shape)}; these statistics take floats "
+                f"[B, {self.dim}]"
+            )
+        if not len(features):
+            return
+        features = features.detach().to(self._mean.device).double()
+        mean = features.mean(0)
+        if not mean.isfinite().all():  # one bad number makes its column's mean bad
+            rows = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"features of rows {rows[:10]} of the batch are not finite: look at these images, or run the "
+                "extractor in float32"
+            )
+        self._combine(mean, features - mean, len(features))
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add the images that `other` saw. ValueError when the dimensions differ."""
+        if other.dim != self.dim:
+            raise ValueError(f"cannot merge statistics of {other.dim} features into those of {self.dim}")
+        if other.count:
+            self._scatter += other._scatter.to(self._scatter.device)
+            mean = other._mean.to(self._mean.device)
+            self._combine(mean, self._scatter.new_zeros(0, self.dim), other.count)
+
+    def _combine(self, mean: Tensor, centred: Tensor, count: int) -> None:
+        """Move to the common mean; `centred` are the rows whose products are not yet in the scatter."""
+        total = self.count + count
+        shift = mean - self._mean
+        # The shift of the mean is one more row of the same product.
+        rows = torch.cat([centred, (shift * (self.count * count / total) ** 0.5)[None]])
+        for first in range(0, self.dim, PANEL):
+            columns = rows[:, first : first + PANEL]
+            self._scatter[first : first + PANEL, first:].addmm_(columns.T, rows[:, first:])
+        self._mean += shift * (count / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean [D], float64. ValueError before the first image."""
+        self._need(1, "a mean")
+        return self._mean.clone()
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance [D, D] with n-1, float64. ValueError under two images."""
+        self._need(2, "a covariance")
+        upper = self._scatter.triu()
+        return (upper + upper.triu(1).T) / (self.count - 1)
+
+    def gaussian(self) -> Gaussian:
+        """Mean, covariance and count as they stand, on the CPU."""
+        return Gaussian(self.mean.cpu(), self.covariance.cpu(), self.count)
+
+    def save(self, path: str | Path) -> None:
+        """Write mu, sigma and count to a .npz that `Gaussian.load`, and the field's tools, read."""
+        self.gaussian().save(path)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Three tensors that hold everything, not copied: `count`, `mean` [D], `scatter` [D, D]."""
+        return {"count": torch.tensor(self.count), "mean": self._mean, "scatter": self._scatter}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state; ValueError if it is not one of statistics of this dimension."""
+        shapes = {"count": [], "mean": [self.dim], "scatter": [self.dim, self.dim]}
+        found = {name: list(value.shape) for name, value in state.items()}
+        if found != shapes:
+            raise ValueError(f"this state has {found}; statistics of {self.dim} features have {shapes}")
+        self.count = int(state["count"])
+        self._mean.copy_(state["mean"])
+        self._scatter.copy_(state["scatter"])
+
+    def _need(self, images: int, what: str) -> None:
+        if self.count < images:
+            raise ValueError(
+                f"{what} of features needs at least {images} image{'s' * (images > 1)}; these statistics saw "
+                f"{self.count}: look at which images were read"
+            )
+
+
+def frechet_distance(a: Gaussian | FeatureStatistics, b: Gaussian | FeatureStatistics) -> float:
+    """Fréchet distance |μ₁-μ₂|² + tr(Σ₁) + tr(Σ₂) - 2 tr((Σ₁Σ₂)^½) between two sets of features.
+
+    The last trace is the sum of the roots of the eigenvalues of a symmetric Aᵀ Σ₂ A, A Aᵀ = Σ₁, in float64.
+    ValueError when the dimensions differ. "GANs Trained by a Two Time-Scale Update Rule Converge to a Local
+    Nash Equilibrium" (2017, arXiv 1706.08500), equation 6.
+    """
+    a, b = (side.gaussian() if isinstance(side, FeatureStatistics) else side for side in (a, b))
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"statistics of {a.mean.numel()} and {b.mean.numel()} features cannot be compared: take both "
+            "from the same layer of the same network"
+        )
+    shift = a.mean - b.mean
+    traces = a.covariance.trace() + b.covariance.trace()
+    # Rounding of a trace or two can leave a distance of nothing a little below zero.
+    return max(0.0, float(shift @ shift + traces) - 2 * _root_trace(a, b))
+
+
+def _root_trace(a: Gaussian, b: Gaussian) -> float:
+    """tr((Σ₁Σ₂)^½) = Σ √λ(Aᵀ Σ₂ A) for any A with A Aᵀ = Σ₁."""
+    unknown = a.mean.numel() + 1
+    first, second = sorted((a, b), key=lambda side: side.count or unknown)
+    product = _congruent(first.covariance.numpy(), second.covariance.numpy())
+    return float(np.sqrt(np.linalg.eigvalsh(product, UPLO="L").clip(min=0)).sum())
+
+
+def _congruent(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Aᵀ Σ₂ A for some A with A Aᵀ = Σ₁, right on and below the diagonal."""
+    rounding = len(first) * np.finfo(np.float64).eps
+    try:
+        factor = np.linalg.cholesky(first)  # a tenth of the time of eigenvectors
+        if (np.diagonal(factor) ** 2).min() > rounding * np.diagonal(first).max():
+            return _triangular_product(factor, second)
+    except np.linalg.LinAlgError:
+        pass
+    # Fewer images than features leave directions without variance. Dropped, they cannot return as √rounding.
+    values, vectors = np.linalg.eigh(first)
+    real = values > rounding * values[-1]
+    factor = vectors[:, real] * np.sqrt(values[real])  # [D, rank]
+    return factor.T @ second @ factor
+
+
+def _triangular_product(factor: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Lᵀ S L of a lower triangle L, by panels that pass over its zeros: a third of the work."""
+    half, product = np.empty_like(matrix), np.zeros_like(matrix)
+    panels = [slice(first, first + PANEL) for first in range(0, len(matrix), PANEL)]
+    for panel in panels:
+        half[:, panel] = matrix[:, panel.start :] @ factor[panel.start :, panel]
+    for panel in panels:
+        product[panel, : panel.stop] = factor[panel.start :, panel].T @ half[panel.start :, : panel.stop]
+    return product
