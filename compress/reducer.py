@@ -5,7 +5,7 @@ function that scores or selects. Hooks, positions, masks, batches and caches are
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Literal
@@ -343,6 +343,19 @@ class CacheReducer(Reducer):
     def score(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
         """[N] for the N visual tokens' keys and values [H_k, N, D] of one prompt; higher stays."""
         raise NotImplementedError
+
+
+def share_by_layer(**lists: Sequence[float]) -> dict[int, float]:
+    """A list of layers and the list of their shares, by the names a method gives them → layer → share.
+
+    Raises ValueError unless there is one share a layer.
+    """
+    (layers, shares), (first, second) = lists.values(), lists
+    if len(layers) != len(shares):
+        raise ValueError(
+            f"{first} has {len(layers)} layers and {second} {len(shares)} shares; give one share a layer"
+        )
+    return dict(zip(layers, shares, strict=True))
 
 
 def count_of(budget: float | int, tokens: int) -> int:

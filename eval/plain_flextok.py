@@ -1,27 +1,19 @@
-"""The yardstick of FlexTok's speed: the same tokenizer written straightforwardly, and both timed in one run.
+"""FlexTok written straightforwardly, on a tokenizer's own weights: the yardstick of its speed.
 
 Images go one by one, every block computes every row under a materialised mask, all registers take part in
 every step, and each call projects the registers and computes the modulations anew. It gives the same numbers
 as `vistok.models.flextok`, slower.
-
-    python -m vistok.eval.plain_flextok --batch-size 8 --tokens 256 32 --steps 4 --threads 2
 """
 
-import argparse
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.flextok import FlexTok, _autoencoder_class, _vae_config, timestep_features
-from ..registry import create
-
-HEADER = ["what", "plain s", "vistok s", "× plain (min–max)", "largest difference"]
+from ..models.flextok import FlexTok
+from ..models.flextok_network import timestep_features
+from ..models.flextok_vae import vae_config
 
 
 def attention_mask(mode: Literal["full", "causal", "causal_last"], patches: int, registers: int) -> Tensor:
@@ -40,11 +32,13 @@ class PlainFlexTok(nn.Module):
     """`encode` and `decode` of a FlexTok on the same parameters, unoptimised."""
 
     def __init__(self, tokenizer: FlexTok) -> None:
+        from diffusers import AutoencoderKL
+
         super().__init__()
         self.tokenizer = tokenizer
         # A VAE as diffusers makes it, in PyTorch's default layout.
         own = tokenizer.autoencoder.vae
-        self.vae = _autoencoder_class()(**_vae_config(tokenizer.config)).to(own.device)
+        self.vae = AutoencoderKL(**vae_config(tokenizer.config)).to(own.device)
         self.vae.load_state_dict(own.state_dict())
         self.vae.eval()
         grid = (tokenizer.config.latent_size // tokenizer.config.patch_size) ** 2
@@ -142,119 +136,3 @@ def _norm(x: Tensor) -> Tensor:
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return mlp.fc2(F.silu(mlp.fc1(x)) * mlp.fc3(x))
-
-
-# Timing -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Pair:
-    """One task done in both ways, and how long each took, run after run."""
-
-    name: str
-    plain: Callable[[], Tensor]
-    ours: Callable[[], Tensor]
-    plain_seconds: list[float] = field(default_factory=list)
-    our_seconds: list[float] = field(default_factory=list)
-    difference: float = 0.0
-
-    def run(self, record: bool = True) -> None:
-        """Both once, one after the other."""
-        expected, plain = _timed(self.plain)
-        found, ours = _timed(self.ours)
-        self.difference = float((expected.double() - found.double()).abs().max())
-        if record:
-            self.plain_seconds.append(plain)
-            self.our_seconds.append(ours)
-
-    @property
-    def ratios(self) -> list[float]:
-        """How many times as fast ours is, a run."""
-        return [plain / ours for plain, ours in zip(self.plain_seconds, self.our_seconds, strict=True)]
-
-    def row(self) -> list[str]:
-        """Under HEADER: medians, with the range over the paired runs."""
-        low, middle, high = min(self.ratios), median(self.ratios), max(self.ratios)
-        seconds = [f"{median(each):.2f}" for each in (self.plain_seconds, self.our_seconds)]
-        return [self.name, *seconds, f"{middle:.2f} ({low:.2f}–{high:.2f})", f"{self.difference:.1e}"]
-
-
-@torch.no_grad()
-def measure(
-    name: str = "flextok-d12-d12-in1k",
-    batch_size: int = 8,
-    tokens: tuple[int, ...] = (256, 32),
-    steps: int = 4,
-    repeats: int = 3,
-    device: torch.device | str = "cpu",
-    **config: Any,
-) -> list[Pair]:
-    """Time encoding, and guided decoding at each number of `tokens`, both ways in turn after a warm-up.
-
-    Weights are fresh, with noise in the layers that start at zero. The decoder runs twice a step; its share
-    of the time, next to the VAE's, grows with `steps`.
-    """
-    device = torch.device(device)
-    torch.manual_seed(0)
-    model = create(name, **config)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.any():
-            nn.init.normal_(module.weight, std=0.02)
-    model = model.to(device).eval()
-    plain = PlainFlexTok(model)
-    images = torch.rand(batch_size, 3, model.image_size, model.image_size, device=device)
-    codes = model.encode(images).indices
-    side = model.config.latent_size
-    noise = torch.randn(batch_size, model.config.latent_channels, side, side, device=device)
-    pairs = [Pair("encode", lambda: plain.encode(images), lambda: model.encode(images).indices)]
-    for count in tokens:
-        kept = codes[:, :count]
-        pairs.append(
-            Pair(
-                f"decode k={count}, {steps} guided steps",
-                lambda kept=kept: plain.decode(kept, noise, steps, 7.5),
-                lambda kept=kept: model.decode(kept, steps=steps, guidance=7.5, noise=noise),
-            )
-        )
-    for pair in pairs:
-        pair.run(record=False)
-    for _ in range(repeats):
-        for pair in pairs:
-            pair.run()
-    return pairs
-
-
-def _timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    result = work()
-    if result.device.type == "cuda":
-        torch.cuda.synchronize(result.device)
-    return result, time.perf_counter() - start
-
-
-def main() -> None:
-    """Print the table of `measure`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--tokenizer", default="flextok-d12-d12-in1k")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 32])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    pairs = measure(
-        options.tokenizer,
-        options.batch_size,
-        tuple(options.tokens),
-        options.steps,
-        options.repeats,
-        options.device,
-    )
-    for row in (HEADER, *(pair.row() for pair in pairs)):
-        print("  ".join(f"{cell:>28}" for cell in row))
-
-
-if __name__ == "__main__":
-    main()

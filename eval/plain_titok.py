@@ -1,4 +1,4 @@
-"""The yardstick of `vistok eval speed`: TiTok written straightforwardly, with a tokenizer's own weights.
+"""TiTok written straightforwardly, on a tokenizer's own weights: the yardstick of its speed.
 
 Sequence-first attention modules with a transpose around them, every row of every block computed, convolutions
 and normalisations op by op in the layout they come in. This is how the original research code runs; it gives
@@ -19,7 +19,7 @@ class PlainTiTok(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.attention = {
-            block: _multihead(block.attn)
+            block: multihead(block.attn)
             for side in (tokenizer.encoder, tokenizer.decoder)
             for block in side.transformer
         }
@@ -101,7 +101,7 @@ class PlainTiTok(nn.Module):
         return h + self._conv(block.nin_shortcut, h) if hasattr(block, "nin_shortcut") else x + h
 
 
-def _multihead(attention: nn.Module) -> nn.MultiheadAttention:
+def multihead(attention: nn.Module) -> nn.MultiheadAttention:
     """`torch.nn.MultiheadAttention` (sequence-first) on the same parameters."""
     width = attention.in_proj_weight.shape[1]
     with torch.device("meta"):

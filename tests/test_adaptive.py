@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import fresh
 
 from vistok import Tokenizer, create
 from vistok.adaptive import AdaptiveTokens, encode_to_quality
 from vistok.quantizers import VectorQuantizer
 
 SIDE, COUNT = 4, 13
-TINY = {"image_size": 32, "patch_size": 8, "thumbnail_size": 8, "levels": [[4, [8, 8]], [4, [4, 4, 4]]]}
-TINY |= {"width": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def test_an_image_does_not_see_its_neighbours(curves, target):
 
 def test_encode_takes_the_target_and_decode_gives_the_quality_said():
     torch.manual_seed(0)
-    model = create("mini", **TINY).eval()
+    model = fresh("mini", levels=[[4, [8, 8]], [4, [4, 4, 4]]])
     images = torch.nn.functional.interpolate(torch.rand(200, 3, 2, 2), 32, mode="bilinear")
     model.fit_linear_path(images)
     images = images[:6]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_tokenizers import shared
 
 import vistok
 from vistok import cli
@@ -68,9 +69,44 @@ def test_list_shows_every_tokenizer_with_licence_and_figures(run):
     assert {row["name"] for row in json.loads(out)} == set(vistok.list_tokenizers())
 
 
+LICENCES = {
+    "flextok-d18-d28-dfn": "not open source: research only",
+    "karl-vae-in100": "none stated",
+    "instella-bae": "research-only",
+    "vistok-mini": "Apache-2.0",
+}
+
+
+def test_list_shows_licences_and_the_choice_of_tokens_in_a_narrow_terminal_too(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    status, out, _ = run("list")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    assert status == 0 and max(map(len, out.splitlines())) <= 80
+    tokens, licences, name = {}, {}, ""
+    for first, count, *_, licence in filter(None, rows):
+        name = first or name
+        tokens[name] = f"{tokens.get(name, '')} {count}".strip()
+        licences[name] = f"{licences.get(name, '')} {licence}".strip()
+    assert set(tokens) == set(vistok.list_tokenizers())
+    assert all(said in licences[name] for name, said in LICENCES.items())
+    assert all("not open source" in licences[name] for name in licences if name.startswith("flextok"))
+    assert (tokens["karl-vqgan-vq"], tokens["flextok-d12-d12-in1k"]) == ("up to 256", "1–256")
+    assert (tokens["titok-l32"], tokens["vistok-mini"]) == ("32", "1–64")
+
+
+@pytest.mark.parametrize("name", LICENCES)
+def test_info_shows_the_licence(run, name):
+    status, out, _ = run("info", name)
+    assert status == 0 and LICENCES[name] in out
+
+
 def test_info_tells_one_and_refuses_the_unknown(run):
     status, out, _ = run("info", "titok-s128")
     assert status == 0 and "83.7 M" in out and '"num_latent_tokens": 128' in out
+    status, out, _ = run("info", "karl-vqgan-vq")
+    assert status == 0 and "up to 256" in out and "rights are reserved" in out
     status, _, err = run("info", "titok-s129")
     assert status == 1 and "Did you mean titok-s128" in err
 
@@ -109,6 +145,111 @@ def test_encode_then_decode_gives_what_the_library_gives(run, tmp_path):
     expected = vistok.to_pil(vistok.load("vistok-mini").decode(tokens))
     for number, picture in enumerate(expected):
         assert Image.open(tmp_path / "back" / f"{number:05d}.png").tobytes() == picture.tobytes()
+
+
+# ---- tokens by quality -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def karl(tmp_path_factory, small_and_quick):
+    """A folder with a small tokenizer that chooses lengths."""
+    folder = tmp_path_factory.mktemp("karl")
+    shared("karl-vae-vq").save_pretrained(folder)
+    return folder
+
+
+def test_a_target_quality_gives_each_photograph_its_own_length(run, tmp_path):
+    photos = [PHOTO, ASSETS / "astronaut.jpg"]
+    status, out, err = run("encode", *photos, "-o", "two.vtok", "--target-psnr", 15, "--batch-size", 1)
+    assert status == 0 and err == ""
+    tokens = vistok.Tokens.load(tmp_path / "two.vtok")
+    model = vistok.load("vistok-mini")
+    pixels = torch.cat([vistok.to_tensor(photo, 128) for photo in photos])
+    expected = model.encode(pixels, target_psnr=15)
+    assert tokens == expected.tokens and len(set(tokens.lengths.tolist())) == 2
+    for photo, length, psnr in zip(photos, tokens.lengths.tolist(), expected.psnr.tolist(), strict=True):
+        assert f"{length:4d} tokens  {psnr:.2f} dB  {photo}\n" in out
+    status, _, _ = run("decode", "two.vtok", "-o", "back", "--batch-size", 1)
+    assert status == 0
+    for number, picture in enumerate(vistok.to_pil(model.decode(tokens))):
+        assert Image.open(tmp_path / "back" / f"{number:05d}.png").tobytes() == picture.tobytes()
+
+
+def test_an_unreachable_target_is_one_warning_and_no_failure(run, tmp_path):
+    photos = [PHOTO, ASSETS / "astronaut.jpg", ASSETS / "coffee.jpg"]
+    target = ["--target-psnr", 22, "--batch-size", 1]
+    status, out, err = run("encode", *photos, "-o", "three.vtok", *target)
+    assert status == 0 and err.count("\n") == 1 and out.count("not reached") == 2
+    assert err.startswith("warning: 2 of 3 images did not reach 22 dB") and "lower --target-psnr" in err
+    status, out, err = run("reconstruct", *photos, *target, "--out", "out")
+    assert status == 0 and err.count("\n") == 1 and "33%" in out
+    record = json.loads((tmp_path / "out" / "reconstructions.json").read_text())
+    assert record["target_psnr"] == 22 and record["mean"]["reached"] == pytest.approx(1 / 3)
+    for image in record["images"]:
+        assert image["reached"] == (image["psnr"] >= 22)
+        assert image["bytes"] == 2 * image["tokens"] and (image["tokens"] < 64 or not image["reached"])
+
+
+def test_tokens_is_the_most_a_target_may_take(run, tmp_path):
+    status, _, err = run("encode", PHOTO, "-o", "one.vtok", "--target-psnr", 22, "--tokens", 8)
+    assert status == 0 and "1 of 1 image did not reach" in err
+    assert vistok.Tokens.load(tmp_path / "one.vtok").lengths.item() <= 8
+
+
+def test_a_target_error_goes_to_who_chooses_lengths(run, karl, tmp_path):
+    photos = [PHOTO, ASSETS / "astronaut.jpg", ASSETS / "camera.jpg"]
+    status, out, _ = run("encode", *photos, "-o", "k.vtok", "--tokenizer", karl, "--target", 0.2)
+    tokens = vistok.Tokens.load(tmp_path / "k.vtok")
+    model = vistok.load(karl)
+    pixels = torch.cat([vistok.to_tensor(photo, 32) for photo in photos])
+    assert status == 0 and tokens == model.encode(pixels, target=0.2)
+    assert all(f"{length:4d} tokens  {p}" in out for length, p in zip(tokens.lengths, photos, strict=True))
+    status, _, err = run("decode", "k.vtok", "-o", "back")
+    assert status == 1 and "give --tokenizer" in err
+    status, _, _ = run("decode", "k.vtok", "-o", "back", "--tokenizer", karl, "--batch-size", 2)
+    assert status == 0 and len(list((tmp_path / "back").iterdir())) == 3
+    errors = (model.decode(tokens) - pixels).abs().mean((1, 2, 3))
+    target = float(errors.sort().values[1])
+    status, _, err = run("reconstruct", *photos, "--tokenizer", karl, "--target", target, "--out", "out")
+    images = json.loads((tmp_path / "out" / "reconstructions.json").read_text())["images"]
+    short = [image["error"] > target for image in images]
+    assert status == 0 and [not image["reached"] for image in images] == short
+    assert f"{sum(short)} of 3 images did not reach" in err and "lower --target" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", 0.05], "--target is not for vistok-mini: any prefix of its tokens decodes"),
+        (["--target", 0.05, "--target-psnr", 30], "give one of them"),
+        (["--target-psnr", -3], "a positive number of dB"),
+        (["--target-psnr", 30, "--tokens", 65], "1 to 64 tokens"),
+        (["--tokenizer", "karl", "--target-psnr", 30], "not for karl: it chooses lengths by --target"),
+        (["--tokenizer", "karl", "--target", 1.5], "a mean absolute error of 0 to 1"),
+        (["--tokenizer", "karl", "--target", 0.1, "--tokens", 41], "1 to 40 tokens"),
+        (["--tokenizer", "titok", "--target", 0.1], "titok: it has exactly 6 tokens an image"),
+        (["--tokenizer", "titok", "--target-psnr", 30], "titok: it has exactly 6 tokens an image"),
+    ],
+)
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_targets_that_a_tokenizer_cannot_take_say_what_it_takes(
+    run, karl, tmp_path, command, arguments, message
+):
+    shared("titok-vq").save_pretrained(tmp_path / "titok")
+    folders = {"karl": karl, "titok": tmp_path / "titok"}
+    arguments = [folders.get(argument, argument) for argument in arguments]
+    output = ["-o", "photo.vtok"] if command == "encode" else ["--out", "out"]
+    status, _, err = run(command, PHOTO, *output, *arguments)
+    assert status == 1 and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "photo.vtok").exists() and not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_open_say_so_when_they_are_asked_for(run, offline):
+    status, _, err = run("encode", PHOTO, "-o", "photo.vtok", "--tokenizer", "flextok-d12-d12-in1k")
+    assert status == 1
+    warning, error = err.splitlines()
+    assert warning.startswith("warning: ") and "not open source: research only" in warning
+    assert "EPFL-VILAB/flextok_d12_d12_in1k" in error
 
 
 def test_a_damaged_token_file_is_one_line_of_advice(run, tmp_path):

@@ -1,9 +1,11 @@
 """Instella's binary tokenizer: its formulae written out, sizes, checkpoints, training and parity cases."""
 
+import copy
 import json
 import math
 
 import pytest
+import tiny_tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -14,49 +16,20 @@ from vistok.eval.verify import verify
 from vistok.models.instella import Downsample, Instella, InstellaConfig, Rotary, Upsample
 from vistok.quantizers import bits_to_integers, integers_to_bits
 from vistok.registry import entries
-from vistok.train.config import OptimizerConfig, TrainConfig, read
+from vistok.train.config import OptimizerConfig, TrainConfig
 from vistok.train.loop import train
 
-TINY = {
-    "encoder_layers": 3,
-    "encoder_head_dim": 16,
-    "encoder_num_heads": 2,
-    "patch_size": 4,
-    "num_latent_tkns": 6,
-    "axes_dims_rope": (4, 6, 6),
-    "downsample_idx": (0,),
-    "decoder_layers": 2,
-    "decoder_head_dim": 16,
-    "decoder_num_heads": 3,
-    "upsample_idx": (0,),
-    "codebook_size": 12,
-    "image_size": 16,
-    "scale": 64,
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On a busy machine tiny kernels wait longer for a second thread than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("small_and_quick")
+TINY = {**tiny_tokenizers.CASES["instella"][1], "image_size": 16}
 
 
 def build(**changes):
-    """A tiny tokenizer whose every weight is at random, so that pictures and places matter."""
-    torch.manual_seed(0)
-    model = create("instella", **{**TINY, **changes}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.5 if "token" in name else 0.1)
-    return model
+    return tiny_tokenizers.build("instella", **{**TINY, **changes})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
-    return build()
+    return tiny_tokenizers.shared("instella", image_size=16)
 
 
 def pictures(count, height=16, width=16, seed=0):
@@ -263,11 +236,8 @@ def test_images_become_bits_and_bits_pack_at_one_bit_a_bit(model):
     assert tokens.bits.dtype == torch.bool
     assert tokens.bits.shape == (3, 6, 12)
     assert tokens.bits_per_image.tolist() == [72] * 3
-    data = tokens.to_bytes()
-    assert len(data) <= 27 + 16
-    assert Tokens.from_bytes(data) == tokens
+    assert len(tokens.to_bytes()) <= 27 + 16
     assert torch.equal(integers_to_bits(bits_to_integers(tokens.bits), 12), tokens.bits)
-    assert torch.equal(model.decode(Tokens.from_bytes(data)), model.decode(tokens))
 
 
 @pytest.mark.parametrize("size", [8, 16, 48, (8, 24), (24, 16)])
@@ -300,43 +270,19 @@ def test_images_whose_grid_cannot_be_halved_are_refused(model):
         model.encode(pictures(1, 16, 20))
 
 
-def test_decoding_takes_no_steps_and_no_other_count(model):
+def test_bits_of_another_width_and_latents_are_refused(model):
     tokens = model.encode(pictures(1))
-    with pytest.raises(ValueError, match="one deterministic pass"):
-        model.decode(tokens, steps=3)
-    with pytest.raises(ValueError, match="exactly 6 tokens"):
-        model.decode(tokens.prefix(3))
     with pytest.raises(ValueError, match=r"bool \[\.\.\., 12\]"):
         model.decode(tokens.bits[..., :11])
     with pytest.raises(ValueError, match="decodes bits"):
         model.decode(Tokens(latents=torch.zeros(1, 6, 12)))
 
 
-def test_an_empty_batch_stays_empty_and_neighbours_do_not_matter(model):
-    empty = model.encode(torch.empty(0, 3, 16, 16))
-    assert empty.bits.shape == (0, 6, 12)
-    assert model.decode(empty).shape == (0, 3, 16, 16)
-    images = pictures(3)
-    assert torch.equal(model.encode(images).bits[1:2], model.encode(images[1:2]).bits)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_give_nearly_the_same_picture(dtype):
-    model, images = build(), pictures(2)
-    tokens, expected = model.encode(images), model.reconstruct(images)
-    converted = model.to(dtype)
-    assert (converted.decode(tokens).double() - expected.double()).abs().mean() < 0.02
-    agreement = (converted.encode(images).bits == tokens.bits).float().mean()
-    assert agreement == 1 if dtype == torch.float64 else agreement > 0.9
-
-
-def test_encoding_and_decoding_compile_to_one_graph(model):
-    torch.compiler.reset()
-    images = pictures(2)
-    tokens = model.encode(images)
-    assert torch.compile(model.encode, fullgraph=True, backend="eager")(images) == tokens
-    decoded = torch.compile(model.decode, fullgraph=True, backend="eager")(tokens)
-    torch.testing.assert_close(decoded, model.decode(tokens))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_finds_nearly_all_bits(model, dtype):
+    images = pictures(4)
+    found = copy.deepcopy(model).to(dtype).encode(images)
+    assert (found.bits == model.encode(images).bits).float().mean() > 0.9
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -413,16 +359,6 @@ def test_shapes_that_need_a_configuration_ask_for_it(model, tmp_path):
         load(tmp_path / "weights.safetensors")
 
 
-def test_saved_and_loaded_is_the_same(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert loaded.config == model.config
-    assert loaded.encode(pictures(2)) == model.encode(pictures(2))
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pt")
-    config = {"family": "instella", "config": TINY}
-    assert load(tmp_path / "model.pt", config=config).encode(pictures(2)) == model.encode(pictures(2))
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -479,17 +415,6 @@ def test_the_training_log_shows_the_entropy_of_the_bits(tmp_path):
     loaded = load(folder)
     usage = loaded.quantizer.usage(loaded.encode(pictures(8)).bits)
     assert 0 <= float(usage["bit_entropy"]) <= 1
-
-
-def test_the_shipped_recipe_is_a_valid_configuration():
-    from importlib.resources import files
-
-    config = read(files("vistok.assets") / "binary-small.yaml")
-    fields = dict(config.tokenizer)
-    with torch.device("meta"):
-        model = create(fields.pop("name"), **fields)
-    assert model.quantizer.kind == "bits"
-    assert (model.num_tokens, model.config.codebook_size) == (32, 16)
 
 
 # ---- parity cases ------------------------------------------------------------------------------------------

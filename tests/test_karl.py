@@ -6,95 +6,39 @@ import dataclasses
 import math
 
 import pytest
+import tiny_tokenizers
 import torch
 import torch.nn.functional as F
 import yaml
+from tiny_tokenizers import codes_of
 
 from vistok import Tokens, create, load
 from vistok.models import karl
 from vistok.models.karl import TARGETS, VARIANTS
 from vistok.registry import entries, families
-from vistok.train.config import OptimizerConfig, TrainConfig, read
+from vistok.train.config import OptimizerConfig, TrainConfig
 from vistok.train.loop import train
 from vistok.train.losses import ReconstructionLossConfig
 
+pytestmark = pytest.mark.usefixtures("small_and_quick")
 SIDE, COUNT = 16, 12
-TINY = {
-    "image_size": SIDE,
-    "patch_size": 4,
-    "max_grid_tokens": 8,
-    "max_latent_tokens": 40,  # places beyond one digit
-    "num_tokens": COUNT,
-    "training_tokens": [2, 12, 2],
-    "encoder_width": 48,
-    "encoder_layers": 2,
-    "encoder_heads": 2,
-    "decoder_width": 32,
-    "decoder_layers": 2,
-    "decoder_heads": 2,
-    "vq_codebook_size": 64,
-    "vq_token_dim": 6,
-    "base_hidden_channels": 32,
-    "base_channel_mult": [1, 1, 1],
-    "base_res_blocks": 1,
-    "base_channels": 8,
-    "base_codebook_size": 16,
+NAMES = {
+    "vqgan-quantized": "karl-vqgan-vq",
+    "vqgan-continuous": "karl-vqgan",
+    "vae-quantized": "karl-vae-vq",
+    "vae-continuous": "karl-vae",
 }
-CASES = {
-    f"{base}-{'quantized' if quantized else 'continuous'}": {
-        "base": base,
-        "quantize_latent": quantized,
-        **TINY,
-    }
-    for base in ("vqgan", "vae")
-    for quantized in (True, False)
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def build(case):
-    """A model with every weight at random, and halting that halts about a third, by image and target."""
-    torch.manual_seed(0)
-    model = create("karl", **CASES[case]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        model.patch_embed.weight.mul_(10)
-        model.rec_loss_embeddings.normal_()
-        for block in model.encoder.transformer:  # attend more, or tokens hardly depend on the picture
-            block.attn.in_proj_weight.mul_(4)
-            block.attn.out_proj.weight.mul_(8)
-        if model.config.quantize_latent:
-            model.quantize.embedding.weight.normal_()
-        model.halting_mlp[2].bias.zero_()
-        logits = found(model, pictures(4)).halt_logits
-        model.halting_mlp[2].weight.mul_(3 / logits.std())
-        logits = found(model, pictures(4)).halt_logits
-        model.halting_mlp[2].bias.fill_(math.log(3) - float(logits.quantile(0.66)))
-    return model
+CASES = {case: {**tiny_tokenizers.CASES[name][1], "image_size": SIDE} for case, name in NAMES.items()}
 
 
 def found(model, images, count=COUNT, target=0.05):
     return model.analyse(images, model.target_bins(target, len(images)), count, model.base.features(images))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def models():
-    built = {}
-
-    def get(case):
-        if case not in built:
-            built[case] = build(case)
-        return built[case]
-
-    return get
+    """Variant → model; tests that change one take a copy."""
+    return lambda case: tiny_tokenizers.shared(NAMES[case], image_size=SIDE)
 
 
 @pytest.fixture(params=CASES)
@@ -113,12 +57,7 @@ def quantized(models):
 
 
 def pictures(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return F.interpolate(torch.rand(count, 3, 4, 4, generator=generator), SIDE)
-
-
-def codes_of(tokens):
-    return tokens.latents if tokens.indices is None else tokens.indices
+    return tiny_tokenizers.pictures(count, seed, SIDE)
 
 
 def places_of(model, tokens):
@@ -204,20 +143,6 @@ def test_a_picture_that_needs_no_token_decodes_all_the_same(model):
 
 
 # ---- only active tokens are decoded ------------------------------------------------------------------------
-
-
-def test_an_image_does_not_see_its_neighbours(model):
-    images = pictures(4)
-    together = model.encode(images)
-    decoded = model.decode(together)
-    for image in range(4):
-        alone = model.encode(images[image : image + 1])
-        length = int(alone.lengths)
-        assert length == together.lengths[image]
-        torch.testing.assert_close(
-            codes_of(together)[image, :length], codes_of(alone)[0], rtol=1e-4, atol=1e-5
-        )
-        torch.testing.assert_close(model.decode(together[image])[0], decoded[image], rtol=1e-5, atol=1e-5)
 
 
 def masked_decode(model, images):
@@ -306,19 +231,12 @@ def test_tokens_carry_code_and_place(models):
     assert continuous.latents[0, :, -2:].tolist() == [[k // 32, k % 32] for k in range(40)]
 
 
-def test_packed_tokens_decode_to_the_same_picture(model):
-    tokens = model.encode(pictures(3))
-    assert torch.equal(model.decode(Tokens.from_bytes(tokens.to_bytes())), model.decode(tokens))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_places_survive_every_dtype(model, dtype):
     converted = copy.deepcopy(model).to(dtype)
     tokens = converted.encode(pictures(2), 40, halting=False)
     assert places_of(converted, tokens)[0].tolist() == list(range(40))
     assert converted.decode(tokens).isfinite().all()
-    exact = model.encode(pictures(2), 40, halting=False)
-    assert (converted.decode(exact).double() - model.decode(exact).double()).abs().mean() < 0.05
 
 
 def test_codes_and_places_that_do_not_exist_are_refused(models):
@@ -335,23 +253,10 @@ def test_codes_and_places_that_do_not_exist_are_refused(models):
         quantized.decode(torch.zeros(1, 3, dtype=torch.int64))
 
 
-def test_no_images_give_no_tokens(model):
-    tokens = model.encode(torch.empty(0, 3, SIDE, SIDE))
-    assert (len(tokens), tokens.num_tokens) == (0, COUNT)
-    assert model.decode(tokens).shape == (0, 3, SIDE, SIDE)
-
-
-def test_reconstruct_is_encode_then_decode(model):
+def test_reconstruct_takes_the_target(model):
     images = pictures(2)
     expected = model.decode(model.encode(images, 8, target=0.2))
     assert torch.equal(model.reconstruct(images, 8, target=0.2), expected)
-
-
-def test_bad_images_are_refused(model):
-    with pytest.raises(ValueError, match="mean/std"):
-        model.encode(pictures(1) * 2 - 1)
-    with pytest.raises(ValueError, match=f"{SIDE + 4}×{SIDE + 4}.*to_tensor"):
-        model.encode(torch.rand(1, 3, SIDE + 4, SIDE + 4))
 
 
 def test_the_vae_is_sampled_only_when_asked(models):
@@ -412,16 +317,6 @@ def test_base_features_follow_the_patches_on_the_channels(quantized):
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 
-def test_saved_and_loaded_is_the_same_bit_for_bit(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert loaded.config == model.config
-    assert list(loaded.state_dict()) == list(model.state_dict())
-    tokens = model.encode(pictures(2))
-    assert loaded.encode(pictures(2)) == tokens
-    assert torch.equal(loaded.decode(tokens), model.decode(tokens))
-
-
 def published(model, path, **more):
     """A checkpoint as the authors' training writes it: everything pickled, the average beside the weights."""
     state = model.state_dict()
@@ -466,8 +361,6 @@ def test_published_shapes_are_recognised_as_their_own_configuration(name):
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     assert next(f.family for f in families().values() if f.recognise(shapes, None)) == "karl"
     assert karl.KarlConfig(**karl.Karl.recognise(shapes, None)) == model.config
-    millions = sum(value.numel() for value in model.state_dict().values()) / 1e6
-    assert millions == pytest.approx(entries()[name].parameters, abs=0.06)
     assert entries()[name].file.endswith(
         f"{model.config.base}_{'quantized' if model.config.quantize_latent else 'continuous'}_latents.pth"
     )
@@ -562,16 +455,6 @@ def test_every_variant_of_the_original_can_be_built(name):
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def test_training_sends_gradients_to_every_part(case, model):
-    model = copy.deepcopy(model).train()
-    output = model(pictures(3), num_tokens=6, target=0.05)
-    assert output.images.shape == (3, 3, SIDE, SIDE)
-    (output.images.square().mean() + sum(output.losses.values())).backward()
-    silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    # The codes themselves are the target of the first stage only; pixels come from their mixture.
-    assert not silent
-
-
 def test_a_frozen_base_is_distilled_and_an_open_one_draws_pixels(case, model):
     pixels = model(pictures(2), num_tokens=6, target=0.05)
     assert {"estimate_reconstruction", "estimate_active", "active", "halted"} <= set(pixels.losses)
@@ -657,17 +540,6 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path):
     one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, halves))
     for part in ("model", "ema", "buffers"):
         assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
-
-
-def test_the_shipped_recipe_builds():
-    from importlib.resources import files
-
-    config = read(str(files("vistok.assets") / "karl-small.yaml"))
-    fields = dict(config.tokenizer)
-    with torch.device("meta"):
-        model = create(fields.pop("name"), **fields)
-    assert (model.image_size, model.num_tokens) == (32, 32)
-    assert sum(p.numel() for p in model.parameters()) < 5e6
 
 
 def test_families_stand_in_their_order_whatever_was_imported_first():

@@ -7,118 +7,42 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_tokenizers import (
+    ADAPTIVE,
+    CASES,
+    FIXED_LENGTH,
+    ORDERED,
+    SIDE,
+    assert_close_tokens,
+    build,
+    codes_of,
+    decode,
+    fresh,
+    lengths_of,
+    options,
+    pictures,
+    saved_and_loaded,
+    shared,
+    text_states,
+)
 
 import vistok
 from vistok import Tokens, create, load
-from vistok.models import titok
+from vistok.adaptive import encode_to_quality
 from vistok.quantizers import DiagonalGaussian
 from vistok.registry import entries
 
-SIDE = 32
-VIT = {
-    "crop_size": SIDE,
-    "vit_enc_model_size": "tiny",
-    "vit_dec_model_size": "tiny",
-    "num_latent_tokens": 6,
-}
-SINGLE = {"finetune_decoder": False, "is_legacy": False, "token_size": 8, "codebook_size": 64}
-TEXT = {"text_context_length": 5, "text_embed_dim": 16}
-GRID = {"channel_mult": (1,) * 5, "hidden_channels": 32, "z_channels": 8, "embedding_dim": 8}
-CASES = {
-    "mini": (
-        "mini",
-        {
-            "image_size": SIDE,
-            "patch_size": 8,
-            "thumbnail_size": 16,
-            "levels": [[3, [4, 4]], [3, [2, 2, 2, 2]]],
-            "width": 32,
-            "encoder_depth": 1,
-            "decoder_depth": 2,
-            "heads": 2,
-        },
-    ),
-    "titok-legacy": ("titok", {**VIT, "use_l2_norm": True}),
-    "titok-stage1": ("titok", {**VIT, "use_l2_norm": True, "finetune_decoder": False}),
-    "titok-vq": ("titok", {**VIT, **SINGLE}),
-    "titok-clustering": ("titok", {**VIT, **SINGLE, "clustering_vq": True}),
-    "titok-vae": ("titok", {**VIT, **SINGLE, "quantize_mode": "vae"}),
-    "titok-patches": ("titok", {**VIT, **SINGLE, "vit_enc_patch_size": 8}),
-    "tatitok-vq": ("tatitok", {**VIT, **SINGLE, **TEXT}),
-    "tatitok-vae": ("tatitok", {**VIT, **SINGLE, **TEXT, "quantize_mode": "vae"}),
-    "maskgit-vqgan": ("maskgit-vqgan", {**GRID, "image_size": SIDE}),
-    "instella": (
-        "instella",
-        {
-            "encoder_layers": 2,
-            "encoder_head_dim": 16,
-            "encoder_num_heads": 2,
-            "patch_size": 8,
-            "num_latent_tkns": 6,
-            "axes_dims_rope": (4, 6, 6),
-            "downsample_idx": (0,),
-            "decoder_layers": 2,
-            "decoder_head_dim": 16,
-            "decoder_num_heads": 2,
-            "upsample_idx": (0,),
-            "codebook_size": 12,
-            "image_size": SIDE,
-            "scale": 64,
-        },
-    ),
-}
-FIXED_LENGTH = [case for case in CASES if case.startswith(("titok", "tatitok"))]
+pytestmark = pytest.mark.usefixtures("small_and_quick")
 HALF_PRECISION_FRIENDLY = [
     case for case in CASES if case != "titok-legacy"
 ]  # 30M weights in its pixel decoder
+DETERMINISTIC = [case for case in CASES if case != "flextok"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_and_quick():
-    """One more ViT size beside the published three, and one thread: tiny kernels wait for a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(titok.SIZES, "tiny", (64, 2, 2))
-        yield
-    torch.set_num_threads(threads)
-
-
-def build(case):
-    """A tokenizer of that case with every weight at random, none at zero."""
-    torch.manual_seed(0)
-    family, config = CASES[case]
-    model = create(family, **config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.03)
-        if case.startswith(("titok", "tatitok")):  # attend more, or pictures and latents hardly matter
-            model.encoder.patch_embed.weight.mul_(10)
-            model.decoder.decoder_embed.weight.mul_(10)
-            for block in [*model.encoder.transformer, *model.decoder.transformer]:
-                block.attn.out_proj.weight.mul_(5)
-        if hasattr(
-            model.quantizer, "embedding"
-        ):  # codes spread where the latents are, or all latents share one
-            latents, codebook = model.latents(pictures(8, seed=9)), model.quantizer.embedding.weight
-            token = torch.arange(len(codebook)) % latents.shape[1]
-            codebook.copy_(latents.mean(0)[token] + latents.std(0)[token] * torch.randn_like(codebook))
-    if case == "titok-stage1":
-        model.attach_pixel_tokenizer(build("maskgit-vqgan"))
-    return model
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def models():
-    """Case → tokenizer, built once; tests that change one take a copy."""
-    built = {}
-
-    def get(case):
-        if case not in built:
-            built[case] = build(case)
-        return built[case]
-
-    return get
+    """Case → tokenizer; tests that change one take a copy."""
+    return shared
 
 
 @pytest.fixture(params=CASES)
@@ -127,32 +51,8 @@ def case(request):
 
 
 @pytest.fixture
-def model(case, models):
-    return models(case)
-
-
-def pictures(count, seed=0):
-    """Blocky random pictures [count, 3, SIDE, SIDE]: unlike each other, unlike noise."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.interpolate(torch.rand(count, 3, 4, 4, generator=generator), SIDE)
-
-
-def text_states(count):
-    states = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(5))
-    return states[:count]
-
-
-def options(case, count):
-    """What `decode` needs beside tokens."""
-    return {"text": text_states(count)} if case.startswith("tatitok") else {}
-
-
-def codes_of(tokens):
-    return next(data for data in (tokens.indices, tokens.bits, tokens.latents) if data is not None)
-
-
-def decode(model, case, tokens):
-    return model.decode(tokens, **options(case, len(tokens)))
+def model(case):
+    return shared(case)
 
 
 # ---- every tokenizer ---------------------------------------------------------------------------------------
@@ -162,7 +62,8 @@ def decode(model, case, tokens):
 def test_images_become_tokens_become_images(case, model, count):
     tokens = model.encode(pictures(count))
     assert len(tokens) == count
-    assert tokens.num_tokens == model.num_tokens
+    assert tokens.num_tokens == max(lengths_of(tokens))
+    assert tokens.num_tokens == model.num_tokens or (model.adaptive and tokens.num_tokens < model.num_tokens)
     assert tokens.codebook_sizes == model.quantizer.codebook_sizes
     tokens.validate()
     images = decode(model, case, tokens)
@@ -200,10 +101,10 @@ def test_no_tokens_decode_to_no_images(case, model):
 def test_an_image_does_not_see_its_neighbours(case, model):
     images = pictures(3)
     together, alone = model.encode(images), model.encode(images[1:2])
-    torch.testing.assert_close(codes_of(together)[1:2], codes_of(alone), rtol=1e-4, atol=1e-5)
-    states = text_states(3)[1:2]
-    single = model.decode(together[1], **({"text": states} if "text" in options(case, 1) else {}))
-    torch.testing.assert_close(decode(model, case, together)[1:2], single, rtol=1e-4, atol=1e-5)
+    assert_close_tokens(together[1], alone)
+    states = {"text": text_states(3)[1:2]} if case.startswith("tatitok") else {}
+    single = model.decode(together[1], **options(case, 1) | states)
+    torch.testing.assert_close(decode(model, case, together)[1:2], single, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +119,7 @@ def test_any_floating_dtype_gives_nearly_the_same_picture(case, models, dtype, t
     assert all(value.dtype == dtype for value in converted.state_dict().values() if value.is_floating_point())
     own = converted.encode(images)  # float32 pictures are taken whatever the model's dtype
     assert len(own) == 2
+    own.validate()
     decoded = decode(converted, case, tokens)
     assert decoded.dtype == dtype
     if case != "titok-stage1":  # an argmax over proxy codes: another code is another patch
@@ -229,15 +131,13 @@ def test_any_floating_dtype_gives_nearly_the_same_picture(case, models, dtype, t
 def test_float64_model_finds_the_codes_of_the_float32_model(case, models):
     model = models(case)
     exact = copy.deepcopy(model).double().encode(pictures(3).double())
-    found = codes_of(model.encode(pictures(3)))
-    if found.is_floating_point():
-        torch.testing.assert_close(found.double(), codes_of(exact), rtol=1e-4, atol=1e-5)
-    else:
-        assert torch.equal(found, codes_of(exact))
+    assert_close_tokens(model.encode(pictures(3)), exact)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("case", ["mini", "titok-stage1", "titok-vae", "tatitok-vq", "maskgit-vqgan"])
+@pytest.mark.parametrize(
+    "case", ["mini", "titok-stage1", "titok-vae", "tatitok-vq", "maskgit-vqgan", "instella"]
+)
 def test_encode_compiles_to_one_graph(case, models, backend):
     torch.compiler.reset()
     model, images = models(case), pictures(2)
@@ -245,7 +145,7 @@ def test_encode_compiles_to_one_graph(case, models, backend):
 
 
 @pytest.mark.parametrize(
-    "case", ["mini", "titok-legacy", "titok-stage1", "titok-vae", "tatitok-vq", "maskgit-vqgan"]
+    "case", ["mini", "titok-legacy", "titok-stage1", "titok-vae", "tatitok-vq", "maskgit-vqgan", "instella"]
 )
 def test_decode_compiles_to_one_graph(case, models):
     torch.compiler.reset()
@@ -256,15 +156,7 @@ def test_decode_compiles_to_one_graph(case, models):
 
 
 def test_saved_and_loaded_is_the_same_bit_for_bit(case, model, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert type(loaded) is type(model)
-    assert loaded.config == model.config
-    assert not loaded.training
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
-    ours, theirs = model.state_dict(), loaded.state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    loaded = saved_and_loaded(model, tmp_path)
     if case == "titok-stage1":
         loaded.attach_pixel_tokenizer(model.companion("pixel_tokenizer"))
     tokens = model.encode(pictures(2))
@@ -286,23 +178,37 @@ def test_a_half_precision_checkpoint_loads_as_float32(models, tmp_path):
     assert load(tmp_path).dtype == torch.float32
 
 
+def training_options(case, count):
+    """What a training pass is given beside images, where drawing it could leave a part out."""
+    if case in ORDERED:
+        return {"lengths": torch.tensor([2, 6, 3, 1])}
+    if case in ADAPTIVE:
+        return {"num_tokens": 6, "target": 0.05}
+    return options(case, count)
+
+
 def test_training_forward_sends_gradients_to_every_part(case, model):
     model = copy.deepcopy(model).train()
-    inputs = {"lengths": torch.tensor([2, 6])} if case == "mini" else options(case, 2)
-    output = model(pictures(2), **inputs)
-    if case == "titok-stage1":
-        assert output.images.shape == (2, 1024, SIDE // 16, SIDE // 16)
-    else:
-        assert output.images.shape == (2, 3, SIDE, SIDE)
-    (output.images.square().mean() + sum(output.losses.values())).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not silent
+    torch.manual_seed(0)
+    output = model(pictures(4), **training_options(case, 4))
+    loss = sum(output.losses.values())
+    if case != "flextok":  # which learns a velocity, and draws no picture
+        loss = loss + output.images.square().mean()
+        proxy = case == "titok-stage1"
+        assert output.images.shape == ((4, 1024, SIDE // 16, SIDE // 16) if proxy else (4, 3, SIDE, SIDE))
+    loss.backward()
+    silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert silent == {name for name, _ in model.named_parameters() if name.startswith("vae.")}
 
 
-def test_training_forward_shows_what_encode_and_decode_give(case, model):
-    if model.quantizer.kind == "latents" or case == "titok-stage1":
-        pytest.skip("training samples the posterior, or ends at the proxy codes")
-    images = pictures(2)
+ONE_PASS = [  # others sample the posterior, end at proxy codes or learn something else than to draw
+    case for case in CASES if not case.endswith("vae") and case not in ("titok-stage1", "flextok", *ADAPTIVE)
+]
+
+
+@pytest.mark.parametrize("case", ONE_PASS)
+def test_training_forward_shows_what_encode_and_decode_give(case, models):
+    model, images = models(case), pictures(2)
     with torch.no_grad():
         output = model(images, **options(case, 2))
     tokens = model.encode(images)
@@ -313,6 +219,8 @@ def test_training_forward_shows_what_encode_and_decode_give(case, model):
 # ---- what a user gets wrong --------------------------------------------------------------------------------
 
 BAD_IMAGES = {
+    "integers": (torch.zeros(1, 3, SIDE, SIDE, dtype=torch.int64), ["torch.int64", "divide by 255"]),
+    "none, of the wrong size": (torch.zeros(0, 3, SIDE + 1, SIDE), [f"{SIDE + 1}×{SIDE}", "to_tensor"]),
     "bytes": (torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), ["torch.uint8", "divide by 255"]),
     "grey": (torch.zeros(1, 1, SIDE, SIDE), [f"[1, 1, {SIDE}, {SIDE}]", "[B, 3, H, W]", "to_tensor"]),
     "alpha": (torch.zeros(1, 4, SIDE, SIDE), [f"[1, 4, {SIDE}, {SIDE}]", "to_tensor"]),
@@ -366,12 +274,16 @@ def test_fixed_length_tokenizers_refuse_ragged_tokens(models):
 
 
 @pytest.mark.parametrize("option", [{"steps": 4}, {"guidance": 2.0}])
-def test_deterministic_decoders_refuse_steps_and_guidance(case, model, option):
+@pytest.mark.parametrize("case", DETERMINISTIC)
+def test_deterministic_decoders_refuse_steps_and_guidance(case, models, option):
+    model = models(case)
     with pytest.raises(ValueError, match="one deterministic pass"):
         model.decode(model.encode(pictures(1)), **options(case, 1), **option)
 
 
-def test_deterministic_decoders_ignore_the_generator(case, model):
+@pytest.mark.parametrize("case", DETERMINISTIC)
+def test_deterministic_decoders_ignore_the_generator(case, models):
+    model = models(case)
     tokens, generator = model.encode(pictures(1)), torch.Generator().manual_seed(3)
     state = generator.get_state()
     images = model.decode(tokens, **options(case, 1), generator=generator)
@@ -380,13 +292,13 @@ def test_deterministic_decoders_ignore_the_generator(case, model):
 
 
 def test_bare_codes_decode_like_tokens(case, model):
-    tokens = model.encode(pictures(2))
-    bare = model.decode(codes_of(tokens), **options(case, 2))
+    tokens = model.encode(pictures(1))  # of several images, padding would count
+    bare = model.decode(codes_of(tokens), **options(case, 1))
     assert torch.equal(bare, decode(model, case, tokens))
 
 
 @pytest.mark.parametrize("code", [-1, 10**6])
-@pytest.mark.parametrize("case", ["mini", "titok-vq", "maskgit-vqgan"])
+@pytest.mark.parametrize("case", ["mini", "titok-vq", "maskgit-vqgan", "flextok", "karl-vqgan-vq"])
 def test_codes_outside_the_codebook_are_refused(case, models, code):
     codes = codes_of(models(case).encode(pictures(1))).clone()
     codes[0, 1] = code
@@ -424,6 +336,55 @@ def test_packed_tokens_decode_to_the_same_picture(case, model):
     assert torch.equal(decode(model, case, Tokens.from_bytes(tokens.to_bytes())), decode(model, case, tokens))
 
 
+PUBLISHED = {  # a name of each family, and the case that is like it
+    "vistok-mini": "mini",
+    "titok-l32": "titok-legacy",
+    "tatitok-bl32-vq": "tatitok-vq",
+    "maskgit-vqgan": "maskgit-vqgan",
+    "instella-bae": "instella",
+    "flextok-d12-d12-in1k": "flextok",
+    "karl-vae-in100": "karl-vae",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*research only")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_half_a_weights_file_is_refused_by_its_path(name, models, tmp_path):
+    models(PUBLISHED[name]).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = r"model\.safetensors \(\d+ bytes\) is not a whole.*fetch it again"
+    for given in ({"source": tmp_path}, {"source": name, "weights": path}):
+        with pytest.raises(ValueError, match=said):
+            load(**given)
+
+
+@pytest.mark.filterwarnings("ignore:.*research only")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_weights_of_another_family_are_refused_by_both_names(name, models, tmp_path):
+    other = "mini" if name != "vistok-mini" else "instella"
+    models(other).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is of family '{other}'; {name} is '{CASES[PUBLISHED[name]][0]}'"):
+        load(name, weights=tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("flextok")])
+def test_weights_that_are_not_there_are_named(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere\.safetensors; give a weights"):
+        load(name, weights=tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*research only")
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "vistok-mini"])
+def test_without_network_a_published_name_says_which_file_to_bring(name, offline):
+    entry = entries()[name]
+    with pytest.raises(FileNotFoundError) as raised:
+        load(name)
+    assert entry.repo in str(raised.value)
+    assert entry.file in str(raised.value)
+    assert "weights='path/to/" in str(raised.value)
+
+
 def test_create_refuses_unknown_fields_and_names():
     with pytest.raises(ValueError, match="no configuration field depth"):
         create("mini", depth=3)
@@ -451,50 +412,94 @@ def test_create_refuses_impossible_titok_configurations(config, said):
 # ---- ordered tokens ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ordered(models):
-    return models("mini")
+@pytest.fixture(params=ORDERED)
+def ordered(request):
+    """A case of which any prefix decodes."""
+    return request.param
 
 
 def test_every_prefix_decodes_to_another_whole_picture(ordered):
-    tokens = ordered.encode(pictures(2))
-    decoded = [ordered.decode(tokens.prefix(k)) for k in range(1, 7)]
+    model = shared(ordered)
+    tokens = model.encode(pictures(2))
+    decoded = [decode(model, ordered, tokens.prefix(k)) for k in range(1, model.num_tokens + 1)]
     assert all(images.shape == (2, 3, SIDE, SIDE) for images in decoded)
-    assert all(not torch.equal(a, b) for a, b in pairwise(decoded))
+    assert all((a - b).abs().max() > 1e-4 for a, b in pairwise(decoded))
 
 
 def test_encoding_to_k_tokens_is_the_prefix_of_the_full_code(ordered):
-    full = ordered.encode(pictures(3))
-    for k in range(1, 7):
-        assert ordered.encode(pictures(3), num_tokens=k) == full.prefix(k)
+    model = shared(ordered)
+    full = model.encode(pictures(3))
+    for k in range(1, model.num_tokens + 1):
+        assert model.encode(pictures(3), num_tokens=k) == full.prefix(k)
 
 
-@pytest.mark.parametrize("count", [0, -1, 7])
+@pytest.mark.parametrize("count", [0, -1, 9])
 def test_ordered_tokenizers_say_which_counts_they_take(ordered, count):
-    with pytest.raises(ValueError, match=f"1 to 6 tokens.*{count} was asked"):
-        ordered.encode(pictures(1), num_tokens=count)
+    model = shared(ordered)
+    with pytest.raises(ValueError, match=f"1 to {model.num_tokens} tokens.*{count} was asked"):
+        model.encode(pictures(1), num_tokens=count)
 
 
 def test_images_of_different_length_decode_as_they_do_alone(ordered):
-    tokens = ordered.encode(pictures(3))
-    ragged = Tokens.cat([tokens[0].prefix(2), tokens[1].prefix(5), tokens[2].prefix(1)])
-    together = ordered.decode(ragged)
-    alone = torch.cat([ordered.decode(tokens[i].prefix(k)) for i, k in enumerate([2, 5, 1])])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    model = shared(ordered)
+    tokens = model.encode(pictures(3))
+    ragged = Tokens.cat([tokens[i].prefix(k) for i, k in enumerate([2, 5, 1])])
+    assert Tokens.from_bytes(ragged.to_bytes()) == ragged
+    alone = torch.cat([decode(model, ordered, tokens[i].prefix(k)) for i, k in enumerate([2, 5, 1])])
+    torch.testing.assert_close(decode(model, ordered, ragged), alone, rtol=1e-4, atol=2e-5)
 
 
 def test_absent_tokens_have_no_influence(ordered):
-    tokens = ordered.encode(pictures(1))
+    model = shared(ordered)
+    tokens = model.encode(pictures(1))
     other = codes_of(tokens).clone()
     other[:, 3:] = (other[:, 3:] + 5) % 16
-    lengths = torch.tensor([3])
+    lengths, told = torch.tensor([3]), options(ordered, 1)
     with torch.no_grad():
-        images = [ordered.pixels(ordered.quantizer.decode(c), lengths) for c in (codes_of(tokens), other)]
+        images = [
+            model.pixels(model.quantizer.decode(codes), lengths, **told)
+            for codes in (codes_of(tokens), other)
+        ]
     assert torch.equal(*images)
 
 
-def test_nested_dropout_in_training_is_prefix_decoding(ordered):
-    images = pictures(3)
+def measured(model, images, tokens):
+    """PSNR of each image, decoded as it is when nothing is said."""
+    error = (model.decode(tokens).double() - images.double()).square().mean((1, 2, 3))
+    return -10 * error.log10()
+
+
+def test_a_target_quality_is_reached_by_what_is_returned(ordered):
+    model, images = shared(ordered), pictures(2)
+    full = model.encode(images)
+    target = float(measured(model, images, full).min()) - 0.01
+    found = model.encode(images, target_psnr=target)
+    assert found.reached.all()
+    assert (found.psnr >= target).all()
+    torch.testing.assert_close(measured(model, images, found.tokens), found.psnr, rtol=0, atol=1e-3)
+    assert_close_tokens(found.tokens, dataclasses.replace(full, lengths=found.tokens.lengths))
+
+
+@pytest.mark.parametrize("case", ADAPTIVE)
+def test_who_chooses_lengths_takes_no_target_psnr(case, models):
+    with pytest.raises(
+        ValueError, match=r"karl does not decode from a prefix.*give it a target.*vistok-mini"
+    ):
+        encode_to_quality(models(case), pictures(1), 30)
+
+
+def test_an_unreachable_target_gives_the_best_prefix_and_a_warning(ordered):
+    model, images = shared(ordered), pictures(2)
+    with pytest.warns(UserWarning, match=f"2 of 2 images do not reach 60 dB.*{model.num_tokens} tokens"):
+        found = model.encode(images, target_psnr=60)
+    assert not found.reached.any()
+    torch.testing.assert_close(measured(model, images, found.tokens), found.psnr, rtol=0, atol=1e-3)
+    tried = [measured(model, images, model.encode(images, k)) for k in (1, 2, 4, model.num_tokens)]
+    torch.testing.assert_close(torch.stack(tried).amax(0), found.psnr, rtol=0, atol=1e-3)
+
+
+def test_nested_dropout_in_training_is_prefix_decoding(models):
+    ordered, images = models("mini"), pictures(3)
     lengths = torch.tensor([1, 4, 6])
     with torch.no_grad():
         trained = ordered(images, lengths=lengths).images.clamp(0, 1)
@@ -507,7 +512,7 @@ def test_nested_dropout_in_training_is_prefix_decoding(ordered):
 
 def test_linear_path_of_a_fresh_tokenizer_reconstructs_better_than_the_mean_colour():
     torch.manual_seed(0)
-    model = create("mini", **{**CASES["mini"][1], "levels": [[3, [8, 8]], [3, [8, 8]]]}).eval()
+    model = fresh("mini", levels=[[3, [8, 8]], [3, [8, 8]]])
     images = F.interpolate(torch.rand(512, 3, 2, 2), SIDE, mode="bilinear")
     model.fit_linear_path(images)
     errors = [(model.reconstruct(images, k) - images).square().mean() for k in (1, 3, 6)]
@@ -660,7 +665,7 @@ def test_l2_normalised_decoders_receive_unit_vectors(models):
 
 
 def test_stage_one_weights_say_how_to_attach_the_pixel_tokenizer():
-    model = create(*CASES["titok-stage1"][:1], **CASES["titok-stage1"][1]).eval()
+    model = fresh("titok-stage1")
     tokens = model.encode(pictures(1))
     with pytest.raises(ValueError, match=r"attach_pixel_tokenizer\('maskgit-vqgan'\)"):
         model.decode(tokens)
@@ -685,7 +690,7 @@ def test_the_attached_tokenizer_is_no_part_of_the_checkpoint(models):
 
 def test_attaching_leaves_the_given_tokenizer_as_it_was(models):
     drawer = build("maskgit-vqgan").train()
-    model = create(*CASES["titok-stage1"][:1], **CASES["titok-stage1"][1]).to(torch.bfloat16)
+    model = fresh("titok-stage1").to(torch.bfloat16)
     model.attach_pixel_tokenizer(drawer)
     assert drawer.dtype == torch.float32
     assert drawer.training
@@ -740,8 +745,7 @@ def test_captions_go_through_the_attached_text_tower():
     from vistok.nn.clip_text import CLIPTextEncoder
 
     torch.manual_seed(0)
-    config = {**CASES["tatitok-vq"][1], "text_context_length": 77, "text_embed_dim": 32}
-    model = create("tatitok", **config).eval()
+    model = fresh("tatitok-vq", text_context_length=77, text_embed_dim=32)
     tower = CLIPTextEncoder(width=32, layers=2, heads=2, embed_dim=16).eval()
     model.attach_text_encoder(tower)
     tokens = model.encode(pictures(2))
@@ -751,13 +755,6 @@ def test_captions_go_through_the_attached_text_tower():
     torch.testing.assert_close(model.decode(tokens, text=captions), model.decode(tokens, text=states))
     assert torch.equal(model.decode(tokens), model.decode(tokens, text=["", ""]))
     assert not any(key.startswith("text_encoder") for key in model.state_dict())
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """The hub out of reach and nothing cached."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
 def test_captions_without_a_text_tower_say_how_to_attach_one(models, offline):

@@ -285,9 +285,9 @@ def test_the_message_names_the_checkpoint_that_is_there(tmp_path):
 def weights_before_and_after(config, tmp_path):
     torch.manual_seed(config.seed)
     fields = dict(config.tokenizer)
-    before = create(fields.pop("name"), **fields).state_dict()
+    start = load(config.initial) if config.initial else create(fields.pop("name"), **fields)
     run(config, tmp_path)
-    return before, checkpoint(tmp_path)["model"]
+    return start.state_dict(), checkpoint(tmp_path)["model"]
 
 
 def test_frozen_parameters_stay_and_the_others_move(tmp_path):
@@ -304,6 +304,79 @@ def test_a_frozen_codebook_is_not_moved_by_clustering_either(tmp_path):
     )
     before, after = weights_before_and_after(config, tmp_path)
     assert torch.equal(before["quantize.embedding.weight"], after["quantize.embedding.weight"])
+
+
+KARL = {
+    "name": "karl",
+    "base": "vae",
+    "quantize_latent": False,
+    "image_size": SIDE,
+    "patch_size": 8,
+    "max_grid_tokens": 4,
+    "num_tokens": 8,
+    "max_latent_tokens": 8,
+    "training_tokens": [1, 8, 1],
+    "encoder_width": 32,
+    "encoder_layers": 1,
+    "encoder_heads": 2,
+    "decoder_width": 32,
+    "decoder_layers": 1,
+    "decoder_heads": 2,
+    "base_hidden_channels": 8,
+    "base_norm_groups": 4,
+    "base_channel_mult": [1, 1, 2, 2],
+    "base_res_blocks": 1,
+}
+KARL_VQ = {
+    **KARL,
+    "base": "vqgan",
+    "quantize_latent": True,
+    "base_channels": 8,
+    "base_hidden_channels": 32,
+    "base_norm_groups": 32,
+}
+FLEXTOK = {
+    "name": "flextok",
+    "encoder_dim": 32,
+    "encoder_depth": 1,
+    "decoder_dim": 32,
+    "decoder_depth": 1,
+    "head_dim": 16,
+    "num_tokens": 8,
+    "frequency_embedding_size": 16,
+    "latent_channels": 4,
+    "latent_size": 8,
+    "vae_block_out_channels": [8, 8, 8],
+    "vae_layers_per_block": 1,
+    "vae_norm_num_groups": 4,
+    "vae_scaling_factor": 1.0,
+}
+TWO_STAGES = [(KARL, "base_tokenizer."), (KARL_VQ, "base_tokenizer."), (FLEXTOK, "vae.")]
+
+
+@pytest.mark.parametrize(("tokenizer", "base"), TWO_STAGES, ids=["karl", "karl-vq", "flextok"])
+def test_a_base_tokenizer_trains_first_and_then_stays(tokenizer, base, tmp_path):
+    first = replace(BASE, tokenizer=tokenizer, steps=60, batch_size=8, freeze=(f"[!{base[0]}]*",))
+    before, after = weights_before_and_after(first, tmp_path / "base")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {
+        key for key in before if key.startswith(base)
+    }
+    losses = [row["reconstruction"] for row in rows(tmp_path / "base")]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+    second = replace(first, initial=str(tmp_path / "base" / "model"), freeze=(f"{base}*",), steps=20)
+    start, end = weights_before_and_after(second, tmp_path / "whole")
+    moved = {key for key in start if not torch.equal(start[key], end[key])}
+    assert moved and not any(key.startswith(base) for key in moved)
+    losses = [row["loss"] for row in rows(tmp_path / "whole")]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize(("tokenizer", "base"), [TWO_STAGES[0], TWO_STAGES[2]], ids=["karl", "flextok"])
+def test_a_discriminator_without_images_to_judge_is_refused(tokenizer, base, tmp_path):
+    loss = ReconstructionLossConfig(discriminator_weight=0.1)
+    with pytest.raises(ValueError, match="nothing for a discriminator to judge"):
+        run(replace(BASE, tokenizer=tokenizer, freeze=(f"{base}*",), loss=loss, steps=1), tmp_path)
 
 
 @pytest.mark.parametrize("freeze", [("nothing.*",), ("encoder.*", "latent_tokenz")])
@@ -480,10 +553,18 @@ def test_a_missing_file_is_named(tmp_path):
         configuration.read(tmp_path / "gone.yaml")
 
 
-def test_the_shipped_recipe_is_valid():
+SHIPPED = [
+    *("vistok-mini", "binary-small", "karl-small-base", "karl-small", "flextok-small-vae", "flextok-small"),
+]
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_a_shipped_recipe_is_valid(recipe):
     from importlib.resources import files
 
-    config = configuration.read(str(files("vistok.assets") / "vistok-mini.yaml"))
+    config = configuration.read(str(files("vistok.assets") / f"{recipe}.yaml"))
+    fields = dict(config.tokenizer)
+    assert create(fields.pop("name"), **fields).image_size
     held_out, sources = set(config.validation), config.data["sources"]
     assert all(held_out <= set(source["exclude"]) for source in sources if source["kind"] == "photos")
 

@@ -47,9 +47,12 @@ def encode_to_quality(
     ValueError for tokenizers whose prefixes do not decode, and for targets that are no positive number of dB.
     """
     if not tokenizer.ordered:
+        instead = "use an ordered tokenizer such as vistok-mini"
+        if tokenizer.adaptive:
+            instead = "give it a target, the mean absolute error that it chooses lengths for, or " + instead
         raise ValueError(
             f"{tokenizer.label} does not decode from a prefix of its tokens, so target_psnr cannot choose "
-            "their number; use an ordered tokenizer such as vistok-mini"
+            f"their number; {instead}"
         )
     number = isinstance(target_psnr, int | float) and not isinstance(target_psnr, bool)
     if not number or not 0 < target_psnr < math.inf:

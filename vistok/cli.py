@@ -5,11 +5,16 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .console import device as _device
+from .console import table as _table
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
 
     from .quantizers import Quantizer
     from .tokenizer import Tokenizer
+    from .tokens import Tokens
 
 DEFAULT = "vistok-mini"
 app = typer.Typer(
@@ -35,7 +41,23 @@ Weights = Annotated[
     str | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
-Count = Annotated[int | None, typer.Option("--tokens", help="Tokens an image, for tokenizers with a choice.")]
+Count = Annotated[
+    int | None,
+    typer.Option("--tokens", help="Tokens an image, for tokenizers with a choice; with a target, the most."),
+]
+Target = Annotated[
+    float | None,
+    typer.Option(
+        "--target",
+        help="Mean absolute error (0 to 1) to aim at, where the model chooses lengths (KARL: 0.05).",
+    ),
+]
+TargetPSNR = Annotated[
+    float | None,
+    typer.Option(
+        "--target-psnr", help="dB to reach with the fewest tokens, where any prefix decodes (mini, FlexTok)."
+    ),
+]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
 
@@ -43,7 +65,9 @@ Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of t
 def main() -> None:
     """Run the command line; errors a user can mend end as one line on stderr and exit status 1."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("VISTOK_TRACEBACK"):
             raise
@@ -123,7 +147,7 @@ def list_(
         rows.append(
             [
                 entry.name,
-                f"1–{model.num_tokens}" if model.ordered else str(model.num_tokens),
+                _choice(model),
                 _codebook(model.quantizer),
                 f"{entry.parameters:g}",
                 ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()),
@@ -132,7 +156,17 @@ def list_(
             ]
         )
     header = ["name", "tokens", "codebook", "M params", "paper figures", "licence", "weights"]
-    _table(f"{len(rows)} tokenizers", header, rows)
+    # A narrow terminal has no room for figures and where weights are; `info` tells both.
+    narrow = sys.stdout.isatty() and get_terminal_size().columns < 130
+    shown = (0, 1, 2, 3, 5) if narrow else range(len(header))
+    _table(f"{len(rows)} tokenizers", [header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+
+
+def _choice(model: "Tokenizer") -> str:
+    """How many tokens an image has."""
+    if model.adaptive:
+        return f"up to {model.num_tokens}"
+    return f"1–{model.num_tokens}" if model.ordered else str(model.num_tokens)
 
 
 def _codebook(quantizer: "Quantizer") -> str:
@@ -162,10 +196,13 @@ def info(name: Annotated[str, typer.Argument(help="Registry name.", show_default
         "paper": entry.paper,
         "paper figures": ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()) or "none",
         "weights": where,
-        "licence": entry.license + (f" ({entry.notes})" if entry.notes else ""),
+        "licence": entry.license,
+        "notes": entry.notes or "none",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         "image": f"{model.image_size}×{model.image_size}",
-        "tokens": f"1 to {model.num_tokens}, any prefix decodes" if model.ordered else str(model.num_tokens),
+        "tokens": _choice(model)
+        + (", as many as an image needs for a target error" if model.adaptive else "")
+        + (", any prefix decodes" if model.ordered else ""),
         "codebook": _codebook(model.quantizer),
     }
     _table(name, ["", ""], [[key, value] for key, value in facts.items()])
@@ -178,6 +215,8 @@ def reconstruct(
     tokenizer: Name = DEFAULT,
     weights: Weights = None,
     tokens: Count = None,
+    target: Target = None,
+    target_psnr: TargetPSNR = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures and the JSON.")] = Path(
         "reconstructions"
     ),
@@ -189,45 +228,55 @@ def reconstruct(
     from .files import written_aside
     from .images import side_by_side, to_pil
 
+    quality = _quality(target, target_psnr)
     model, bad, records = _load(tokenizer, device, weights), _Bad(), []
-    model.check_num_tokens(tokens)
-    for paths, pixels in _batches(images, model.image_size, batch_size, bad, "reconstruct"):
-        coded = model.encode(pixels, tokens)
+    for paths, pixels, coded, found in _encoded(model, images, tokens, quality, batch_size, bad):
         decoded = model.decode(coded).cpu()
-        payloads, qualities = coded.bits_per_image.tolist(), psnr(decoded, pixels).tolist()
-        likeness = ssim(decoded, pixels).tolist()
-        for index, path in enumerate(paths):
-            target = _free_name(out, path, {record["picture"] for record in records})
+        measured = {"bytes": (coded.bits_per_image / 8).tolist()}
+        measured |= {"psnr": psnr(decoded, pixels).tolist(), "ssim": ssim(decoded, pixels).tolist()}
+        if target is not None:
+            errors = (decoded.float() - pixels).abs().mean((1, 2, 3))
+            measured |= {"error": errors.tolist(), "reached": (errors <= target).tolist()}
+        for index, record in enumerate(found):
+            record |= {name: values[index] for name, values in measured.items()}
+            picture = _free_name(out, paths[index], {record["picture"] for record in records})
             pair = [to_pil(pixels[index])[0], to_pil(decoded[index])[0]]
-            label = f"{coded.num_tokens} tokens, {payloads[index] / 8:g} bytes, {qualities[index]:.2f} dB"
-            with written_aside(target) as aside:
+            label = f"{record['tokens']} tokens, {record['bytes']:g} bytes, {record['psnr']:.2f} dB"
+            with written_aside(picture) as aside:
                 side_by_side([pair], ["original", label]).save(aside, format="PNG")
-            records.append(
-                {"image": str(path), "picture": str(target), "tokens": coded.num_tokens}
-                | {"bytes": payloads[index] / 8, "psnr": qualities[index], "ssim": likeness[index]}
-            )
+            records.append(record | {"picture": str(picture)})
     if records:
-        rows = [
-            [r["image"], str(r["tokens"]), f"{r['bytes']:g}", f"{r['psnr']:.2f}", f"{r['ssim']:.3f}"]
-            for r in records
-        ]
-        mean = {key: sum(r[key] for r in records) / len(records) for key in ("bytes", "psnr", "ssim")}
-        rows.append(
-            [
-                f"mean of {len(records)}",
-                "",
-                f"{mean['bytes']:g}",
-                f"{mean['psnr']:.2f}",
-                f"{mean['ssim']:.3f}",
-            ]
-        )
-        _table(
-            f"{model.label} at {model.image_size}×{model.image_size}",
-            ["image", "tokens", "bytes", "PSNR dB", "SSIM"],
-            rows,
-        )
-        _write_json(out / "reconstructions.json", {"tokenizer": model.label, "mean": mean, "images": records})
+        mean = _tabulate(f"{model.label} at {model.image_size}×{model.image_size}", records)
+        record = {"tokenizer": model.label} | quality | {"mean": mean, "images": records}
+        _write_json(out / "reconstructions.json", record)
+        _warn_of_unreached(records, quality, model)
     bad.finish()
+
+
+_FIGURES = {
+    "tokens": ("tokens", "{:g}"),
+    "bytes": ("bytes", "{:g}"),
+    "psnr": ("PSNR dB", "{:.2f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "error": ("mean error", "{:.4f}"),
+    "reached": ("reached", "{:.0%}"),
+}
+
+
+def _tabulate(title: str, records: list[dict[str, Any]]) -> dict[str, float]:
+    """Print a row an image and one of means, and return the means."""
+    columns = [name for name in _FIGURES if name in records[0]]
+    mean = {name: sum(record[name] for record in records) / len(records) for name in columns}
+
+    def row(name: str, record: dict[str, Any]) -> list[str]:
+        words = {True: "yes", False: "no"}
+        cells = [(record[column], _FIGURES[column][1]) for column in columns]
+        return [name, *(words[v] if isinstance(v, bool) else text.format(v) for v, text in cells)]
+
+    rows = [row(record["image"], record) for record in records]
+    header = ["image", *(_FIGURES[name][0] for name in columns)]
+    _table(title, header, [*rows, row(f"mean of {len(records)}", mean)])
+    return mean
 
 
 @app.command()
@@ -237,26 +286,34 @@ def encode(
     tokenizer: Name = DEFAULT,
     weights: Weights = None,
     tokens: Count = None,
+    target: Target = None,
+    target_psnr: TargetPSNR = None,
     batch_size: Batch = 8,
     device: Device = "auto",
 ) -> None:
-    """Images → one token file."""
+    """Images → one token file; with a target, of as many tokens as each image needs."""
     from .tokens import Tokens
 
-    model, bad, parts, order = _load(tokenizer, device, weights), _Bad(), [], []
-    model.check_num_tokens(tokens)
-    for paths, pixels in _batches(images, model.image_size, batch_size, bad, "encode"):
-        parts.append(model.encode(pixels, tokens).to("cpu"))
-        order += paths
+    quality = _quality(target, target_psnr)
+    model, bad, parts, records = _load(tokenizer, device, weights), _Bad(), [], []
+    for _, _, coded, found in _encoded(model, images, tokens, quality, batch_size, bad):
+        parts.append(coded.to("cpu"))
+        records += found
     if parts:
         coded = Tokens.cat(parts)
         coded.save(output)
-        bits = int(coded.bits_per_image.sum())
-        total, payload = output.stat().st_size, bits / 8
-        print(f"{output}: {len(coded)} images, {coded.num_tokens} tokens each")
-        print(f"{total} bytes, {payload:g} of them tokens")
-        for index, path in enumerate(order):
-            print(f"  {index:5d}  {path}")
+        lengths = [record["tokens"] for record in records]
+        least, most, mean = min(lengths), max(lengths), sum(lengths) / len(lengths)
+        each = f"{most} tokens each" if least == most else f"{least} to {most} tokens, {mean:.1f} on average"
+        print(f"{output}: {_images(len(coded))}, {each}")
+        payload = int(coded.bits_per_image.sum()) / 8
+        print(f"{output.stat().st_size} bytes, {payload:g} of them tokens")
+        for index, record in enumerate(records):
+            length = f"{record['tokens']:4d} tokens  " if coded.lengths is not None else ""
+            decibels = f"{record['psnr']:.2f} dB  " if "psnr" in record else ""
+            short = "" if record.get("reached", True) else "  not reached"
+            print(f"  {index:5d}  {length}{decibels}{record['image']}{short}")
+        _warn_of_unreached(records, quality, model)
     bad.finish()
 
 
@@ -286,7 +343,7 @@ def decode(
             with written_aside(out / f"{count:05d}.png") as path:
                 picture.save(path, format="PNG")
             count += 1
-    print(f"{count} images in {out}")
+    print(f"{_images(count)} in {out}")
 
 
 @app.command()
@@ -425,6 +482,46 @@ def tokens(
     bad.finish()
 
 
+@eval_app.command()
+def lengths(
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files or folders; procedural scenes otherwise.")
+    ] = None,
+    tokenizer: Name = DEFAULT,
+    weights: Weights = None,
+    target: Annotated[
+        list[float] | None,
+        typer.Option(help="Mean absolute error (KARL) or dB (any prefix decodes); repeat for several."),
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=2, help="How many procedural scenes.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes; recipes train on another.")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Tokens an image gets for a quality, and whether images that JPEG finds hard get more of them."""
+    import torch
+
+    from .eval.lengths import HEADER, measure
+
+    model, bad = _load(tokenizer, device, weights), _Bad()
+    if images:
+        pixels = [batch for _, batch in _batches(images, model.image_size, 64, bad, "read")]
+    else:
+        from .train.data import Scenes
+
+        source = Scenes(model.image_size, seed)
+        shown = _progress(range(scenes), "scenes")
+        pixels = [torch.from_numpy(source.sample(i)).permute(2, 0, 1)[None].float() / 255 for i in shown]
+    if pixels:
+        batch = torch.cat(pixels)
+        results = measure(model, batch, target or ([0.1] if model.adaptive else [20.0]))
+        what = f"{len(batch)} images" if images else f"{scenes} scenes of seed {seed}"
+        _table(f"{model.label} on {what}", HEADER, [result.row() for result in results])
+        if out:
+            _write_json(out, {"tokenizer": model.label, "results": [result.record() for result in results]})
+    bad.finish()
+
+
 # What the commands share ------------------------------------------------------------------------------------
 
 
@@ -442,31 +539,106 @@ class _Bad:
     def finish(self) -> None:
         """Exit 1 if any was skipped."""
         if self.count:
-            typer.secho(f"{self.count} image{'s' * (self.count > 1)} skipped", fg="red", err=True)
+            typer.secho(f"{_images(self.count)} skipped", fg="red", err=True)
             raise typer.Exit(1)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
-    return device
 
 
 def _load(name: str, device: str, weights: str | None = None) -> "Tokenizer":
     from .registry import load
 
     return load(name, device=_device(device), weights=weights)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: Any = None,
+) -> None:
+    """What a user should know as one line; anything else where it came from."""
+    text = str(message)
+    if category is not UserWarning:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    typer.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+def _quality(target: float | None, target_psnr: float | None) -> dict[str, float]:
+    """The quality asked for, as an option of `encode`."""
+    if target is not None and target_psnr is not None:
+        raise ValueError(
+            "--target (mean absolute error) and --target-psnr (dB) both choose how many tokens an image "
+            "gets; give one of them"
+        )
+    given = {"target": target, "target_psnr": target_psnr}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_quality(model: "Tokenizer", quality: dict[str, float]) -> None:
+    """Raise ValueError for a quality that this tokenizer cannot be asked for."""
+    if model.adaptive:
+        takes = "it chooses lengths by --target, a mean absolute error such as 0.05"
+    elif model.ordered:
+        takes = "any prefix of its tokens decodes, so give --target-psnr, in dB, or --tokens"
+    else:
+        takes = f"it has exactly {model.num_tokens} tokens an image; `vistok list` shows those with a choice"
+    if ("target" in quality and not model.adaptive) or ("target_psnr" in quality and not model.ordered):
+        option = next(iter(quality)).replace("_", "-")
+        raise ValueError(f"--{option} is not for {model.label}: {takes}")
+
+
+def _encoded(
+    model: "Tokenizer",
+    images: list[Path],
+    count: int | None,
+    quality: dict[str, float],
+    batch_size: int,
+    bad: _Bad,
+) -> "Iterator[tuple[list[Path], torch.Tensor, Tokens, list[dict[str, Any]]]]":
+    """Paths, pixels, tokens and one record an image, in batches: its tokens, and with `target_psnr` the
+    quality."""
+    _check_quality(model, quality)
+    model.check_num_tokens(count)
+    for paths, pixels in _batches(images, model.image_size, batch_size, bad, "encode"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* do not reach")  # told once, for all batches
+            coded = model.encode(pixels, count, **quality)
+        measured: dict[str, list[Any]] = {}
+        if "target_psnr" in quality:
+            measured = {"psnr": coded.psnr.tolist(), "reached": coded.reached.tolist()}
+            coded = coded.tokens
+        lengths = [coded.num_tokens] * len(coded) if coded.lengths is None else coded.lengths.tolist()
+        records = [{"image": str(path), "tokens": k} for path, k in zip(paths, lengths, strict=True)]
+        for index, record in enumerate(records):
+            record |= {name: values[index] for name, values in measured.items()}
+        yield paths, pixels, coded, records
+
+
+def _warn_of_unreached(records: list[dict[str, Any]], quality: dict[str, float], model: "Tokenizer") -> None:
+    """One warning for all images that a wanted quality was out of reach for."""
+    short = [record for record in records if not record.get("reached", True)]
+    if not short:
+        return
+    which = f"{len(short)} of {_images(len(records))} did not reach"
+    if "target_psnr" in quality:
+        worst = min(record["psnr"] for record in short)
+        warnings.warn(
+            f"{which} {quality['target_psnr']:g} dB (the worst has {worst:.2f}) and kept the best prefix "
+            "tried; lower --target-psnr, or raise --tokens where that is below the most",
+            stacklevel=2,
+        )
+    else:
+        worst = max(record["error"] for record in short)
+        warnings.warn(
+            f"{which} a mean error of {quality['target']:g} (the worst has {worst:.4f}); {model.label} "
+            "estimates beforehand how many tokens that takes: lower --target where it must be kept",
+            stacklevel=2,
+        )
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
 
 
 def _files(paths: list[Path]) -> list[Path]:
@@ -542,18 +714,6 @@ def _write_json(path: Path, record: Any) -> None:
 
     with written_aside(path) as aside:
         aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=any(header))
-    for name in header:
-        table.add_column(name, overflow="fold", no_wrap=name in ("name", "weights"))
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ class Entry:
     """A published (or shipped) checkpoint.
 
     `repo` is the hub repository, `file` the weights in it; `license` is that of the weights; `figures` are
-    the paper's own numbers, `parameters` millions of them.
+    the paper's own numbers, `parameters` millions of them. `verified` says how far this configuration is from
+    recorded outputs of the original, as largest absolute errors; nothing was recorded where it is empty.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     file: str = "model.safetensors"
     figures: dict[str, float] = field(default_factory=dict)
     notes: str = ""
+    verified: str = ""
 
 
 _FAMILIES: dict[str, "type[Tokenizer]"] = {}

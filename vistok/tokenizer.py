@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class TrainingOutput:
-    """Of a training forward: images as the decoder made them (not clamped) and the quantizer's losses."""
+    """Of a training forward: images as the decoder made them (not clamped) and the quantizer's losses.
 
-    images: Tensor
+    Without images, or with images that carry no gradient, the objective is the sum of `losses` (flow
+    matching, distillation).
+    """
+
+    images: Tensor | None
     codes: Tensor
     losses: dict[str, Tensor]
 

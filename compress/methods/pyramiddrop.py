@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..reducer import LayerReducer, LayerTokens
+from ..reducer import LayerReducer, LayerTokens, share_by_layer
 
 
 @dataclass(kw_only=True)
@@ -28,15 +28,11 @@ class PyramidDrop(LayerReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.layer_list) != len(self.image_token_ratio_list):
-            raise ValueError(
-                f"layer_list has {len(self.layer_list)} layers and image_token_ratio_list "
-                f"{len(self.image_token_ratio_list)} shares; give one share a layer"
-            )
+        self.cuts(0)  # refuses lists of different length
 
     def cuts(self, num_layers: int) -> dict[int, float]:
         """A cut after as many layers as each entry of the list says."""
-        return dict(zip(self.layer_list, self.image_token_ratio_list, strict=True))
+        return share_by_layer(layer_list=self.layer_list, image_token_ratio_list=self.image_token_ratio_list)
 
     def score(self, tokens: LayerTokens) -> Tensor:
         """Attention of the last prompt token [N]."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..reducer import LayerReducer, LayerTokens
+from ..reducer import LayerReducer, LayerTokens, share_by_layer
 
 
 @dataclass(kw_only=True)
@@ -36,15 +36,13 @@ class TransPrune(LayerReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.pruning_layer_list) != len(self.image_token_ratio_list):
-            raise ValueError(
-                f"pruning_layer_list has {len(self.pruning_layer_list)} layers and image_token_ratio_list "
-                f"{len(self.image_token_ratio_list)} shares; give one share a layer"
-            )
+        self.cuts(0)  # refuses lists of different length
 
     def cuts(self, num_layers: int) -> dict[int, float]:
         """A cut after as many layers as each entry of the list says."""
-        return dict(zip(self.pruning_layer_list, self.image_token_ratio_list, strict=True))
+        return share_by_layer(
+            pruning_layer_list=self.pruning_layer_list, image_token_ratio_list=self.image_token_ratio_list
+        )
 
     def measured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The accumulating layers, 0-based."""

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
+from ..nn.cache import few_at_a_time
 from ..nn.linear import linear
 from ..nn.transformer import Attention, Transformer
 from ..nn.upsample import upsample_conv
@@ -289,10 +290,8 @@ class GridDecoder(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """[B, E, h, w] → [B, 3, H, W]."""
-        if grid.device.type == "cpu" and not torch.is_grad_enabled() and len(grid) > 1:
-            # One image fits the cache better than a batch, and its activations are all that is held.
-            return torch.cat([self._decode(one) for one in grid.split(1)])
-        return self._decode(grid)
+        cells = grid.shape[2] * grid.shape[3]
+        return few_at_a_time(self._decode, grid, cells * 4 ** (len(self.up) - 1))
 
     def _decode(self, grid: Tensor) -> Tensor:
         x = self.mid(self.conv_in(grid.contiguous()))
@@ -322,6 +321,13 @@ class VQGAN(nn.Module):
         """Logits over the codebook [B, N, 1024] → the grid as the decoder takes it, [B, N, E]."""
         # Parity: the soft mixture of code vectors, never the likeliest code.
         return self.quantize.decode_soft(output.softmax(-1))
+
+    def autoencode(self, images: Tensor) -> TrainingOutput:
+        """Images [B, 3, H, W] through code vectors and back, for training it alone."""
+        features = self.features(images)
+        quantized = self.quantize(features.flatten(2).transpose(1, 2))
+        grid = quantized.latents.transpose(1, 2).unflatten(2, features.shape[2:])
+        return TrainingOutput(self.decoder(grid), quantized.codes, quantized.losses)
 
     def distillation(self, output: Tensor, features: Tensor) -> dict[str, Tensor]:
         """Losses of logits [B, N, 1024] against the codes of the features: `nll` (nats) and `code`."""
@@ -360,6 +366,15 @@ class VAE(nn.Module):
         """[B, N, E] → [B, N, E]."""
         # Parity: the scale of `features` is not taken back; the decoder learned what that means.
         return linear(output, self.post_quant_conv.weight.flatten(1), self.post_quant_conv.bias)
+
+    def autoencode(self, images: Tensor) -> TrainingOutput:
+        """Images [B, 3, H, W] through samples of the posterior and back, for training it alone; `kl` is
+        sum(KL)/B."""
+        posterior = DiagonalGaussian(self.moments(images).movedim(1, -1).float())
+        sampled = VAE_SCALE * posterior.sample()  # [B, h, w, E]
+        grid = self.grid(sampled.flatten(1, 2)).transpose(1, 2).unflatten(2, sampled.shape[1:3])
+        kl = posterior.kl().sum() / max(len(images), 1)
+        return TrainingOutput(self.decoder(grid), sampled, {"kl": kl})
 
     def distillation(self, output: Tensor, features: Tensor) -> dict[str, Tensor]:
         """The squared error of outputs [B, N, E] against the scaled features: `features`."""
@@ -554,7 +569,10 @@ class Karl(Tokenizer):
         )
         self.encoder_positional_embedding = normal(width, table, table)
         self.latent_tokens = normal(config.max_latent_tokens, width)
-        self.rec_loss_embeddings = nn.Parameter(torch.tensor(TARGETS)[:, None].repeat(1, width))
+        # The original starts each row as its target repeated, which the norm after it turns into zero, for
+        # every target the same. As waves of the level's number the targets differ from the first step on.
+        waves = torch.outer(torch.arange(len(TARGETS)), torch.logspace(0, -1.5, -(-width // 2)))
+        self.rec_loss_embeddings = nn.Parameter(torch.cat([waves.sin(), waves.cos()], 1)[:, :width])
         self.encoder_ln_pre = nn.LayerNorm(width)
         self.encoder = DistillationEncoder(config)
         self.encoder_ln_post_halt = nn.LayerNorm(width)
@@ -804,11 +822,14 @@ class Karl(Tokenizer):
 
         The first offers that many tokens, halts none and measures the error they reach. The second is told to
         reach that error with `config.num_tokens` and learns to halt those beyond the first pass's number.
-        With a frozen base tokenizer the objective is the original's first stage, the base's features, all of
-        it in `losses`, and `images` carry no gradient; otherwise it is pixels: the first pass's mean absolute
-        error is in `losses`, and the second's is left to the caller, who has its `images`. `codes` are those
-        of all tokens.
+        Which weights are frozen decides what is learnt. Everything but the base tokenizer: that one alone, as
+        an autoencoder. The base tokenizer: the original's first stage, the base's features, all of it in
+        `losses`, and `images` carry no gradient. Nothing: pixels; the first pass's mean absolute error is in
+        `losses`, and the second's is left to the caller, who has its `images`. `codes` are those of all
+        tokens.
         """
+        if not any(p.requires_grad for n, p in self.named_parameters() if not n.startswith("base_tokenizer")):
+            return self.base.autoencode(images)
         batch = len(images)
         first, last, step = self.config.training_tokens
         if num_tokens is None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.cache import few_at_a_time
 from ..nn.upsample import upsample_conv
 from ..quantizers import VectorQuantizer
 from ..registry import Entry, register, register_family
@@ -139,10 +140,8 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, 256, h, w] → [B, 3, 16h, 16w]."""
-        if features.device.type == "cpu" and not torch.is_grad_enabled() and len(features) > 1:
-            # One image fits the cache better than a batch, and its activations are all that is held.
-            return torch.cat([self._decode(image) for image in features.split(1)])
-        return self._decode(features)
+        cells = features.shape[2] * features.shape[3]
+        return few_at_a_time(self._decode, features, cells * 4 ** (len(self.up) - 1))
 
     def _decode(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features.contiguous(memory_format=torch.channels_last)))
@@ -237,5 +236,6 @@ register(
         paper="MaskGIT (arXiv 2202.04200)",
         parameters=54.5,
         notes="2-D grid of 256 tokens; teacher and pixel decoder of TiTok, tokenizer of RAR",
+        verified="codes equal, latents 1.6e-5, images 4.5e-5",
     )
 )

@@ -281,7 +281,7 @@ class _Run:
         self._average()
         self.finite &= torch.isfinite(total.detach())
         figures = {"loss": total.detach(), **parts}
-        if self.teacher is None:
+        if self.teacher is None and output.images is not None:
             mse = (output.images.detach().float().clamp(0, 1) - images).square().mean((1, 2, 3))
             figures["psnr"] = -10 * mse.clamp_min(1e-10).log10().mean()
         if self.tokenizer.adaptive:
@@ -303,6 +303,13 @@ class _Run:
 
     def _tokenizer_loss(self, images: Tensor, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
         losses = dict(output.losses)
+        if output.images is None or not output.images.requires_grad:
+            if self.config.loss.discriminator_weight > 0:
+                raise ValueError(
+                    f"{self.tokenizer.label} trains without images here (flow matching or distillation), so "
+                    "there is nothing for a discriminator to judge; set loss.discriminator_weight: 0"
+                )
+            return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
         kl = losses.pop("kl", None)
         quantizer = sum(losses.values()) if losses else None
         if self.teacher is not None:

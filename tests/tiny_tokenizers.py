@@ -1,0 +1,268 @@
+"""Small tokenizers of every family with random weights, and what every test does with one.
+
+A test file that builds them takes the fixture `small_and_quick`.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from vistok import create, load
+
+SIDE, COUNT = 32, 6
+VIT = {
+    "crop_size": SIDE,
+    "vit_enc_model_size": "tiny",
+    "vit_dec_model_size": "tiny",
+    "num_latent_tokens": COUNT,
+}
+SINGLE = {"finetune_decoder": False, "is_legacy": False, "token_size": 8, "codebook_size": 64}
+TEXT = {"text_context_length": 5, "text_embed_dim": 16}
+KARL = {
+    "image_size": SIDE,
+    "patch_size": 4,
+    "max_grid_tokens": 8,
+    "max_latent_tokens": 40,  # places beyond one digit
+    "num_tokens": 12,
+    "training_tokens": (2, 12, 2),
+    "encoder_width": 48,
+    "encoder_layers": 2,
+    "encoder_heads": 2,
+    "decoder_width": 32,
+    "decoder_layers": 2,
+    "decoder_heads": 2,
+    "vq_codebook_size": 64,
+    "vq_token_dim": 6,
+    "base_hidden_channels": 32,
+    "base_channel_mult": (1, 1, 1),
+    "base_res_blocks": 1,
+    "base_channels": 8,
+    "base_codebook_size": 16,
+}
+CASES = {
+    "mini": (
+        "mini",
+        {
+            "image_size": SIDE,
+            "patch_size": 8,
+            "thumbnail_size": 16,
+            "levels": [[3, [4, 4]], [3, [2, 2, 2, 2]]],
+            "width": 32,
+            "encoder_depth": 1,
+            "decoder_depth": 2,
+            "heads": 2,
+        },
+    ),
+    "titok-legacy": ("titok", {**VIT, "use_l2_norm": True}),
+    "titok-stage1": ("titok", {**VIT, "use_l2_norm": True, "finetune_decoder": False}),
+    "titok-vq": ("titok", {**VIT, **SINGLE}),
+    "titok-clustering": ("titok", {**VIT, **SINGLE, "clustering_vq": True}),
+    "titok-vae": ("titok", {**VIT, **SINGLE, "quantize_mode": "vae"}),
+    "titok-patches": ("titok", {**VIT, **SINGLE, "vit_enc_patch_size": 8}),
+    "tatitok-vq": ("tatitok", {**VIT, **SINGLE, **TEXT}),
+    "tatitok-vae": ("tatitok", {**VIT, **SINGLE, **TEXT, "quantize_mode": "vae"}),
+    "maskgit-vqgan": (
+        "maskgit-vqgan",
+        {
+            "channel_mult": (1,) * 5,
+            "hidden_channels": 32,
+            "z_channels": 8,
+            "embedding_dim": 8,
+            "image_size": SIDE,
+        },
+    ),
+    "instella": (
+        "instella",
+        {
+            "encoder_layers": 3,
+            "encoder_head_dim": 16,
+            "encoder_num_heads": 2,
+            "patch_size": 4,
+            "num_latent_tkns": COUNT,
+            "axes_dims_rope": (4, 6, 6),
+            "downsample_idx": (0,),
+            "decoder_layers": 2,
+            "decoder_head_dim": 16,
+            "decoder_num_heads": 3,
+            "upsample_idx": (0,),
+            "codebook_size": 12,
+            "image_size": SIDE,
+            "scale": 64,
+        },
+    ),
+    "flextok": (
+        "flextok",
+        {
+            "encoder_dim": 64,
+            "encoder_depth": 2,
+            "decoder_dim": 96,
+            "decoder_depth": 3,
+            "head_dim": 32,
+            "num_tokens": 8,
+            "levels": (4, 5, 3),
+            "latent_channels": 4,
+            "latent_size": SIDE // 2,
+            "vae_block_out_channels": (8, 16),
+            "vae_layers_per_block": 1,
+            "vae_norm_num_groups": 4,
+            "vae_scaling_factor": 0.7,
+            "null_probability": 0.5,
+        },
+    ),
+    "karl-vqgan-vq": ("karl", {**KARL, "base": "vqgan", "quantize_latent": True}),
+    "karl-vqgan": ("karl", {**KARL, "base": "vqgan", "quantize_latent": False}),
+    "karl-vae-vq": ("karl", {**KARL, "base": "vae", "quantize_latent": True}),
+    "karl-vae": ("karl", {**KARL, "base": "vae", "quantize_latent": False}),
+}
+ORDERED = ["mini", "flextok"]
+ADAPTIVE = [case for case in CASES if case.startswith("karl")]
+FIXED_LENGTH = [case for case in CASES if case.startswith(("titok", "tatitok", "instella"))]
+
+
+# ---- building ----------------------------------------------------------------------------------------------
+
+
+def fresh(case, **changes):
+    """A tokenizer of that case as it starts training."""
+    family, config = CASES[case]
+    return create(family, **{**config, **changes}).eval()
+
+
+def build(case, **changes):
+    """The same with every weight at random, none at zero, whose pictures and codes differ."""
+    torch.manual_seed(0)
+    family, model = CASES[case][0], fresh(case, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=_noise(family, name))
+        if family in _LIVELIER:
+            _LIVELIER[family](model)
+    if case == "titok-stage1":
+        model.attach_pixel_tokenizer(shared("maskgit-vqgan"))
+    return model
+
+
+@functools.cache
+def shared(case, **changes):
+    """The same, built once; who changes it takes a copy."""
+    return build(case, **changes)
+
+
+def _noise(family, name):
+    if family == "instella":
+        return 0.5 if "token" in name else 0.1
+    if family == "flextok":
+        return 0.0 if name.startswith("vae.") else 0.1
+    return 0.05 if family == "karl" else 0.03
+
+
+def _spread_codes(model):
+    """Codes where the latents are, or all latents share one."""
+    if not hasattr(model.quantizer, "embedding"):
+        return
+    latents, codebook = model.latents(pictures(8, seed=9)), model.quantizer.embedding.weight
+    token = torch.arange(len(codebook)) % latents.shape[1]
+    codebook.copy_(latents.mean(0)[token] + latents.std(0)[token] * torch.randn_like(codebook))
+
+
+def _livelier_titok(model):
+    """Attend more, or pictures and latents hardly matter."""
+    model.encoder.patch_embed.weight.mul_(10)
+    model.decoder.decoder_embed.weight.mul_(10)
+    for block in [*model.encoder.transformer, *model.decoder.transformer]:
+        block.attn.out_proj.weight.mul_(5)
+    _spread_codes(model)
+
+
+def _livelier_flextok(model):
+    """Use all levels."""
+    model.encoder.module_dict["enc_to_latents"].proj.weight.mul_(4)
+    model.encoder.module_dict["enc_patch_emb"].patch_proj.weight.mul_(4)
+
+
+def _livelier_karl(model):
+    """Halt about a third, by image and target."""
+    model.patch_embed.weight.mul_(10)
+    model.rec_loss_embeddings.normal_()
+    for block in model.encoder.transformer:  # attend more, or tokens hardly depend on the picture
+        block.attn.in_proj_weight.mul_(4)
+        block.attn.out_proj.weight.mul_(8)
+    if model.config.quantize_latent:
+        model.quantize.embedding.weight.normal_()
+    images = pictures(4, side=model.image_size)
+
+    def logits():
+        bins = model.target_bins(0.05, len(images))
+        return model.analyse(images, bins, model.num_tokens, model.base.features(images)).halt_logits
+
+    model.halting_mlp[2].bias.zero_()
+    model.halting_mlp[2].weight.mul_(3 / logits().std())
+    model.halting_mlp[2].bias.fill_(math.log(3) - float(logits().quantile(0.66)))
+
+
+_LIVELIER = {
+    "titok": _livelier_titok,
+    "tatitok": _livelier_titok,
+    "maskgit-vqgan": _spread_codes,
+    "flextok": _livelier_flextok,
+    "karl": _livelier_karl,
+}
+
+
+# ---- using -------------------------------------------------------------------------------------------------
+
+
+def pictures(count, seed=0, side=SIDE):
+    """Blocky random pictures [count, 3, side, side]: unlike each other, unlike noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.interpolate(torch.rand(count, 3, 4, 4, generator=generator), side)
+
+
+def text_states(count):
+    states = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(5))
+    return states[:count]
+
+
+def options(case, count):
+    """What `decode` is given beside tokens."""
+    if case.startswith("tatitok"):
+        return {"text": text_states(count)}
+    return {"steps": 2} if case == "flextok" else {}
+
+
+def decode(model, case, tokens):
+    return model.decode(tokens, **options(case, len(tokens)))
+
+
+def codes_of(tokens):
+    return next(data for data in (tokens.indices, tokens.bits, tokens.latents) if data is not None)
+
+
+def lengths_of(tokens):
+    return [tokens.num_tokens] * len(tokens) if tokens.lengths is None else tokens.lengths.tolist()
+
+
+def assert_close_tokens(found, expected):
+    """As many tokens for every image; the same codes, or latents up to rounding. Padding is no matter."""
+    assert lengths_of(found) == lengths_of(expected)
+    for ours, theirs, length in zip(codes_of(found), codes_of(expected), lengths_of(found), strict=True):
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours[:length].double(), theirs[:length].double(), rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(ours[:length], theirs[:length])
+
+
+def saved_and_loaded(model, folder):
+    """`load` of what `save_pretrained` wrote, which is the same model bit for bit."""
+    model.save_pretrained(folder)
+    loaded = load(folder)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    return loaded

@@ -1,0 +1,249 @@
+"""What a FlexTok is made of: its sizes and constants, read from the original's nested configuration where
+weights come with that."""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+
+KeptTokens = Literal["uniform", "pow2", "uniform_pow2"]
+Times = Literal["mode", "logit_normal", "stratified"]
+
+
+LICENSE = "apple-amlr (not open source: research only)"
+VAES = {f"flextok-vae-c{channels}": f"EPFL-VILAB/flextok_vae_c{channels}" for channels in (4, 8, 16)}
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+
+KeptTokens = Literal["uniform", "pow2", "uniform_pow2"]
+Times = Literal["mode", "logit_normal", "stratified"]
+
+
+@dataclass(frozen=True)
+class FlexTokConfig:
+    """Sizes and constants of encoder, decoder, quantizer and VAE; the defaults are the d12-d12 sizes."""
+
+    encoder_dim: int = 768
+    encoder_depth: int = 12
+    decoder_dim: int = 768
+    decoder_depth: int = 12
+    head_dim: int = 64
+    num_tokens: int = 256
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    latent_channels: int = 16
+    latent_size: int = 32
+    """Side of the VAE's latents, in latent pixels."""
+    patch_size: int = 2
+    frequency_embedding_size: int = 256
+    max_timestep: float = 1.0
+    """Scale of the time features; times themselves are always in [0, 1]."""
+    vae: bool = True
+    """Whether the checkpoint holds the VAE; without it, `attach_vae`."""
+    vae_block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    vae_layers_per_block: int = 2
+    vae_norm_num_groups: int = 32
+    vae_scaling_factor: float | None = None
+    """Factor on the VAE's latents; None takes that of the VAE's own configuration."""
+    vae_source: str | None = None
+    """Hub repository whose config.json has that factor."""
+    sample_posterior: bool = False
+    """Whether training samples the VAE's posterior; `encode` always takes its mean."""
+    kept_tokens: KeptTokens = "pow2"
+    """In training: how many tokens nested dropout keeps."""
+    null_probability: float = 0.2
+    """In training: the share of images whose tokens are hidden from the decoder."""
+    times: Times = "mode"
+    """In training: how times are drawn."""
+    mode_scale: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "vae_block_out_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for side in ("encoder_dim", "decoder_dim"):
+            if getattr(self, side) % self.head_dim or getattr(self, side) % 4:
+                raise ValueError(
+                    f"{side} is {getattr(self, side)}; it must be a multiple of head_dim {self.head_dim} "
+                    "and of 4"
+                )
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f"latent_size {self.latent_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.num_tokens < 1 or self.max_timestep <= 0:
+            raise ValueError(
+                f"num_tokens {self.num_tokens} and max_timestep {self.max_timestep} must be positive"
+            )
+        for name, choices in (("kept_tokens", KeptTokens), ("times", Times)):
+            if getattr(self, name) not in choices.__args__:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it is one of {', '.join(choices.__args__)}"
+                )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.latent_size * 2 ** (len(self.vae_block_out_channels) - 1)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> "FlexTokConfig":
+        """From field names, or from the original's graph of modules (`vae`, `encoder`, `decoder`, …).
+
+        ValueError names every module, class or argument of a graph that is not the published model's.
+        """
+        values = values["config"] if isinstance(values.get("config"), Mapping) else values
+        if isinstance(values.get("encoder"), Mapping):
+            return cls(**_fields_of_graph(values))
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(
+                f"FlexTok has no configuration field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+
+# The original's configuration -------------------------------------------------------------------------------
+
+# Section or module, its class, and its arguments: @field fills a field of FlexTokConfig (? may be absent), *
+# says that nothing here depends on it, anything else is the only value that is known.
+_GRAPH = """
+vae StableDiffusionVAE latent_channels=@latent_channels scaling_factor=@vae_scaling_factor?
+    sample_posterior=@sample_posterior? hf_hub_path=@vae_source? dtype_override=* force_vae_encode=*
+encoder.enc_patch_emb PatchEmbedder channels_in=@latent_channels patch_sizes=@patch_size dim=@encoder_dim
+    flatten_patches=False
+encoder.enc_posemb_module PositionalEmbeddingAdder dim=@encoder_dim max_sizes=@grid posemb_type=sincos
+    posemb_scaling=absolute
+encoder.enc_register_module Registers1D dim=@encoder_dim n_min=@num_tokens n_max=@num_tokens
+    ordering_mode=nested size_sampling_mode=*
+encoder.enc_seq_packer BlockWiseSequencePacker mask_mode=causal_last pad_to_multiple=*
+encoder.enc_transformer FlexTransformer dim=@encoder_dim depth=@encoder_depth
+encoder.enc_to_latents LinearHead dim=@encoder_dim dim_out=@code_dim use_mup_readout=False dtype_override=*
+decoder.dec_from_latents LinearLayer dim_in=@code_dim dim=@decoder_dim
+decoder.dec_registers_posemb_module PositionalEmbeddingAdder dim=@decoder_dim max_sizes=@num_tokens
+    posemb_type=learnable_sum posemb_scaling=absolute
+decoder.dec_nested_dropout MaskedNestedDropout dim=@decoder_dim size_sampling_mode=@kept_tokens?
+decoder.dec_latent_dropout LearnedNullCond dim=@decoder_dim dropout_prob=@null_probability?
+decoder.dec_noise_patch_emb PatchEmbedder channels_in=@latent_channels patch_sizes=@patch_size
+    dim=@decoder_dim flatten_patches=False
+decoder.dec_patches_posemb_module PositionalEmbeddingAdder dim=@decoder_dim max_sizes=@grid
+    posemb_type=sincos posemb_scaling=absolute
+decoder.dec_seq_packer BlockWiseSequencePacker mask_mode=full per_subseq_embs=True pad_to_multiple=*
+decoder.dec_time_embedder TimestepEmbedder dim=@decoder_dim max_timestep=@max_timestep
+    frequency_embedding_size=@frequency_embedding_size?
+decoder.dec_transformer FlexTransformer dim=@decoder_dim depth=@decoder_depth adaLN_expansion=2
+    intermediate_layers=*
+decoder.dec_to_patches ToPatchesLinearHead dim=@decoder_dim channels_out=@latent_channels
+    patch_sizes=@patch_size use_mup_readout=False dtype_override=*
+regularizer FSQ levels=@levels packed_call=*
+flow_matching_noise_module MinRFNoiseModule ln=@ln? stratisfied=@stratisfied? mode_scale=@mode_scale?
+pipeline MinRFPipeline out_channels=@latent_channels
+"""
+_TRAINING_ONLY = (
+    *("drop", "drop_path_rate", "drop_quant_p", "dropout_prob", "corrupt_*", "frozen", "ln", "stratisfied"),
+    *("mode_scale", "use_act_checkpoint", "compile_*", "weight_init_style", "zero_init_*", "*_init*"),
+)
+_WIRING = ("_target_", "_partial_", "*_key", "*_keys")
+
+
+def _known_modules() -> dict[str, tuple[str, dict[str, str]]]:
+    """The table above: where → class and arguments."""
+    table = {}
+    for line in _GRAPH.replace("\n    ", " ").strip().splitlines():
+        where, kind, *arguments = line.split()
+        table[where] = (kind, dict(argument.split("=") for argument in arguments))
+    return table
+
+
+def _fields_of_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of FlexTokConfig from the original's nested configuration; anything else in it is an error."""
+    known, found = _known_modules(), {}
+    sections = [name for name in graph if name in {where.partition(".")[0] for where in known}]
+    nodes = {name: graph[name] for name in sections if name not in ("encoder", "decoder")}
+    for side in ("encoder", "decoder"):
+        modules = (graph.get(side) or {}).get("module_dict")
+        if not isinstance(modules, Mapping):
+            raise ValueError(f"the configuration's {side} has no module_dict; a published one has")
+        nodes |= {f"{side}.{name}": node for name, node in modules.items()}
+    missing = [where for where in known if where not in nodes and where != "flow_matching_noise_module"]
+    if missing:
+        raise ValueError(f"the configuration lacks {', '.join(missing)}")
+    for where, node in nodes.items():
+        if where in known:
+            _read(where, node, *known[where], found)
+        else:
+            _check_moves(where, node)
+    if found.pop("code_dim") != len(found["levels"]):
+        raise ValueError(f"encoder and decoder do not have one channel for each of levels={found['levels']}")
+    if found.get("vae_scaling_factor") is None and not found.get("vae_source"):
+        raise ValueError("the configuration's vae has neither scaling_factor nor hf_hub_path to take it from")
+    found["latent_size"] = found.pop("grid") * found["patch_size"]
+    logit_normal, stratified = found.pop("ln", False), found.pop("stratisfied", False)
+    found["times"] = ("stratified" if stratified else "logit_normal") if logit_normal else "mode"
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _class_of(where: str, node: Any) -> str:
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ValueError(f"the configuration's {where} names no class (_target_)")
+    return node["_target_"].rsplit(".", 1)[-1]
+
+
+def _check_moves(where: str, node: Any) -> None:
+    """ValueError unless a module only moves axes or cuts sequences, as the published graph's do."""
+    kind = _class_of(where, node)
+    if kind == "PerSampleOp":
+        kind = _class_of(f"{where}.per_sample_op", node.get("per_sample_op"))
+    if kind not in ("SequenceUnpacker", "channels_first_to_last", "channels_last_to_first"):
+        raise ValueError(
+            f"the configuration has a module {where} ({node['_target_']}, {kind}) that this version does not "
+            "know; it builds the published 1D tokenizers"
+        )
+
+
+def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], found: dict[str, Any]) -> None:
+    """Check one module's class and arguments, and put its fields into `found`."""
+    if _class_of(where, node) != kind:
+        raise ValueError(
+            f"the configuration's {where} is {node['_target_']}; this version knows {kind} there"
+        )
+    for name, value in node.items():
+        if name not in arguments:
+            if not any(fnmatch(name, pattern) for pattern in (*_WIRING, *_TRAINING_ONLY)):
+                raise ValueError(
+                    f"the configuration's {where} has an argument {name}, unknown to this version"
+                )
+            continue
+        rule = arguments[name]
+        if rule.startswith("@"):
+            target = rule.strip("@?")
+            if target == "levels":
+                value = tuple(value)
+            elif isinstance(value, list) and value and all(each == value[0] for each in value):
+                value = value[0]  # squares
+            if found.setdefault(target, value) != value or isinstance(value, list):
+                raise ValueError(
+                    f"the configuration's {where} has {name}={value}; elsewhere it is {found[target]}, and "
+                    "grids are square"
+                )
+        elif rule not in ("*", str(value)):
+            raise ValueError(f"the configuration's {where} has {name}={value!r}; this version knows {rule}")
+    missing = [n for n, rule in arguments.items() if rule[0] == "@" and rule[-1] != "?" and n not in node]
+    if missing:
+        raise ValueError(f"the configuration's {where} lacks {', '.join(missing)}")
+
+
+def header_config(path: Path) -> dict[str, Any] | None:
+    """The configuration in the head of a .safetensors file, whose sections are Python literals."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    config: dict[str, Any] = {}
+    for name, text in header.items():
+        try:
+            config[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            config[name] = text
+    return config if isinstance(config.get("encoder"), Mapping) else None
