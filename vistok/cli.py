@@ -152,14 +152,16 @@ def list_(
                 f"{entry.parameters:g}",
                 ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()),
                 entry.license,
+                entry.verified or "–",
                 entry.repo or "shipped with vistok",
             ]
         )
-    header = ["name", "tokens", "codebook", "M params", "paper figures", "licence", "weights"]
-    # A narrow terminal has no room for figures and where weights are; `info` tells both.
+    header = ["name", "tokens", "codebook", "M params", "paper figures", "licence", "verified", "weights"]
+    # A narrow terminal has no room for figures, digits and where weights are; `info` tells all three.
     narrow = sys.stdout.isatty() and get_terminal_size().columns < 130
     shown = (0, 1, 2, 3, 5) if narrow else range(len(header))
-    _table(f"{len(rows)} tokenizers", [header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    title = f"{len(rows)} tokenizers (verified: largest errors against recorded outputs of the original)"
+    _table(title, [header[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def _choice(model: "Tokenizer") -> str:
@@ -196,6 +198,7 @@ def info(name: Annotated[str, typer.Argument(help="Registry name.", show_default
         "paper": entry.paper,
         "paper figures": ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()) or "none",
         "weights": where,
+        "verified": entry.verified or "no output of the original was recorded for this size",
         "licence": entry.license,
         "notes": entry.notes or "none",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",

@@ -476,5 +476,6 @@ register(
         parameters=427.75,
         notes="128 tokens of 64 bits (1 KiB) an image, decoded at 512, 768 or 1024 pixels; with the paper's "
         "generators on these bits GenEval 0.46 (autoregressive), 0.64 (diffusion)",
+        verified="bits equal, logits 1.4e-5, images 7.8e-6",
     )
 )
