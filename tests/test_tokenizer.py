@@ -368,7 +368,8 @@ def test_weights_of_another_family_are_refused_by_both_names(name, models, tmp_p
         load(name, weights=tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("flextok")])
+@pytest.mark.filterwarnings("ignore:.*research only")
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_that_are_not_there_are_named(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere\.safetensors; give a weights"):
         load(name, weights=tmp_path / "nowhere.safetensors")
@@ -383,6 +384,20 @@ def test_without_network_a_published_name_says_which_file_to_bring(name, offline
     assert entry.repo in str(raised.value)
     assert entry.file in str(raised.value)
     assert "weights='path/to/" in str(raised.value)
+
+
+@pytest.mark.parametrize("count", [2.5, "3", True])
+@pytest.mark.parametrize("case", ["mini", "titok-vq", "flextok", "karl-vae"])
+def test_a_number_of_tokens_that_is_no_integer_is_refused(case, count, models):
+    model = models(case)
+    with pytest.raises(ValueError, match=r"whole number|integer"):
+        model.encode(torch.rand(1, 3, model.image_size, model.image_size), count)
+
+
+@pytest.mark.parametrize("case", ["titok-vq", "karl-vae"])
+def test_what_are_no_tokens_are_refused_by_their_kind(case, models):
+    with pytest.raises(ValueError, match="decodes Tokens or a tensor of codes; a list was given"):
+        models(case).decode([1, 2, 3])
 
 
 def test_create_refuses_unknown_fields_and_names():

@@ -171,6 +171,10 @@ class Tokenizer(nn.Module):
         """Tokens (or bare codes) → latents [B, K, D] and lengths, checked and on this model's device."""
         if isinstance(tokens, Tensor):
             tokens = self.as_tokens(tokens)
+        if not isinstance(tokens, Tokens):
+            raise ValueError(
+                f"{self.label} decodes Tokens or a tensor of codes; a {type(tokens).__name__} was given"
+            )
         codes = getattr(tokens, self.quantizer.kind)
         if codes is None:
             raise ValueError(f"{self.label} decodes {self.quantizer.kind}; these tokens hold none")
@@ -232,6 +236,7 @@ class Tokenizer(nn.Module):
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
         """The number of tokens an image gets, or a ValueError that says what is accepted."""
+        require_whole(num_tokens)
         if num_tokens is None or num_tokens == self.num_tokens:
             return self.num_tokens
         if not self.ordered:
@@ -311,7 +316,7 @@ class Tokenizer(nn.Module):
         family, fields = _identify(state, config, located, entry)
         if not issubclass(family, cls):
             raise ValueError(
-                f"{source} is a {family.family} checkpoint, not one of {cls.__name__}; use vistok.load"
+                f"{source} is a {family.family!r} checkpoint, not one of {cls.__name__}; use vistok.load"
             )
         family.check_variant({key: value.shape for key, value in state.items()}, fields)
         from accelerate import init_empty_weights
@@ -329,6 +334,12 @@ class Tokenizer(nn.Module):
         """Write config.json and model.safetensors, which `load(folder)` reads back exactly."""
         config = {"family": self.family, "name": self.name, "config": dataclasses.asdict(self.config)}
         checkpoint.save(folder, self.state_dict(), config)
+
+
+def require_whole(num_tokens: Any) -> None:
+    """Raise ValueError for a number of tokens that is given and no integer."""
+    if num_tokens is not None and (isinstance(num_tokens, bool) or not isinstance(num_tokens, int)):
+        raise ValueError(f"num_tokens is {num_tokens!r}; it is a whole number of tokens, such as 32")
 
 
 def _published(entry: registry.Entry, hub: dict[str, Any]) -> checkpoint.Located:

@@ -30,7 +30,7 @@ from ..quantizers import FiniteScalarQuantizer
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
 from ..tokens import Tokens
-from .flextok_config import FlexTokConfig, KeptTokens, header_config
+from .flextok_config import LICENSE, FlexTokConfig, KeptTokens, header_config
 from .flextok_network import (
     Conditions,
     FlexTokDecoder,
@@ -60,7 +60,6 @@ __all__ = [
 ]
 
 STEPS, GUIDANCE = 20, 7.5  # the authors' recommendation, with normalized guidance
-LICENSE = "apple-amlr (not open source: research only)"
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only")
 
 
@@ -135,8 +134,9 @@ class FlexTok(Tokenizer):
 
         It is config.json, or the head of the .safetensors file. A published name warns of its licence once.
         """
-        entry = registry.entries().get(str(source))
-        if entry is not None and entry.family == cls.family:
+        rows = (entry for entry in registry.entries().values() if entry.family == cls.family)
+        entry = next((entry for entry in rows if str(source) in (entry.name, entry.repo)), None)
+        if entry is not None:
             warnings.warn(f"{entry.name}: {entry.license}", stacklevel=2)
             path, repo = weights, entry.repo
         else:
@@ -145,7 +145,7 @@ class FlexTok(Tokenizer):
             if path is not None and Path(path).expanduser().exists():
                 located = checkpoint.locate(path)
                 config = located.config or header_config(located.weights)
-            elif path is None or repo.count("/") == 1:
+            elif weights is None and (path is None or repo.count("/") == 1):
                 hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
                 located = checkpoint.fetch(repo, None if entry is None else entry.file, **hub)
                 config = located.config or header_config(located.weights)

@@ -1,5 +1,6 @@
 """FlexTok's VAE: diffusers' AutoencoderKL, run the way that is fastest, and loaded from wherever it lies."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..nn.cache import few_at_a_time
 from ..nn.upsample import upsample_conv
 from ..nn.winograd import ExactGroupNorm, norm_silu_conv
 from ..tokenizer import TrainingOutput
-from .flextok_config import FlexTokConfig
+from .flextok_config import LICENSE, FlexTokConfig
 
 VAES = {f"flextok-vae-c{channels}": f"EPFL-VILAB/flextok_vae_c{channels}" for channels in (4, 8, 16)}
 VAE_FILE = "diffusion_pytorch_model.safetensors"
@@ -142,6 +143,8 @@ def load_vae(source: str | Path) -> nn.Module:
     from diffusers import AutoencoderKL
 
     name = VAES.get(str(source), str(source))
+    if name in VAES.values():
+        warnings.warn(f"{name}: {LICENSE}", stacklevel=2)
     if Path(name).expanduser().exists() or isinstance(source, Path) or name.count("/") != 1:
         located = checkpoint.locate(name)
         beside = located.weights.parent / checkpoint.CONFIG_NAME

@@ -34,7 +34,7 @@ from ..nn.transformer import Attention, Transformer
 from ..nn.upsample import upsample_conv
 from ..quantizers import DiagonalGaussian, Quantized, Quantizer, VectorQuantizer
 from ..registry import Entry, register, register_family
-from ..tokenizer import Tokenizer, TrainingOutput
+from ..tokenizer import Tokenizer, TrainingOutput, require_whole
 from ..tokens import Tokens
 from .maskgit_vqgan import ResidualBlock
 
@@ -691,6 +691,7 @@ class Karl(Tokenizer):
         halting: bool = True,
         sample_posterior: bool = False,
         generator: torch.Generator | None = None,
+        target_psnr: None = None,
     ) -> Tokens:
         """Images [B, 3, H, W] in [0, 1] → tokens; `tokens.lengths` [B] says how many each image needs.
 
@@ -701,7 +702,12 @@ class Karl(Tokenizer):
         posterior, as the original does, instead of taking the mean. Raises ValueError for images, counts and
         targets that the model does not take.
         """
-        count = self.check_num_tokens(-1 if num_tokens == 0 else num_tokens)
+        if target_psnr is not None:
+            return super().encode(images, num_tokens, target_psnr=target_psnr)  # says what to use instead
+        count = self.check_num_tokens(num_tokens)
+        if not count:
+            most = self.config.max_latent_tokens
+            raise ValueError(f"{self.label} takes 1 to {most} tokens an image; 0 was asked for")
         images = self.check_images(images)
         bins = self.target_bins(target, len(images))
         noise = self._posterior_noise(images, generator) if sample_posterior else None
@@ -803,12 +809,12 @@ class Karl(Tokenizer):
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
         """How many tokens an image is offered, or has."""
+        require_whole(num_tokens)
         most = self.config.max_latent_tokens
         if num_tokens is None:
             return self.num_tokens
-        if (
-            not 0 <= num_tokens <= most
-        ):  # every token of a batch may be halted, so that none is left to decode
+        # Every token of a batch may be halted, so that none is left to decode.
+        if not 0 <= num_tokens <= most:
             raise ValueError(f"{self.label} takes 1 to {most} tokens an image; {num_tokens} was asked for")
         return num_tokens
 
