@@ -130,7 +130,7 @@ def test_a_config_given_beside_a_registry_name_is_not_ignored(saved, tmp_path):
 
 def test_the_loaded_class_is_checked(saved):
     assert isinstance(MiniTokenizer.from_pretrained(saved), MiniTokenizer)
-    with pytest.raises(ValueError, match=r"mini checkpoint.*TiTok.*vistok\.load"):
+    with pytest.raises(ValueError, match=r"'mini' checkpoint.*TiTok.*vistok\.load"):
         TiTok.from_pretrained(saved)
 
 

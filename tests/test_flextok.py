@@ -163,6 +163,19 @@ def test_a_mixed_batch_needs_no_more_rows_than_a_full_one(model):
     assert model.decoder.unconditional(3).registers.shape[1] == 1
 
 
+def test_a_mixed_batch_computes_what_its_images_do_alone(model):
+    rows, block = [], model.decoder.module_dict["dec_transformer"].blocks[0]
+    handle = block.register_forward_pre_hook(lambda m, inputs: rows.append(inputs[0].shape[1]))
+    tokens = model.encode(pictures(3))
+    prefixes = [tokens[image].prefix(k) for image, k in enumerate((8, 1, 3))]
+    model.decode(Tokens.cat(prefixes), steps=1)
+    for prefix in prefixes:
+        model.decode(prefix, steps=1)
+    model.decode(Tokens.cat([tokens[0].prefix(3), tokens[1].prefix(3)]), steps=1)
+    handle.remove()
+    assert rows == [sum(rows[1:4]), *(2 * 16 + 1 + own for own in (8, 2, 4)), 2 * rows[3]]
+
+
 def test_empty_batches_stay_empty(model):
     tokens = model.encode(torch.empty(0, 3, SIDE, SIDE))
     assert tokens.indices.shape == (0, TOKENS)

@@ -3,6 +3,7 @@ latents."""
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Literal, NamedTuple
 
 import torch
@@ -429,17 +430,20 @@ class FlexTokDecoder(nn.Module):
     def forward(
         self, noised: Tensor, modulations: Modulations, conditions: Sequence[Conditions]
     ) -> tuple[Tensor, ...]:
-        """Noised latents [B, C, h, w] at M = 1 shared time or one each → a velocity [B, C, h, w] for each of
+        """Noised latents [B, C, h, w] at M = 1 shared time or one each → a velocity [b, C, h, w] for each of
         the `conditions`.
 
-        Conditional and unconditional velocities come from one pass, each at its own sequence length.
+        Each is of b images: all of them, or at a shared time the next b, after the last from the first again.
+        All velocities come from one pass, each at its own sequence length.
         """
         parts = self.module_dict
         embed = parts["dec_noise_patch_emb"]
         x = patchify(noised.to(embed.patch_proj.weight.dtype), self.patch_size)
         patches = parts["dec_patches_posemb_module"](embed(x))  # [B, P, D]
-        layout = Layout(*patches.shape[:2], tuple(each.registers.shape[1] for each in conditions))
-        x = layout.join([torch.cat([patches, each.registers], 1) for each in conditions])
+        batch = len(conditions[0].registers)
+        layout = Layout(batch, patches.shape[1], tuple(each.registers.shape[1] for each in conditions))
+        groups = zip(cycle(patches.split(batch)), conditions, strict=False)
+        x = layout.join([torch.cat([group, each.registers], 1) for group, each in groups])
         masks = [
             None
             if each.key_bias is None
@@ -450,6 +454,6 @@ class FlexTokDecoder(nn.Module):
         for depth, block in enumerate(blocks):
             last = depth == len(blocks) - 1
             x = block(x, layout, modulations.blocks[depth], masks, patches_only=last)
-        x = x.view(len(conditions), *patches.shape)
+        x = x.view(len(conditions), batch, *patches.shape[1:])
         x = parts["dec_to_patches"](x, modulations.head)
         return unpatchify(x, self.patch_size, noised.shape[2] // self.patch_size).chunk(len(conditions))
