@@ -15,6 +15,7 @@ import typer
 
 from .console import device as _device
 from .console import table as _table
+from .eval.commands import app as _eval_commands
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure tokenizers and reducers.")
+eval_app.add_typer(_eval_commands)
 app.add_typer(eval_app, name="eval")
 
 Name = Annotated[

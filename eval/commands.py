@@ -1,0 +1,247 @@
+"""`vistok eval recon` and `vistok eval fid`: options, tables, JSON and reports."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..console import device as named_device
+from ..console import table
+
+if TYPE_CHECKING:
+    from .record import Record
+
+app = typer.Typer(no_args_is_help=True)
+
+Metrics = Annotated[
+    str | None,
+    typer.Option("--metrics", help="Comma-separated; all that can be computed otherwise.", metavar="A,B,…"),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="The first images only.")]
+Inception = Annotated[
+    Path | None,
+    typer.Option(
+        "--inception-weights", help="File of torch-fidelity's InceptionV3; torch hub's cache otherwise."
+    ),
+]
+Subset = Annotated[int, typer.Option("--kid-subset-size", min=2, help="Images in each of KID's subsets.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of intervals, KID, Inception score and noise.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Processes that decode images; by the cores otherwise.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
+Every = Annotated[
+    int,
+    typer.Option("--checkpoint-every", min=1, help="Batches between states that a killed run resumes from."),
+]
+Html = Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")]
+
+
+@app.command()
+def recon(
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="Registry name, hub repository, folder or weights file.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="Folder, tar shards, manifest.jsonl or hub dataset; repeat for several."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for JSON and report.")] = Path("recon"),
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Of a hub dataset.")] = None,
+    column: Annotated[
+        str | None,
+        typer.Option("--column", help="Of a hub dataset, manifest or shards, if not the only one."),
+    ] = None,
+    limit: Limit = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Tokens an image, for tokenizers with a choice.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Of a stochastic decoder.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Of a stochastic decoder.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=16, help="Side of the images; the tokenizer's own otherwise.")
+    ] = None,
+    crop: Annotated[bool, typer.Option("--crop/--no-crop", help="Centre crop, or the whole picture.")] = True,
+    protocol: Annotated[
+        str, typer.Option("--protocol", help="8-bit images for Inception: round, or titok (truncates).")
+    ] = "round",
+    metrics: Metrics = None,
+    inception_weights: Inception = None,
+    lpips_weights: Annotated[
+        Path | None,
+        typer.Option("--lpips-weights", help="torchvision's AlexNet or VGG16 file, or their folder."),
+    ] = None,
+    clip_weights: Annotated[
+        str, typer.Option("--clip-weights", help="File, or a cached pretrained tag of open_clip.")
+    ] = "openai",
+    clip_model: Annotated[str, typer.Option("--clip-model", help="open_clip's name.")] = "ViT-B-32",
+    kid_subset_size: Subset = 1000,
+    pfid: Annotated[bool, typer.Option("--pfid", help="Also FID after perturbing the tokens.")] = False,
+    pfid_alpha: Annotated[
+        list[float] | None, typer.Option("--pfid-alpha", help="Share of tokens; repeat for a grid.")
+    ] = None,
+    pfid_delta: Annotated[
+        list[int] | None, typer.Option("--pfid-delta", help="Nearest codes; repeat for a grid.")
+    ] = None,
+    seed: Seed = 0,
+    batch_size: Batch = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    checkpoint_every: Every = 50,
+    html: Html = True,
+) -> None:
+    """How well a tokenizer gives images back: PSNR, SSIM, LPIPS, rFID, pFID, KID, codebook use and more.
+
+    A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
+    recon …`, with one --out that all see.
+    """
+    from . import pages
+    from .instruments import WeightFiles
+    from .perturbation import ALPHAS, DELTAS
+    from .reconstruction import ReconConfig, run
+    from .record import write
+
+    if (pfid_alpha or pfid_delta) and not pfid:
+        raise ValueError("--pfid-alpha and --pfid-delta are the grid of --pfid: give that as well")
+    config = ReconConfig(
+        tokenizer=tokenizer,
+        data=tuple(data),
+        weights=weights,
+        split=split,
+        column=column,
+        limit=limit,
+        tokens=tokens,
+        steps=steps,
+        guidance=guidance,
+        size=size,
+        crop=crop,
+        protocol=protocol,
+        metrics=_names(metrics),
+        files=WeightFiles(inception_weights, lpips_weights, clip_weights, clip_model),
+        kid_subset_size=kid_subset_size,
+        pfid=pfid,
+        pfid_alpha=tuple(pfid_alpha or ALPHAS),
+        pfid_delta=tuple(pfid_delta or DELTAS),
+        seed=seed,
+        batch_size=batch_size,
+        workers=_workers(workers),
+        checkpoint_every=checkpoint_every,
+    )
+    result = run(config, out, named_device(device))
+    if result is None:
+        return
+    write(out / "reconstruction.json", result.record)
+    if html:
+        pages.write_reconstruction(out / "report.html", result)
+    result.state.remove()
+    title = f"{result.record.tokenizer} on {result.record.data['source']}"
+    _show(title, result.record, pages.rows(result.record), out, html)
+
+
+@app.command()
+def fid(
+    judged: Annotated[
+        str,
+        typer.Argument(metavar="A", help="Images (folder, shards, manifest) or .npz.", show_default=False),
+    ],
+    real: Annotated[str, typer.Argument(metavar="B", help="What A is judged by.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for JSON and report.")] = Path("fid"),
+    metrics: Metrics = None,
+    limit: Limit = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=16, help="Resize and centre-crop all images to this side.")
+    ] = None,
+    inception_weights: Inception = None,
+    kid_subset_size: Subset = 1000,
+    allow_different_counts: Annotated[
+        bool, typer.Option("--allow-different-counts", help="Compare sets of different numbers of images.")
+    ] = False,
+    save_statistics: Annotated[
+        bool, typer.Option("--save-statistics", help="Write mu and sigma of images to statistics-a/-b.npz.")
+    ] = False,
+    seed: Seed = 0,
+    batch_size: Batch = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    checkpoint_every: Every = 50,
+    html: Html = True,
+) -> None:
+    """FID, Inception score, KID, precision and recall of images A against B; either may be a .npz with mu and
+    sigma, such as ADM's reference files.
+
+    A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
+    fid …`.
+    """
+    from . import pages
+    from .fid import FidConfig, run
+    from .instruments import WeightFiles
+    from .record import write
+
+    config = FidConfig(
+        judged=judged,
+        real=real,
+        limit=limit,
+        size=size,
+        metrics=_names(metrics),
+        files=WeightFiles(inception=inception_weights),
+        kid_subset_size=kid_subset_size,
+        allow_different_counts=allow_different_counts,
+        save_statistics=save_statistics,
+        seed=seed,
+        batch_size=batch_size,
+        workers=_workers(workers),
+        checkpoint_every=checkpoint_every,
+    )
+    result = run(config, out, named_device(device))
+    if result is None:
+        return
+    write(out / "fid.json", result.record)
+    if html:
+        pages.write_fid(out / "report.html", result.record)
+    for state in result.states:
+        state.remove()
+    _show(f"{judged} against {real}", result.record, pages.rows(result.record), out, html)
+
+
+def _names(metrics: str | None) -> tuple[str, ...] | None:
+    return None if metrics is None else tuple(name.strip() for name in metrics.split(",") if name.strip())
+
+
+def _workers(given: int | None) -> int:
+    """As many as this process has cores beside the model's, at most eight."""
+    if given is not None:
+        return given
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, cores - 1))
+
+
+def _show(title: str, record: "Record", rows: list[list[str]], out: Path, html: bool) -> None:
+    """The table, what was skipped, warnings, and where the files are."""
+    from .pages import HEADER, PFID_HEADER, pfid_rows
+
+    count = "" if record.n is None else f", n = {record.n:,}"
+    table(f"{title}{count}", HEADER, rows)
+    if cells := pfid_rows(record):
+        table(f"pFID of every setting{count}", PFID_HEADER, cells)
+    for reason in dict.fromkeys(record.skipped.values()):
+        names = ", ".join(name for name, each in record.skipped.items() if each == reason)
+        typer.secho(f"skipped {names}: {reason}", fg="yellow", err=True)
+    for warning in record.warnings:
+        typer.secho(warning, fg="yellow", err=True)
+    if record.bad_images:
+        first = record.bad_images[0]
+        told = f"{len(record.bad_images)} unreadable, the first {first['name']}: {first['reason']}"
+        typer.secho(told, fg="yellow", err=True)
+    if record.duplicates:
+        typer.secho(f"{len(record.duplicates)} images occur more than once", fg="yellow", err=True)
+    if record.rate:
+        spent = sorted(record.seconds.items(), key=lambda stage: -stage[1])
+        total = sum(seconds for _, seconds in spent)
+        shares = ", ".join(f"{seconds / total:.0%} {stage}" for stage, seconds in spent[:4])
+        print(f"{record.rate:.1f} images/s; of the time {shares}")
+    print(f"{out}: {'JSON and report.html' if html else 'JSON'}")

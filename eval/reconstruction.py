@@ -1,0 +1,346 @@
+"""How well a tokenizer gives images back: every metric in one pass over a dataset.
+
+Images are resized and cropped as `vistok.to_tensor` does it. A reconstruction is clamped to [0, 1], compared
+with its original as it is, and becomes 8-bit before Inception sees it: by rounding, or truncated as TiTok's
+evaluator does ("An Image is Worth 32 Tokens for Reconstruction and Generation", 2024, arXiv 2406.07550).
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from ..registry import load
+from ..tokenizer import Tokenizer
+from ..tokens import Tokens
+from . import passes
+from .data import Batch, decode, open_dataset
+from .feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_few
+from .instruments import PAIRS, SETS, Instruments, WeightFiles, choose, fingerprint
+from .metrics.codes import LARGEST_CODEBOOK, CodeStatistics
+from .metrics.image import psnr
+from .metrics.summary import summarise
+from .perturbation import ALPHAS, DELTAS, ChangedCodes, Perturbation, grid
+from .record import Clock, Record
+from .state import State
+
+METRICS = (*PAIRS, *SETS, "codes")
+
+
+@dataclass(frozen=True)
+class ReconConfig:
+    """What to measure, of what, and how; `vistok eval recon --help` says more of each."""
+
+    tokenizer: str
+    data: tuple[str, ...]
+    weights: Path | None = None
+    split: str | None = None
+    column: str | None = None
+    limit: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: int | None = None
+    crop: bool = True
+    protocol: Literal["round", "titok"] = "round"
+    metrics: tuple[str, ...] | None = None
+    files: WeightFiles = field(default_factory=WeightFiles)
+    kid_subset_size: int = 1000
+    pfid: bool = False
+    pfid_alpha: tuple[float, ...] = ALPHAS
+    pfid_delta: tuple[int, ...] = DELTAS
+    seed: int = 0
+    batch_size: int = 32
+    workers: int = 1
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image uint8 [3, H, W], its reconstruction, and the PSNR between them."""
+
+    name: str
+    psnr: float
+    original: Tensor
+    reconstruction: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """The record, and what a report shows beside it.
+
+    `values` by name are of single images, [n] each; `picture` reconstructs one of those [n] once more. Delete
+    the `state` when all is written.
+    """
+
+    record: Record
+    values: dict[str, np.ndarray]
+    picture: Callable[[int], Picture]
+    state: State
+
+
+def run(
+    config: ReconConfig, out: Path, device: torch.device, *, model: Tokenizer | None = None
+) -> Result | None:
+    """Evaluate, keeping the state in `out`/state; None on all processes but the first.
+
+    `model` takes the place of loading `config.tokenizer`. Raises ValueError or OSError, before any long work,
+    for data that is not there, settings that the tokenizer does not take and the unfinished state of another
+    run; FloatingPointError for a tokenizer whose images are not finite.
+    """
+    process, device = passes.join(device)
+    return _Reconstruction(config, out / "state", process, device, model).run()
+
+
+class _Reconstruction:
+    """One evaluation: what it measures with, and its state."""
+
+    def __init__(
+        self,
+        config: ReconConfig,
+        folder: Path,
+        process: PartialState,
+        device: torch.device,
+        model: Tokenizer | None,
+    ) -> None:
+        self.config, self.device = config, device
+        wanted = choose(config.metrics, METRICS)
+        cells = grid(config.pfid_alpha, config.pfid_delta) if config.pfid else []
+        if config.protocol not in ("round", "titok"):
+            raise ValueError(f"protocol is {config.protocol!r}; it is 'round', or 'titok' which truncates")
+        self.dataset = open_dataset(config.data, split=config.split, column=config.column, limit=config.limit)
+        self.model = (model or load(config.tokenizer, weights=config.weights)).to(device).eval()
+        self.size = config.size or self.model.image_size
+        self.multiple = 1 if config.crop else _multiple(self.model)
+        self.model.check_image_size(self.size, self.size, "give another --size")
+        self.model.check_num_tokens(config.tokens)
+        self.perturbation = Perturbation(self.model.quantizer, cells, config.seed) if cells else None
+        self.instruments = Instruments([*wanted, *(["fid"] if cells else [])], config.files, device)
+        self.cells = cells if self.instruments.inception else []
+        self.columns = [*self.instruments.pairs, "bits", "tokens"]
+        self._declare(folder, process, wanted)
+        self.state.open()
+        self.clock = Clock(self.state.seconds, device)
+
+    def _declare(self, folder: Path, process: PartialState, wanted: list[str]) -> None:
+        """The tables and sums of this evaluation."""
+        sets = self.instruments.sets
+        names = hashlib.sha256("\n".join(self.dataset.names).encode()).hexdigest()[:16]
+        loose = ("workers", "checkpoint_every", "files", "weights", "metrics", "kid_subset_size")
+        settings = {name: value for name, value in asdict(self.config).items() if name not in loose}
+        settings |= {"metrics": [*self.columns, *sets, *(["codes"] if "codes" in wanted else [])]}
+        settings |= {"images": len(self.dataset), "names": names, "device": self.device.type}
+        settings |= {"weights": fingerprint(self.model), "networks": self.instruments.fingerprint()}
+        self.state = State(folder, len(self.dataset), settings, process)
+        self.state.add_table("values", "float64", len(self.columns))
+        countable = max(self.model.quantizer.codebook_sizes or [0]) <= LARGEST_CODEBOOK
+        counted = "codes" in wanted and countable
+        self.usage = self.state.add("codes", CodeStatistics()) if counted else None
+        if sets:
+            self.originals = FeatureSet("originals", self.instruments, self.state, sets, judged=False)
+            self.reconstructions = FeatureSet("reconstructions", self.instruments, self.state, sets)
+        self.perturbed = [
+            FeatureSet(f"pfid-{cell.index}", self.instruments, self.state, []) for cell in self.cells
+        ]
+        self.changed = self.state.add("pfid-changed", ChangedCodes(len(self.cells)))
+
+    # The pass -----------------------------------------------------------------------------------------------
+
+    def run(self) -> Result | None:
+        """Go over the images and, on the first process, sum up."""
+        config = self.config
+        first = passes.run(
+            self.state,
+            self.dataset,
+            self._measure,
+            self.clock,
+            size=self.size,
+            batch_size=config.batch_size,
+            crop=config.crop,
+            multiple=self.multiple,
+            workers=config.workers,
+            checkpoint_every=config.checkpoint_every,
+            title=f"reconstruct with {self.model.label}",
+        )
+        return self._result() if first else None
+
+    @torch.no_grad()
+    def _measure(self, batch: Batch) -> None:
+        clock, numbers = self.clock, batch.indices
+        levels = batch.images.to(self.device)
+        images = levels.float() / 255
+        with clock("encode"):
+            tokens = self.model.encode(images, self.config.tokens)
+        with clock("decode"):
+            decoded = self._decode(tokens, batch)
+        lengths = torch.full((len(tokens),), tokens.num_tokens) if tokens.lengths is None else tokens.lengths
+        values = {"bits": tokens.bits_per_image, "tokens": lengths}
+        for name, instrument in self.instruments.pairs.items():
+            with clock(name):
+                values[name] = instrument(decoded, images)
+        columns = [values[name].cpu().double() for name in self.columns]
+        self.state.write("values", numbers, torch.stack(columns, 1))
+        if self.usage:
+            with clock("codes"):
+                self.usage.update(tokens, images.shape[2] * images.shape[3])
+        if self.instruments.sets:
+            self.originals.update(levels, numbers, clock)
+            self.reconstructions.update(self._levels(decoded), numbers, clock)
+        for cell, seen in zip(self.cells, self.perturbed, strict=True):
+            with clock("pfid: perturb and decode"):
+                perturbed = self.perturbation(tokens, cell, numbers.tolist())
+                self.changed.update(cell, perturbed)
+                decoded = self._decode(perturbed.tokens, batch)
+            seen.update(self._levels(decoded), numbers, clock)
+
+    def _decode(self, tokens: Tokens, batch: Batch) -> Tensor:
+        """Tokens of a batch → float32 images in [0, 1]; noise depends on the seed and the image's number."""
+        options: dict[str, Any] = {"steps": self.config.steps, "guidance": self.config.guidance}
+        if "size" in inspect.signature(self.model.decode).parameters:
+            options["size"] = tuple(batch.images.shape[2:])
+        seeds = [hash((self.config.seed, number)) & (2**63 - 1) for number in batch.indices.tolist()]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        decoded = self.model.decode(tokens, generator=generators, **options).float()
+        if bad := (~decoded.isfinite().all(dim=(1, 2, 3))).nonzero()[:, 0].tolist():
+            names = ", ".join(batch.names[row] for row in bad[:3])
+            raise FloatingPointError(
+                f"{self.model.label} gives values that are not finite for {len(bad)} of {len(batch.names)} "
+                f"images ({names}): check its weights, or look at these images with `vistok reconstruct`"
+            )
+        return decoded
+
+    def _levels(self, images: Tensor) -> Tensor:
+        """Floats in [0, 1] → uint8, as the protocol says."""
+        levels = images * 255
+        return (levels.round() if self.config.protocol == "round" else levels).to(torch.uint8)
+
+    # The result ---------------------------------------------------------------------------------------------
+
+    def _result(self) -> Result:
+        state, config = self.state, self.config
+        kept = state.measured()
+        values = dict(zip(self.columns, state.rows("values").numpy().T.copy(), strict=True))
+        metrics: dict[str, dict[str, Any]] = {}
+        for name, reason in self.instruments.skipped.items():
+            metrics |= skipped(name, reason)
+        for name in self.instruments.pairs:
+            with self.clock(f"{passes.LAST}intervals"):
+                metrics[name] = _mean(values[name], config.seed)
+        if self.instruments.sets:
+            metrics |= self._of_sets(self.instruments.sets)
+        metrics |= self._pfid()
+        if "codes" in choose(config.metrics, METRICS):
+            metrics |= self._codes(values)
+        record = Record(
+            protocol=self._protocol(),
+            n=len(kept),
+            seed=config.seed,
+            tokenizer=self.model.label,
+            data={"source": self.dataset.source, "kind": self.dataset.kind, "images": len(self.dataset)},
+            metrics=_in_order(metrics),
+            warnings=warn_of_few(metrics, len(kept)),
+            bad_images=state.unreadable(),
+            duplicates=state.duplicates(self.dataset.names),
+            seconds=state.seconds,
+            rate=len(kept) / passes.duration(state),
+        )
+        return Result(record, values, lambda row: self._picture(int(kept[row])), state)
+
+    def _of_sets(self, sets: list[str]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for name in sets:
+            with self.clock(f"{passes.LAST}{name}"):
+                found |= compare(
+                    name,
+                    self.reconstructions,
+                    self.originals,
+                    seed=self.config.seed,
+                    kid_subset_size=self.config.kid_subset_size,
+                )
+        return found
+
+    def _pfid(self) -> dict[str, dict[str, Any]]:
+        """Each cell and their mean."""
+        if not self.config.pfid:
+            return {}
+        if not self.cells:
+            return skipped("pfid", self.instruments.skipped["fid"])
+        cells = []
+        for cell, seen in zip(self.cells, self.perturbed, strict=True):
+            with self.clock(f"{passes.LAST}pfid"):
+                found = compare("fid", seen, self.originals, seed=self.config.seed)["fid"]
+            changed = self.changed.share(cell)
+            cells.append({"alpha": cell.alpha, "delta": cell.delta, "changed": changed, **found})
+        if "skipped" in cells[0]:
+            return skipped("pfid", cells[0]["skipped"])
+        mean = sum(cell["value"] for cell in cells) / len(cells)
+        return {"pfid": {"value": mean, "cells": cells}}
+
+    def _codes(self, values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """What tokens cost, with intervals where images differ, and how much of the code space they use."""
+        found = {f"{name}-per-image": _mean(values[name], self.config.seed) for name in ("bits", "tokens")}
+        if self.usage is None:
+            return found | skipped("codebook", f"codebooks above {LARGEST_CODEBOOK} entries are not counted")
+        usage = self.usage.result()
+        found["bits-per-pixel"] = {"value": usage.bits_per_pixel}
+        for name, each in (("codebook-usage", usage.usage), ("perplexity", usage.perplexity)):
+            if each is not None:
+                found[name] = {"value": sum(each) / len(each), "codebooks": list(each)}
+        for name in ("bit_entropy", "lowest_bit_entropy", "bit_correlation"):
+            if (value := getattr(usage, name)) is not None:
+                found[name.replace("_", "-")] = {"value": value}
+        return found
+
+    def _protocol(self) -> dict[str, Any]:
+        config = self.config
+        resized = f"shorter side to {self.size}, bicubic with antialias"
+        given = {"tokens": config.tokens, "steps": config.steps, "guidance": config.guidance}
+        return {
+            "name": config.protocol,
+            "images": f"{resized}, {'centre crop' if config.crop else 'whole'}",
+            "inception": "8-bit, rounded" if config.protocol == "round" else "8-bit, truncated",
+            "size": self.size,
+            "batch_size": config.batch_size,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+    def _picture(self, number: int) -> Picture:
+        """Once more through the tokenizer: pictures of all images are not kept."""
+        options = {"crop": self.config.crop, "multiple": self.multiple}
+        original = torch.from_numpy(decode(self.dataset.read(number), self.size, **options)).permute(2, 0, 1)
+        name, image = self.dataset.names[number], original.to(self.device)[None].float() / 255
+        batch = Batch(torch.tensor([number]), original[None], [name], [], [])
+        decoded = self._decode(self.model.encode(image, self.config.tokens), batch)
+        reconstruction = (decoded[0] * 255).round().to(torch.uint8).cpu()
+        return Picture(name, float(psnr(decoded, image)), original, reconstruction)
+
+
+def _mean(values: np.ndarray, seed: int) -> dict[str, float]:
+    found = summarise(values, seed)
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def _in_order(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Metrics that were asked for by name first, in their usual order; then what they bring along."""
+    order = [part for name in METRICS for part in PARTS.get(name, (name,))]
+    return dict(sorted(metrics.items(), key=lambda item: order.index(item[0]) if item[0] in order else 99))
+
+
+def _multiple(model: Tokenizer) -> int:
+    """What sides of whole, not square images must be a multiple of; ValueError where only squares decode."""
+    if "size" not in inspect.signature(model.decode).parameters:
+        raise ValueError(f"{model.label} decodes squares only: leave --no-crop out")
+    for multiple in (2**power for power in range(12)):
+        try:
+            model.check_image_size(3 * multiple, 5 * multiple, "")
+        except ValueError:
+            continue
+        return multiple
+    raise ValueError(f"{model.label} takes {model.image_size}×{model.image_size} only: leave --no-crop out")
