@@ -1,6 +1,5 @@
-"""`vistok eval recon` and `vistok eval fid`: options, tables, JSON and reports."""
+"""`vistok eval recon`, `tokens`, `fid` and `speed`: options, tables, JSON and reports."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +10,20 @@ from ..console import table
 
 if TYPE_CHECKING:
     from .record import Record
+    from .report import Table
 
 app = typer.Typer(no_args_is_help=True)
 
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
+]
+Split = Annotated[str | None, typer.Option("--split", help="Of a hub dataset.")]
+Column = Annotated[
+    str | None,
+    typer.Option("--column", help="Of a hub dataset, manifest or shards, if not the only one."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Of a stochastic decoder.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Of a stochastic decoder.")]
 Metrics = Annotated[
     str | None,
     typer.Option("--metrics", help="Comma-separated; all that can be computed otherwise.", metavar="A,B,…"),
@@ -25,6 +35,12 @@ Inception = Annotated[
         "--inception-weights", help="File of torch-fidelity's InceptionV3; torch hub's cache otherwise."
     ),
 ]
+Lpips = Annotated[
+    Path | None,
+    typer.Option("--lpips-weights", help="torchvision's AlexNet or VGG16 file, or their folder."),
+]
+Clip = Annotated[str, typer.Option("--clip-weights", help="File, or a cached pretrained tag of open_clip.")]
+ClipModel = Annotated[str, typer.Option("--clip-model", help="open_clip's name.")]
 Subset = Annotated[int, typer.Option("--kid-subset-size", min=2, help="Images in each of KID's subsets.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of intervals, KID, Inception score and noise.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
@@ -49,20 +65,15 @@ def recon(
         typer.Option("--data", help="Folder, tar shards, manifest.jsonl or hub dataset; repeat for several."),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for JSON and report.")] = Path("recon"),
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
-    ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Of a hub dataset.")] = None,
-    column: Annotated[
-        str | None,
-        typer.Option("--column", help="Of a hub dataset, manifest or shards, if not the only one."),
-    ] = None,
+    weights: Weights = None,
+    split: Split = None,
+    column: Column = None,
     limit: Limit = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", help="Tokens an image, for tokenizers with a choice.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Of a stochastic decoder.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Of a stochastic decoder.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     size: Annotated[
         int | None, typer.Option("--size", min=16, help="Side of the images; the tokenizer's own otherwise.")
     ] = None,
@@ -72,14 +83,9 @@ def recon(
     ] = "round",
     metrics: Metrics = None,
     inception_weights: Inception = None,
-    lpips_weights: Annotated[
-        Path | None,
-        typer.Option("--lpips-weights", help="torchvision's AlexNet or VGG16 file, or their folder."),
-    ] = None,
-    clip_weights: Annotated[
-        str, typer.Option("--clip-weights", help="File, or a cached pretrained tag of open_clip.")
-    ] = "openai",
-    clip_model: Annotated[str, typer.Option("--clip-model", help="open_clip's name.")] = "ViT-B-32",
+    lpips_weights: Lpips = None,
+    clip_weights: Clip = "openai",
+    clip_model: ClipModel = "ViT-B-32",
     kid_subset_size: Subset = 1000,
     pfid: Annotated[bool, typer.Option("--pfid", help="Also FID after perturbing the tokens.")] = False,
     pfid_alpha: Annotated[
@@ -101,11 +107,15 @@ def recon(
     recon …`, with one --out that all see.
     """
     from . import pages
+    from .charts import require
+    from .data import default_workers
     from .instruments import WeightFiles
     from .perturbation import ALPHAS, DELTAS
     from .reconstruction import ReconConfig, run
     from .record import write
 
+    if html:
+        require()
     if (pfid_alpha or pfid_delta) and not pfid:
         raise ValueError("--pfid-alpha and --pfid-delta are the grid of --pfid: give that as well")
     config = ReconConfig(
@@ -129,7 +139,7 @@ def recon(
         pfid_delta=tuple(pfid_delta or DELTAS),
         seed=seed,
         batch_size=batch_size,
-        workers=_workers(workers),
+        workers=default_workers() if workers is None else workers,
         checkpoint_every=checkpoint_every,
     )
     result = run(config, out, named_device(device))
@@ -139,8 +149,98 @@ def recon(
     if html:
         pages.write_reconstruction(out / "report.html", result)
     result.state.remove()
-    title = f"{result.record.tokenizer} on {result.record.data['source']}"
-    _show(title, result.record, pages.rows(result.record), out, html)
+    _show(result.record, pages.tables(result.record, reasons=False), out, html)
+
+
+@app.command()
+def tokens(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images, folders, tar shards, manifest.jsonl or a hub dataset.", show_default=False
+        ),
+    ],
+    tokenizer: Annotated[
+        list[str] | None, typer.Option("--tokenizer", help="Registry name or weights; repeat for several.")
+    ] = None,
+    weights: Weights = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for JSON, plot and report.")] = Path(
+        "rate-distortion"
+    ),
+    split: Split = None,
+    column: Column = None,
+    limit: Limit = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Of ordered tokens; 1, 2, 4, … and all otherwise.", metavar="K,L,…"),
+    ] = None,
+    target: Annotated[
+        list[float] | None,
+        typer.Option("--target", help="Mean absolute error, for adaptive tokenizers; repeat for several."),
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=16, help="Side of the images; the largest of the tokenizers'.")
+    ] = None,
+    baselines: Annotated[
+        str, typer.Option("--baselines", help="Comma-separated; none for none.", metavar="A,B,…")
+    ] = "thumbnail,JPEG,WebP,AVIF",
+    metrics: Metrics = None,
+    inception_weights: Inception = None,
+    lpips_weights: Lpips = None,
+    clip_weights: Clip = "openai",
+    clip_model: ClipModel = "ViT-B-32",
+    seed: Seed = 0,
+    batch_size: Batch = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    checkpoint_every: Every = 50,
+    html: Html = True,
+) -> None:
+    """Quality for bytes: every length of one or several tokenizers, beside thumbnail, JPEG, WebP and AVIF at
+    the same bytes, with rate–FID where Inception's weights are.
+
+    A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
+    tokens …`.
+    """
+    from . import curves_page
+    from .charts import require
+    from .data import default_workers
+    from .instruments import WeightFiles
+    from .rate_distortion import CurvesConfig, run
+    from .record import write
+
+    require()
+    config = CurvesConfig(
+        tokenizers=tuple(tokenizer or ["vistok-mini"]),
+        data=tuple(images),
+        weights=weights,
+        split=split,
+        column=column,
+        limit=limit,
+        lengths=_numbers(lengths),
+        targets=tuple(target) if target else None,
+        steps=steps,
+        guidance=guidance,
+        size=size,
+        baselines=() if baselines.strip() == "none" else _names(baselines),
+        metrics=_names(metrics),
+        files=WeightFiles(inception_weights, lpips_weights, clip_weights, clip_model),
+        seed=seed,
+        batch_size=batch_size,
+        workers=default_workers() if workers is None else workers,
+        checkpoint_every=checkpoint_every,
+    )
+    result = run(config, out, named_device(device))
+    if result is None:
+        return
+    write(out / "rate_distortion.json", result.record)
+    curves_page.chart(result.record, "psnr").save(out / "rate_distortion.png")
+    if html:
+        curves_page.write_curves(out / "report.html", result)
+    result.state.remove()
+    _show(result.record, curves_page.tables(result.record, reasons=False), out, html)
 
 
 @app.command()
@@ -178,10 +278,14 @@ def fid(
     fid …`.
     """
     from . import pages
+    from .charts import require
+    from .data import default_workers
     from .fid import FidConfig, run
     from .instruments import WeightFiles
     from .record import write
 
+    if html:
+        require()
     config = FidConfig(
         judged=judged,
         real=real,
@@ -194,7 +298,7 @@ def fid(
         save_statistics=save_statistics,
         seed=seed,
         batch_size=batch_size,
-        workers=_workers(workers),
+        workers=default_workers() if workers is None else workers,
         checkpoint_every=checkpoint_every,
     )
     result = run(config, out, named_device(device))
@@ -205,29 +309,66 @@ def fid(
         pages.write_fid(out / "report.html", result.record)
     for state in result.states:
         state.remove()
-    _show(f"{judged} against {real}", result.record, pages.rows(result.record), out, html)
+    _show(result.record, pages.tables(result.record, reasons=False), out, html)
+
+
+@app.command()
+def speed(
+    tokenizer: Annotated[list[str], typer.Option("--tokenizer", help="Registry name; repeat for several.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Images at a time; repeat for several.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice otherwise.")
+    ] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option("--out", help="Folder for JSON and report.")] = Path("speed"),
+    html: Html = True,
+) -> None:
+    """Images/s of encoding and decoding, peak memory and parameters, over batch sizes, against a
+    straightforward implementation, paired in one run."""
+    import torch
+
+    from .charts import require
+    from .record import write
+    from .speed import HEADER, measure
+    from .speed_page import write_speed
+
+    if html:
+        require()
+    if threads:
+        torch.set_num_threads(threads)
+    found = []
+    for name in tokenizer:
+        for size in sorted(set(batch_size or [8])):
+            found.append(measure(name, size, repeats, named_device(device), compiled=compile_))
+            table(found[-1].title, HEADER, found[-1].table())
+            measured = {"protocol": {"repeats": repeats, "weights": "fresh"}, "n": repeats, "seed": 0}
+            write(out / "speed.json", {**measured, "results": [each.record() for each in found]})
+    if html:
+        write_speed(out / "report.html", found, repeats)
+    print(f"{out}: {'JSON and report.html' if html else 'JSON'}")
 
 
 def _names(metrics: str | None) -> tuple[str, ...] | None:
     return None if metrics is None else tuple(name.strip() for name in metrics.split(",") if name.strip())
 
 
-def _workers(given: int | None) -> int:
-    """As many as this process has cores beside the model's, at most eight."""
-    if given is not None:
-        return given
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, cores - 1))
+def _numbers(lengths: str | None) -> tuple[int, ...] | None:
+    """The whole numbers of a comma-separated list."""
+    names = _names(lengths)
+    try:
+        return None if names is None else tuple(int(name) for name in names)
+    except ValueError as error:
+        raise ValueError(f"--lengths {lengths!r}: give whole numbers, such as 1,4,16") from error
 
 
-def _show(title: str, record: "Record", rows: list[list[str]], out: Path, html: bool) -> None:
-    """The table, what was skipped, warnings, and where the files are."""
-    from .pages import HEADER, PFID_HEADER, pfid_rows
-
-    count = "" if record.n is None else f", n = {record.n:,}"
-    table(f"{title}{count}", HEADER, rows)
-    if cells := pfid_rows(record):
-        table(f"pFID of every setting{count}", PFID_HEADER, cells)
+def _show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> None:
+    """The tables, what was skipped, warnings, and where the files are."""
+    for shown in tables:
+        table(shown.title, shown.header, shown.rows)
     for reason in dict.fromkeys(record.skipped.values()):
         names = ", ".join(name for name, each in record.skipped.items() if each == reason)
         typer.secho(f"skipped {names}: {reason}", fg="yellow", err=True)

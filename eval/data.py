@@ -21,7 +21,10 @@ from torch.utils.data import Dataset as TorchDataset
 from ..images import load_image
 from .sources import Dataset, open_dataset
 
-__all__ = ["Batch", "Dataset", "batches", "decode", "open_dataset"]
+__all__ = ["Batch", "Dataset", "batches", "decode", "default_workers", "open_dataset"]
+
+NICE = 10
+"""How far workers stand back: one that takes a core from a model on all cores makes every thread wait."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +111,12 @@ def decode(encoded: bytes, size: int, *, crop: bool = True, multiple: int = 1) -
     return np.array(image)
 
 
+def default_workers() -> int:
+    """As many as this process has cores, at most eight; they stand back behind the model."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, cores))
+
+
 # What runs in the workers -----------------------------------------------------------------------------------
 
 
@@ -157,6 +166,8 @@ def _reason(error: OSError | ValueError) -> str:
 
 def _start_worker(max_image_pixels: int | None, number: int) -> None:
     """Make a new process decode as its parent would."""
+    if hasattr(os, "nice"):
+        os.nice(NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     # The server that forks workers lives as long as they do, so torch's own watch never sees its parent die.
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -69,8 +69,10 @@ def measure(
     A target is a mean absolute error for an adaptive tokenizer and a PSNR in dB for an ordered one. Raises
     ValueError for tokenizers of fixed length and for fewer than two images.
     """
-    from scipy.stats import spearmanr
-
+    try:
+        from scipy.stats import spearmanr
+    except ImportError as error:
+        raise ImportError('ranks need scipy: pip install "vistok[eval]"') from error
     if not (tokenizer.adaptive or tokenizer.ordered):
         raise ValueError(
             f"{tokenizer.label} gives every image {tokenizer.num_tokens} tokens; lengths differ with "

@@ -1,18 +1,23 @@
 """What `vistok eval recon` and `vistok eval fid` show of a record: the table, and the report around it."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .charts import Chart, bars, histogram
 from .record import Record, environment
-from .report import Example, Figure, Report, Table, histogram, write_html
+from .report import Card, Gallery, Report, Strip, Table, error_map, write_html
 
 if TYPE_CHECKING:
     from .reconstruction import Result
 
 EXAMPLES = 6
 """Best, and worst, reconstructions that a report shows."""
+ERROR_NOTE = "Original, reconstruction, and error: black is none, white a quarter of the range or more."
+CARDS = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "fid", "pfid", "is", "codebook-usage", "bits-per-image")
+"""What a report shows large, if it was computed."""
 
 HEADER = ["metric", "value", "95% interval", ""]
 PFID_HEADER = ["alpha", "delta", "codes changed", "FID"]
@@ -40,26 +45,12 @@ FORMATS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def rows(record: Record) -> list[list[str]]:
-    """A row under HEADER for each metric; what was not computed says "skipped"."""
-    return [_row(name, metric, record) for name, metric in record.metrics.items()]
-
-
-def pfid_rows(record: Record) -> list[list[str]]:
-    """A row under PFID_HEADER for each setting of pFID's grid."""
-    cells = record.metrics.get("pfid", {}).get("cells", [])
-    return [
-        [f"{cell['alpha']:g}", f"{cell['delta']}", f"{cell['changed']:.2%}", f"{cell['value']:.3f}"]
-        for cell in cells
-    ]
-
-
-def _row(name: str, metric: dict[str, Any], record: Record) -> list[str]:
+def _row(name: str, metric: dict[str, Any], record: Record, reasons: bool = True) -> list[str]:
     label, unit, style = FORMATS.get(name, (name, "", ".4g"))
     if name == "fid" and record.tokenizer is not None:
         label = "rFID"
     if "skipped" in metric:
-        return [label, "skipped", "", ""]
+        return [label, "skipped", "", metric["skipped"] if reasons else ""]
     interval = ""
     if "low" in metric and metric["low"] != metric["high"]:
         interval = f"{metric['low']:{style}} – {metric['high']:{style}}"
@@ -81,63 +72,113 @@ def _remark(name: str, metric: dict[str, Any], style: str) -> str:
 
 
 def write_reconstruction(path: Path, result: "Result") -> None:
-    """The report of `vistok eval recon`: tables, histograms of single images, the best and the worst."""
+    """The report of `vistok eval recon`: figures, histograms of single images, the best and the worst."""
     record = result.record
-    title = f"{record.tokenizer} on {record.data['source']}"
-    figures = []
+    charts: list[Chart] = []
     for name, values in result.values.items():
         label, unit, _ = FORMATS.get(f"{name}-per-image", FORMATS.get(name, (name, "", "")))
         finite = values[np.isfinite(values)]
-        if len(finite) and finite.min() < finite.max():
-            figures.append(histogram(f"{label} of single images", f"{label} {unit}".strip(), finite))
-    write_html(path, _report(title, record, figures, _examples(result)))
+        if len(finite) and (finite.min() < finite.max() or name == "bits"):
+            charts.append(histogram(f"{label}, each image", f"{label} {unit}".strip(), finite))
+    parts = [*tables(record), *charts, *_examples(result), *circumstances(record)]
+    write_html(path, Report(title(record), lead(record), cards(record), parts))
 
 
 def write_fid(path: Path, record: Record) -> None:
-    """The report of `vistok eval fid`: tables."""
-    title = f"{record.data['a']['source']} against {record.data['b']['source']}"
-    write_html(path, _report(title, record, [], []))
+    """The report of `vistok eval fid`: figures and tables."""
+    parts = [*tables(record), *circumstances(record)]
+    write_html(path, Report(title(record), lead(record), cards(record), parts))
 
 
-def _report(title: str, record: Record, figures: list[Figure], examples: list[Example]) -> Report:
-    tables = [Table("Metrics", HEADER, rows(record), note=" ".join(record.warnings))]
-    if cells := pfid_rows(record):
-        tables.append(Table("pFID of every setting", PFID_HEADER, cells))
-    total = sum(record.seconds.values())
-    spent = sorted(record.seconds.items(), key=lambda stage: -stage[1])
-    shares = [[stage, f"{seconds:.1f}", f"{seconds / total:.1%}"] for stage, seconds in spent]
-    tables.append(Table("Where the time went", ["stage", "seconds", "share"], shares))
+def title(record: Record) -> str:
+    """What was measured on what."""
+    if record.tokenizer is not None:
+        return f"{record.tokenizer} on {record.data['source']}"
+    return f"{record.data['a']['source']} against {record.data['b']['source']}"
+
+
+def lead(record: Record) -> str:
+    """How many images, and how they were taken."""
+    count = "number of images unknown" if record.n is None else f"n = {record.n:,} images"
+    bad = f"{len(record.bad_images):,} unreadable" if record.bad_images else ""
+    twice = f"{len(record.duplicates):,} images more than once" if record.duplicates else ""
+    told = [count, bad, twice, str(record.protocol.get("images", "")), f"seed {record.seed}"]
+    return " · ".join(each for each in told if each)
+
+
+def cards(record: Record) -> list[Card]:
+    """The figures that were computed, of those that papers print."""
+    shown = []
+    for name in CARDS:
+        metric = record.metrics.get(name, {})
+        if "value" in metric:
+            label, value, interval, remark = _row(name, metric, record)
+            shown.append(Card(label, value, interval or remark))
+    return shown
+
+
+def tables(record: Record, *, reasons: bool = True) -> list[Table]:
+    """All metrics, with the `reasons` why some were not computed, and each setting of pFID's grid."""
+    count = "n unknown" if record.n is None else f"n = {record.n:,}"
+    shown = [_row(name, metric, record, reasons) for name, metric in record.metrics.items()]
+    found = [Table(f"{title(record)}, {count}", HEADER, shown, note=" ".join(record.warnings))]
+    if cells := record.metrics.get("pfid", {}).get("cells", []):
+        grid = [
+            [f"{cell['alpha']:g}", f"{cell['delta']}", f"{cell['changed']:.2%}", f"{cell['value']:.3f}"]
+            for cell in cells
+        ]
+        found.append(Table(f"pFID of every setting, {count}", PFID_HEADER, grid))
+    return found
+
+
+def circumstances(record: Record) -> list[Table | Chart]:
+    """Where the time went, which images were bad, and what is needed to repeat the numbers."""
+    parts: list[Table | Chart] = []
     if record.bad_images:
         bad = [[row["name"], row["reason"]] for row in record.bad_images]
-        tables.append(Table(f"{len(bad)} unreadable images", ["image", "reason"], bad))
+        parts.append(Table(f"{len(bad):,} unreadable images", ["image", "reason"], bad))
     if record.duplicates:
         same = [[", ".join(group)] for group in record.duplicates]
-        tables.append(Table("Images that occur more than once", ["equal pixels"], same))
-    return Report(title, _facts(record), tables, record.skipped, figures, examples)
+        parts.append(Table(f"{len(same):,} images that occur more than once", ["equal pixels"], same))
+    parts.append(Table("How it was measured", ["", ""], [list(fact) for fact in _facts(record).items()]))
+    if record.seconds:
+        parts.append(bars("Where the time went", "seconds", record.seconds))
+    return parts
 
 
 def _facts(record: Record) -> dict[str, str]:
     """What is needed to read and repeat the numbers."""
-    made = environment()
     facts = {"images": "unknown" if record.n is None else f"{record.n:,}", "seed": str(record.seed)}
-    facts |= {name.replace("_", " "): str(value) for name, value in record.protocol.items()}
+    facts |= {f"protocol: {name}".replace("_", " "): str(value) for name, value in record.protocol.items()}
     if record.rate:
         facts["speed"] = f"{record.rate:.1f} images/s"
-    facts["command"] = " ".join(made["command"])
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-    return facts
+    return facts | facts_of_run()
 
 
-def _examples(result: "Result") -> list[Example]:
+def facts_of_run() -> dict[str, str]:
+    """The command, and what it ran on."""
+    made = environment()
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    return {"command": shlex.join(made["command"]), "versions": versions, "threads": str(made["threads"])}
+
+
+def _examples(result: "Result") -> list[Gallery]:
     """The best and the worst by PSNR, no image twice."""
     if "psnr" not in result.values:
         return []
     order = result.values["psnr"].argsort(kind="stable")
     count = min(EXAMPLES, len(order) // 2)
-    chosen = [("best", row) for row in order[::-1][:count]] + [("worst", row) for row in order[:count]]
-    examples = []
-    for title, row in chosen:
-        picture = result.picture(int(row))
-        caption = f"{picture.name}, {picture.psnr:.2f} dB"
-        examples.append(Example(title, picture.original, picture.reconstruction, caption))
-    return examples
+    galleries = []
+    for name, chosen in (("Best", order[::-1][:count]), ("Worst", order[:count])):
+        strips = []
+        for row in chosen.tolist():
+            picture = result.picture(row)
+            error = error_map(picture.original, picture.reconstruction)
+            shown = [
+                ("original", picture.original),
+                ("reconstruction", picture.reconstruction),
+                ("error", error),
+            ]
+            strips.append(Strip(shown, f"{picture.name}, {picture.psnr:.2f} dB"))
+        galleries.append(Gallery(f"{name} images by PSNR", strips, ERROR_NOTE))
+    return [gallery for gallery in galleries if gallery.strips]

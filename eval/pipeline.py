@@ -21,7 +21,7 @@ from torch import Tensor
 from ..files import written_aside
 from ..registry import load
 from ..tokenizer import Tokenizer
-from .data import Dataset, batches, decode, open_dataset
+from .data import Dataset, batches, decode, default_workers, open_dataset
 
 BAR = 0.85
 HEADER = ["", "images/s, median (min–max)", "CPU ms an image", "of the bare model, median (min–max)", "bar"]
@@ -179,7 +179,9 @@ def main(
     images: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 512,
     width: Annotated[int, typer.Option(min=16, help="Of the JPEGs that are made, 4:3, in pixels.")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode; by the cores otherwise.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Paired passes.")] = 5,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice otherwise.")
@@ -195,6 +197,7 @@ def main(
         torch.set_num_threads(threads)
     model = load(tokenizer, device=device)
     with _generated(images, width) if data is None else nullcontext(data) as source:
+        workers = default_workers() if workers is None else workers
         options = {"batch_size": batch_size, "workers": workers, "repeats": repeats}
         speed = measure(model, open_dataset(source, limit=images), **options)
     table = Table(*HEADER, title=speed.title, title_justify="left")

@@ -1,142 +1,437 @@
-"""Rate–distortion of an ordered tokenizer beside thumbnail, JPEG and WebP, each at its real number of
-bytes."""
+"""What quality a tokenizer gives for how many bytes, at every length it has, beside codecs at the same bytes.
 
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+Images are read, compared and, for FID, made 8-bit as `vistok.eval.reconstruction` does it. The settings of
+codecs are chosen on the first images of the data and then measured on all.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor
 
-from ..images import to_pil, to_tensor
+from ..images import to_pil
+from ..registry import load
 from ..tokenizer import Tokenizer
-from .metrics.image import psnr
+from ..tokens import Tokens
+from . import codecs, passes
+from .data import Batch, batches, decode, open_dataset
+from .decoding import decode_images
+from .feature_sets import FeatureSet, compare, skipped, warn_of_few
+from .instruments import PAIRS, Instruments, WeightFiles, choose, fingerprint
+from .metrics.summary import summarise
+from .record import Clock, Record
+from .state import State
 
-HEADER = ["codec", "setting", "bytes", "PSNR dB"]
+METRICS = (*PAIRS, "fid")
+TARGETS = (0.03, 0.05, 0.07, 0.1, 0.14)
+"""Mean absolute errors that adaptive tokenizers are asked for, unless others are given."""
+LEAST_RANGE = 2048
+"""Bytes an image up to which codecs are measured; four times the longest tokens, if that is more."""
+SHOWN = 4
+"""Images, and lengths of each tokenizer, that a report shows."""
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    """What to measure, of what, and how; `vistok eval tokens --help` says more of each."""
+
+    tokenizers: tuple[str, ...]
+    data: tuple[str, ...]
+    weights: Path | None = None
+    split: str | None = None
+    column: str | None = None
+    limit: int | None = None
+    lengths: tuple[int, ...] | None = None
+    targets: tuple[float, ...] | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: int | None = None
+    baselines: tuple[str, ...] = codecs.NAMES
+    metrics: tuple[str, ...] | None = None
+    files: WeightFiles = field(default_factory=WeightFiles)
+    seed: int = 0
+    batch_size: int = 32
+    workers: int = 1
+    checkpoint_every: int = 50
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of one codec: mean bytes and mean PSNR over the images."""
+    """One setting of a tokenizer or codec: bytes an image and every metric, {"value": …} with "low" and
+    "high" for means over images, or {"skipped": why}."""
 
     codec: str
     setting: str
+    baseline: bool
     bytes: float
-    psnr: float
+    metrics: dict[str, dict[str, Any]]
+
+
+@dataclass
+class CurvesRecord(Record):
+    """A record with a point for each setting; its own metrics are those that no point has."""
+
+    points: list[Point] = field(default_factory=list)
+
+    def matched(self, point: Point) -> dict[str, Point | None]:
+        """For each baseline the point of the highest PSNR that takes no more bytes than `point`."""
+        found: dict[str, Point | None] = {}
+        for other in self.points:
+            if other.baseline:
+                best = found.setdefault(other.codec, None)
+                if other.bytes <= point.bytes and (best is None or quality(other) > quality(best)):
+                    found[other.codec] = other
+        return found
 
 
 @dataclass(frozen=True)
-class Curves:
-    """All points, and how many images they are means of."""
+class Picture:
+    """An image uint8 [3, H, W], and what some settings make of it: caption and image each."""
 
-    count: int
-    points: list[Point]
-
-    def table(self) -> list[list[str]]:
-        """Rows under HEADER."""
-        return [[p.codec, p.setting, f"{p.bytes:.1f}", f"{p.psnr:.2f}"] for p in self.points]
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"images": self.count, "points": [vars(point) for point in self.points]}
+    name: str
+    original: Tensor
+    versions: list[tuple[str, Tensor]]
 
 
-def measure(tokenizer: Tokenizer, images: Tensor) -> Curves:
-    """Every prefix 1, 2, 4, … and the full length of `tokenizer` on images [B, 3, S, S] in [0, 1], and the
-    baselines.
+@dataclass(frozen=True)
+class Result:
+    """The record, and some pictures for a report; delete the `state` when all is written."""
 
-    A thumbnail is bicubic down, 8 bits, bicubic up, with no header counted; it gets the most pixels that fit
-    the bytes of each prefix. JPEG and WebP are whole files of Pillow's encoder over qualities and
-    downscalings, of which the best at each size is kept.
+    record: CurvesRecord
+    pictures: Callable[[], list[Picture]]
+    state: State
+
+
+def quality(point: Point) -> float:
+    """PSNR in dB."""
+    return point.metrics["psnr"]["value"]
+
+
+def run(
+    config: CurvesConfig, out: Path, device: torch.device, *, models: Sequence[Tokenizer] | None = None
+) -> Result | None:
+    """Measure, keeping the state in `out`/state; None on all processes but the first.
+
+    `models` take the place of loading `config.tokenizers`. Raises ValueError or OSError, before any long
+    work, for data that is not there, settings that no tokenizer takes and the unfinished state of another
+    run; FloatingPointError for a tokenizer whose images are not finite.
     """
-    points, pictures = [], to_pil(images)
-    lengths = [k for k in (2**n for n in range(20)) if k < tokenizer.num_tokens] + [tokenizer.num_tokens]
-    tokens = tokenizer.encode(images)
-    for k in lengths if tokenizer.ordered else lengths[-1:]:
-        prefix = tokens.prefix(k) if tokenizer.ordered else tokens
-        decoded = tokenizer.decode(prefix).cpu()
-        size = float(prefix.bits_per_image.float().mean()) / 8
-        points.append(Point(tokenizer.label, f"{k} tokens", size, float(psnr(decoded, images).mean())))
-        points += _best_thumbnail(pictures, images, size)
-    for codec in ("JPEG", "WebP"):
-        points += list(_frontier(_files(codec, pictures, images)))
-    return Curves(len(images), sorted(points, key=lambda p: (p.codec != tokenizer.label, p.codec, p.bytes)))
+    process, device = passes.join(device)
+    return _Curves(config, out / "state", process, device, models).run()
 
 
-def _best_thumbnail(pictures: list[Image.Image], images: Tensor, budget: float) -> list[Point]:
-    """The thumbnail of at most `budget` bytes (3 a pixel) that is best on average; none below one pixel."""
-    pixels = int(budget // 3)
-    shapes = {
-        (width, pixels // width) for width in range(1, pixels + 1) if 0.5 <= width * width / pixels <= 2
-    }
-    found = []
-    for width, height in shapes:
-        if height:
-            small = [_scaled(picture, (width, height)) for picture in pictures]
-            quality = _quality([_scaled(s, p.size) for s, p in zip(small, pictures, strict=True)], images)
-            found.append(Point("thumbnail", f"{width}×{height} pixels", 3.0 * width * height, quality))
-    return [max(found, key=lambda p: p.psnr)] if found else []
+class _Tokenizer:
+    """The settings of one tokenizer on images of a common size."""
 
+    baseline = False
 
-def _files(codec: str, pictures: list[Image.Image], images: Tensor) -> Iterator[Point]:
-    """Real files over qualities and downscalings, up to about 2 kB."""
-    side = pictures[0].width
-    for scale in (1, 2, 4, 8):
-        for quality in (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95):
-            decoded, total = [], 0
-            for picture in pictures:
-                file = io.BytesIO()
-                options = {"optimize": True} if codec == "JPEG" else {"method": 6}
-                _scaled(picture, (side // scale, side // scale)).save(file, codec, quality=quality, **options)
-                total += file.tell()
-                decoded.append(_scaled(Image.open(file).convert("RGB"), picture.size))
-            if total / len(pictures) > 2048:
-                break
-            yield Point(
-                codec, f"quality {quality}, 1/{scale}", total / len(pictures), _quality(decoded, images)
+    def __init__(self, model: Tokenizer, config: CurvesConfig, size: int) -> None:
+        self.model, self.config, self.name = model, config, model.label
+        try:
+            model.check_image_size(size, size, "")
+            self.own = size
+        except ValueError:
+            self.own = model.image_size
+        self.resized = self.own != size
+        self.settings: list[tuple[str, int | float | None]] = []
+
+    def choose(self, images: Tensor) -> list[float]:
+        """Decide on lengths with the first images [B, 3, S, S]; bytes an image of each."""
+        tokens = self.model.encode(self._own(images))
+        full = tokens.num_tokens
+        if self.model.adaptive:
+            targets = self.config.targets or TARGETS
+            self.settings = [(f"error {target:g}", target) for target in sorted(targets, reverse=True)]
+        elif self.model.ordered:
+            lengths = self.config.lengths or [*_powers_below(full), full]
+            kept = sorted({length for length in lengths if length <= full})
+            if not kept:
+                raise ValueError(f"{self.name} has 1 to {full} tokens, none of the lengths {lengths}")
+            self.settings = [(_tokens(length), length) for length in kept]
+        else:
+            self.settings = [(_tokens(full), None)]
+        return [float(each.bits_per_image.double().mean()) / 8 for each in self._encoded(images)]
+
+    def __call__(self, images: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decoded images and bytes of each, for every setting."""
+        for tokens in self._encoded(images):
+            decoded = decode_images(
+                self.model,
+                tokens,
+                (self.own, self.own),
+                batch.indices.tolist(),
+                batch.names,
+                seed=self.config.seed,
+                steps=self.config.steps,
+                guidance=self.config.guidance,
             )
+            if self.resized:
+                decoded = _resized(decoded, images.shape[-1])
+            yield decoded, tokens.bits_per_image.double() / 8
+
+    def _encoded(self, images: Tensor) -> Iterator[Tokens]:
+        images = self._own(images)
+        if self.model.adaptive:
+            for _, target in self.settings:
+                yield self.model.encode(images, target=target)
+            return
+        tokens = self.model.encode(images)
+        for _, length in self.settings:
+            yield tokens if length is None else tokens.prefix(length)
+
+    def _own(self, images: Tensor) -> Tensor:
+        return _resized(images, self.own) if self.resized else images
 
 
-def _frontier(points: Iterator[Point]) -> Iterator[Point]:
-    """The points that no smaller one equals."""
-    best = float("-inf")
-    for point in sorted(points, key=lambda p: (p.bytes, -p.psnr)):
-        if point.psnr > best:
-            best = point.psnr
-            yield point
+class _Codec:
+    """The settings of one codec."""
+
+    baseline = True
+
+    def __init__(self, name: str, chosen: list[codecs.Setting]) -> None:
+        self.name, self.chosen = name, chosen
+        self.settings = [(setting.label, None) for setting in chosen]
+
+    def __call__(self, images: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decoded images and bytes of each, for every setting."""
+        pictures = to_pil(images.cpu())
+        for setting in self.chosen:
+            decoded, sizes = codecs.apply(setting, pictures)
+            yield decoded.to(images.device), sizes.double()
 
 
-def _scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+class _Curves:
+    """One measurement: its settings, instruments and state."""
+
+    def __init__(
+        self,
+        config: CurvesConfig,
+        folder: Path,
+        process: PartialState,
+        device: torch.device,
+        models: Sequence[Tokenizer] | None,
+    ) -> None:
+        self.config, self.device = config, device
+        wanted = ["psnr", *(name for name in choose(config.metrics, METRICS) if name != "psnr")]
+        if unknown := sorted(set(config.baselines) - set(codecs.NAMES)):
+            raise ValueError(
+                f"there is no baseline {', '.join(unknown)}; there are {', '.join(codecs.NAMES)}"
+            )
+        self.dataset = open_dataset(config.data, split=config.split, column=config.column, limit=config.limit)
+        loaded = models or [load(name, weights=config.weights) for name in config.tokenizers]
+        loaded = [model.to(device).eval() for model in loaded]
+        _check_choices(loaded, config)
+        self.size = config.size or max(model.image_size for model in loaded)
+        self.instruments = Instruments(wanted, config.files, device)
+        self.skipped = dict(self.instruments.skipped)
+        self.sweeps: list[_Tokenizer | _Codec] = [_Tokenizer(model, config, self.size) for model in loaded]
+        self.sweeps += self._codecs(self._choose())
+        self.columns = ["bytes", *self.instruments.pairs]
+        self._declare(folder, process, loaded)
+        self.state.open()
+        self.clock = Clock(self.state.seconds, device)
+
+    # Settings -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _choose(self) -> tuple[Tensor, list[float]]:
+        """The first images, and the bytes an image of every setting of every tokenizer."""
+        with closing(batches(self.dataset, self.size, self.config.batch_size, workers=0)) as read:
+            first = next((batch for batch in read if len(batch.images)), None)
+        if first is None:
+            raise ValueError(f"none of the {len(self.dataset)} images of {self.dataset.source} can be read")
+        images = first.images.float() / 255
+        return images, [size for sweep in self.sweeps for size in sweep.choose(images.to(self.device))]
+
+    def _codecs(self, chosen: tuple[Tensor, list[float]]) -> list[_Codec]:
+        images, sizes = chosen
+        pictures, most = to_pil(images), max(LEAST_RANGE, 4 * max(sizes))
+        budgets = sorted({*sizes, *(float(size) for size in _powers_below(int(most))), most})
+        found = []
+        for name in (name for name in codecs.NAMES if name in self.config.baselines):
+            if why := codecs.missing(name):
+                self.skipped[name] = why
+            else:
+                found.append(_Codec(name, codecs.best_within(name, pictures, budgets)))
+        return found
+
+    def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:
+        """The tables and sums of this measurement."""
+        names = hashlib.sha256("\n".join(self.dataset.names).encode()).hexdigest()[:16]
+        loose = ("workers", "checkpoint_every", "files", "weights")
+        settings = {name: value for name, value in asdict(self.config).items() if name not in loose}
+        settings |= {"metrics": [*self.instruments.pairs, *self.instruments.sets], "size": self.size}
+        settings |= {"images": len(self.dataset), "names": names, "device": self.device.type}
+        settings |= {"settings": [[sweep.name, *map(str, sweep.settings)] for sweep in self.sweeps]}
+        settings |= {"weights": fingerprint(*models), "networks": self.instruments.fingerprint()}
+        self.state = State(folder, len(self.dataset), settings, process)
+        total = sum(len(sweep.settings) for sweep in self.sweeps)
+        self.state.add_table("values", "float64", total * len(self.columns))
+        self.originals, self.seen = None, []
+        if self.instruments.sets:
+            sets = [f"setting-{number}" for number in range(total)]
+            self.originals = FeatureSet("originals", self.instruments, self.state, [])
+            self.seen = [FeatureSet(name, self.instruments, self.state, []) for name in sets]
+
+    # The pass -----------------------------------------------------------------------------------------------
+
+    def run(self) -> Result | None:
+        """Go over the images and, on the first process, sum up."""
+        config = self.config
+        first = passes.run(
+            self.state,
+            self.dataset,
+            self._measure,
+            self.clock,
+            size=self.size,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            checkpoint_every=config.checkpoint_every,
+            title="rate and distortion",
+        )
+        return self._result() if first else None
+
+    @torch.no_grad()
+    def _measure(self, batch: Batch) -> None:
+        levels = batch.images.to(self.device)
+        images, columns = levels.float() / 255, []
+        if self.originals:
+            self.originals.update(levels, batch.indices, self.clock)
+        numbers = count()
+        for sweep in self.sweeps:
+            decoding = sweep(images, batch)
+            for _ in sweep.settings:
+                with self.clock(sweep.name):
+                    decoded, sizes = next(decoding)
+                columns.append(sizes.cpu().double())
+                for name, instrument in self.instruments.pairs.items():
+                    with self.clock(name):
+                        columns.append(instrument(decoded, images).cpu().double())
+                if self.seen:
+                    seen = self.seen[next(numbers)]
+                    seen.update((decoded * 255).round().to(torch.uint8), batch.indices, self.clock)
+        self.state.write("values", batch.indices, torch.stack(columns, 1))
+
+    # The result ---------------------------------------------------------------------------------------------
+
+    def _result(self) -> Result:
+        state, config = self.state, self.config
+        kept = state.measured()
+        table = state.rows("values").numpy().reshape(len(kept), -1, len(self.columns))
+        points, numbers = [], count()
+        for sweep in self.sweeps:
+            for label, _ in sweep.settings:
+                number, metrics = next(numbers), {}
+                with self.clock(f"{passes.LAST}intervals"):
+                    for column, name in enumerate(self.columns):
+                        mean = summarise(table[:, number, column], config.seed)
+                        metrics[name] = {"value": mean.value, "low": mean.low, "high": mean.high}
+                if self.seen:
+                    with self.clock(f"{passes.LAST}fid"):
+                        metrics |= compare("fid", self.seen[number], self.originals, seed=config.seed)
+                size = metrics.pop("bytes")["value"]
+                points.append(Point(sweep.name, label, sweep.baseline, size, metrics))
+        names = [sweep.name for sweep in self.sweeps if not sweep.baseline]
+        metrics = {}
+        for name, reason in self.skipped.items():
+            metrics |= skipped(name, reason)
+        record = CurvesRecord(
+            protocol=self._protocol(),
+            n=len(kept),
+            seed=config.seed,
+            tokenizer=", ".join(names),
+            data={"source": self.dataset.source, "kind": self.dataset.kind, "images": len(self.dataset)},
+            metrics=metrics,
+            warnings=warn_of_few(points[0].metrics, len(kept)),
+            bad_images=state.unreadable(),
+            duplicates=state.duplicates(self.dataset.names),
+            seconds=state.seconds,
+            rate=len(kept) / passes.duration(state),
+            points=points,
+        )
+        return Result(record, lambda: self._pictures(kept.tolist(), record), state)
+
+    def _protocol(self) -> dict[str, Any]:
+        config = self.config
+        given = {"steps": config.steps, "guidance": config.guidance}
+        resized = [
+            f"{sweep.name} at {sweep.own}²" for sweep in self.sweeps if getattr(sweep, "resized", False)
+        ]
+        return {
+            "images": f"shorter side to {self.size}, bicubic with antialias, centre crop",
+            "size": self.size,
+            "inception": "8-bit, rounded",
+            "files": "whole files; settings chosen on the first "
+            f"{min(config.batch_size, len(self.dataset))} images, the best that fit the bytes",
+            "batch_size": config.batch_size,
+            **({"resized": ", ".join(resized)} if resized else {}),
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+    @torch.no_grad()
+    def _pictures(self, kept: list[int], record: CurvesRecord) -> list[Picture]:
+        """Some images at some lengths of every tokenizer, and codecs at the bytes of the longest."""
+        ours = [point for point in record.points if not point.baseline]
+        files = record.matched(max(ours, key=lambda point: point.bytes)).values()
+        shown = [id(point) for point in files if point]
+        for sweep in self.sweeps:
+            if not sweep.baseline:
+                shown += map(id, _spread([point for point in ours if point.codec == sweep.name], SHOWN))
+        pictures = []
+        for number in _spread(kept, SHOWN):
+            pixels = torch.from_numpy(decode(self.dataset.read(number), self.size)).permute(2, 0, 1)
+            image, name = pixels.to(self.device)[None].float() / 255, self.dataset.names[number]
+            batch, versions = Batch(torch.tensor([number]), pixels[None], [name], [], []), []
+            points = iter(record.points)
+            for sweep in self.sweeps:
+                for decoded, sizes in sweep(image, batch):
+                    if id(point := next(points)) in shown:
+                        told = f"{point.codec}, {point.setting}, {float(sizes[0]):,.0f} bytes"
+                        versions.append((told, (decoded[0] * 255).round().to(torch.uint8).cpu()))
+            pictures.append(Picture(name, pixels, versions))
+        return pictures
 
 
-def _quality(decoded: list[Image.Image], images: Tensor) -> float:
-    return float(psnr(torch.cat([to_tensor(picture, None) for picture in decoded]), images).mean())
+def _check_choices(models: list[Tokenizer], config: CurvesConfig) -> None:
+    """ValueError for choices that nothing takes, before any work."""
+    labels = [model.label for model in models]
+    if not labels:
+        raise ValueError("no tokenizer was named: give --tokenizer NAME, once or more")
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"{', '.join(twice)} is there twice: name every tokenizer once")
+    if config.lengths and min(config.lengths) < 1:
+        raise ValueError(f"--lengths {min(config.lengths)}: an image has one token at least")
+    if config.lengths and not any(model.ordered for model in models):
+        raise ValueError(f"--lengths is for tokenizers with a choice; {', '.join(labels)} has none")
+    if config.targets and not any(model.adaptive for model in models):
+        raise ValueError(f"--target is for adaptive tokenizers (KARL); {', '.join(labels)} is not one")
+    if config.weights and len(models) > 1:
+        raise ValueError("--weights is for one tokenizer; name a folder or file as --tokenizer for more")
 
 
-def plot(curves: Curves, path: str | Path) -> None:
-    """Bytes (logarithmic) against PSNR, one line a codec. Needs matplotlib (`pip install "vistok[eval]"`)."""
-    from matplotlib.figure import Figure
+def _powers_below(most: int) -> list[int]:
+    return [2**power for power in range(most.bit_length()) if 2**power < most]
 
-    from ..files import written_aside
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    by_codec: dict[str, list[Point]] = {}
-    for point in curves.points:
-        by_codec.setdefault(point.codec, []).append(point)
-    for number, (codec, points) in enumerate(by_codec.items()):
-        points = sorted(points, key=lambda p: p.bytes)
-        style = {"linewidth": 2.5, "marker": "o"} if number == 0 else {"linewidth": 1.5, "marker": "."}
-        axes.plot([p.bytes for p in points], [p.psnr for p in points], label=codec, **style)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("bytes an image")
-    axes.set_ylabel(f"PSNR, dB (mean of {curves.count} images)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png")
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    size = {"size": (side, side), "mode": "bicubic", "antialias": True}
+    return F.interpolate(images, **size).clamp(0, 1)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"

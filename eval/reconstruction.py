@@ -22,6 +22,7 @@ from ..tokenizer import Tokenizer
 from ..tokens import Tokens
 from . import passes
 from .data import Batch, decode, open_dataset
+from .decoding import decode_images
 from .feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, SETS, Instruments, WeightFiles, choose, fingerprint
 from .metrics.codes import LARGEST_CODEBOOK, CodeStatistics
@@ -201,20 +202,18 @@ class _Reconstruction:
             seen.update(self._levels(decoded), numbers, clock)
 
     def _decode(self, tokens: Tokens, batch: Batch) -> Tensor:
-        """Tokens of a batch → float32 images in [0, 1]; noise depends on the seed and the image's number."""
-        options: dict[str, Any] = {"steps": self.config.steps, "guidance": self.config.guidance}
-        if "size" in inspect.signature(self.model.decode).parameters:
-            options["size"] = tuple(batch.images.shape[2:])
-        seeds = [hash((self.config.seed, number)) & (2**63 - 1) for number in batch.indices.tolist()]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        decoded = self.model.decode(tokens, generator=generators, **options).float()
-        if bad := (~decoded.isfinite().all(dim=(1, 2, 3))).nonzero()[:, 0].tolist():
-            names = ", ".join(batch.names[row] for row in bad[:3])
-            raise FloatingPointError(
-                f"{self.model.label} gives values that are not finite for {len(bad)} of {len(batch.names)} "
-                f"images ({names}): check its weights, or look at these images with `vistok reconstruct`"
-            )
-        return decoded
+        """Tokens of a batch → float32 images in [0, 1]."""
+        config = self.config
+        return decode_images(
+            self.model,
+            tokens,
+            tuple(batch.images.shape[2:]),
+            batch.indices.tolist(),
+            batch.names,
+            seed=config.seed,
+            steps=config.steps,
+            guidance=config.guidance,
+        )
 
     def _levels(self, images: Tensor) -> Tensor:
         """Floats in [0, 1] → uint8, as the protocol says."""

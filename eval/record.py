@@ -69,7 +69,7 @@ def environment() -> dict[str, Any]:
 def write(path: Path, record: Any) -> None:
     """Write a record (a dataclass or a mapping) as JSON, after `environment`; infinities become text."""
     with written_aside(path) as aside:
-        text = json.dumps({**environment(), **_plain(record)}, indent=2, allow_nan=False, ensure_ascii=False)
+        text = json.dumps({**environment(), **_plain(record)}, indent=2, allow_nan=False)
         aside.write_text(text + "\n", encoding="utf-8")
 
 

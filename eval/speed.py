@@ -26,7 +26,7 @@ from .plain_titok import PlainTiTok
 
 GUIDED_STEPS = 4  # of a flow; the VAE's share of the time falls, and the ratio rises, with more
 HEADER = [
-    *("", "variant", "encode s", "decode s", "images/s (min–max)", "peak MB"),
+    *("", "variant", "encode images/s", "decode images/s", "both (min–max)", "peak MB"),
     *("of row", "× (min–max)", "equal to it"),
 ]
 
@@ -75,6 +75,16 @@ class Variant:
         return [sum(run) for run in zip(*parts, strict=True)]
 
     @property
+    def encode_rates(self) -> list[float]:
+        """Images/s of encoding, a run; none if it does not encode."""
+        return [len(self.given) / seconds for seconds in self.encode_seconds]
+
+    @property
+    def decode_rates(self) -> list[float]:
+        """Images/s of decoding, a run; none if it does not decode."""
+        return [len(self.given) / seconds for seconds in self.decode_seconds]
+
+    @property
     def ratios(self) -> list[float]:
         """How many times as fast as the baseline, a run."""
         base = self.baseline or self
@@ -107,6 +117,8 @@ class Variant:
             "baseline": self.baseline.name if self.baseline else None,
             "encode_seconds": self.encode_seconds,
             "decode_seconds": self.decode_seconds,
+            "encode_images_per_second": median(self.encode_rates) if self.encode_rates else None,
+            "decode_images_per_second": median(self.decode_rates) if self.decode_rates else None,
             "ratio": self.ratios,
             "peak_bytes": self.peak_bytes,
             "codes_equal": self.equal_codes,
@@ -119,6 +131,7 @@ class Speed:
     """All variants of one tokenizer."""
 
     tokenizer: str
+    parameters: int
     batch_size: int
     device: torch.device
     image_size: int
@@ -127,22 +140,25 @@ class Speed:
     @property
     def title(self) -> str:
         """What was measured, on what."""
-        where = (
-            f"{torch.get_num_threads()} threads"
-            if self.device.type != "cuda"
-            else torch.cuda.get_device_name(self.device)
-        )
-        size = f"batch {self.batch_size} at {self.image_size}²"
-        return f"{self.tokenizer}, {size}, {self.device.type} ({where}), fresh weights"
+        size = f"{self.parameters / 1e6:.1f} M parameters, batch {self.batch_size} at {self.image_size}²"
+        runs = f"n = {len(self.variants[0].seconds)} paired runs"
+        return f"{self.tokenizer}, {size}, {self.place}, fresh weights, {runs}"
+
+    @property
+    def place(self) -> str:
+        """The device and what there is of it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({torch.get_num_threads()} threads)"
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "tokenizer": self.tokenizer,
+            "parameters": self.parameters,
             "batch_size": self.batch_size,
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "image_size": self.image_size,
+            "device": self.place,
             "variants": [variant.record() for variant in self.variants],
         }
 
@@ -151,9 +167,8 @@ class Speed:
         return [self._row(*numbered) for numbered in enumerate(self.variants, start=1)]
 
     def _row(self, number: int, variant: Variant) -> list[str]:
-        medians = [
-            f"{median(part):.3f}" if part else "" for part in (variant.encode_seconds, variant.decode_seconds)
-        ]
+        parts = (variant.encode_rates, variant.decode_rates)
+        medians = [f"{median(part):.2f}" if part else "" for part in parts]
         rates = [len(variant.given) / seconds for seconds in variant.seconds]
         peak = "" if variant.peak_bytes is None else f"{variant.peak_bytes / 2**20:,.0f}"
         row = [str(number), variant.name, *medians, _spread(rates), peak]
@@ -200,7 +215,8 @@ def measure(
     for _ in range(repeats):
         for variant in variants:
             variant.run()
-    return Speed(name, batch_size, device, model.image_size, variants)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Speed(name, parameters, batch_size, device, model.image_size, variants)
 
 
 # What is compared -------------------------------------------------------------------------------------------

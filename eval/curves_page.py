@@ -1,0 +1,110 @@
+"""What `vistok eval tokens` shows: tables of every setting and at matched bytes, curves, and pictures."""
+
+from pathlib import Path
+
+from .charts import Chart, Series, curves
+from .pages import FORMATS, circumstances, lead
+from .rate_distortion import CurvesRecord, Point, Result, quality
+from .report import Card, Gallery, Report, Strip, Table, write_html
+
+GALLERY_NOTE = "Each picture as it was given, then as it comes back; bytes are those of this picture."
+
+
+def tables(record: CurvesRecord, *, reasons: bool = True) -> list[Table]:
+    """Tokenizers beside the baselines at their bytes, every setting, and `reasons` for what was skipped."""
+    count = f"n = {record.n:,}"
+    found = [matched_table(record, count), _settings_table(record, count)]
+    if reasons and record.skipped:
+        why = [[_label(name), f"skipped: {reason}"] for name, reason in record.skipped.items()]
+        found.append(Table("Skipped", ["", "why"], why))
+    return found
+
+
+def matched_table(record: CurvesRecord, count: str) -> Table:
+    """Every length of the tokenizers, and the best of each baseline that takes no more bytes."""
+    baselines = list(dict.fromkeys(point.codec for point in record.points if point.baseline))
+    rows = []
+    for point in (point for point in record.points if not point.baseline):
+        others = [
+            "–" if other is None else f"{quality(other):.2f} ({other.bytes:,.0f})"
+            for other in record.matched(point).values()
+        ]
+        own = [f"{point.codec}, {point.setting}", f"{point.bytes:,.1f}", f"{quality(point):.2f}"]
+        rows.append([*own, *others])
+    header = ["", "bytes", "PSNR dB", *(f"{name} dB (bytes)" for name in baselines)]
+    note = "Of each baseline the best that takes no more bytes on average; – where nothing is that small."
+    return Table(f"PSNR at matched bytes, {count}", header, rows, note if baselines else "")
+
+
+def _settings_table(record: CurvesRecord, count: str) -> Table:
+    names = list(record.points[0].metrics)
+    rows = [
+        [point.codec, point.setting, f"{point.bytes:,.1f}", *(_cell(name, point) for name in names)]
+        for point in record.points
+    ]
+    note = " ".join(["Brackets are 95% intervals over images.", *record.warnings])
+    return Table(f"Every setting, {count}", ["", "setting", "bytes", *map(_label, names)], rows, note)
+
+
+def charts(record: CurvesRecord) -> list[Chart]:
+    """One chart a metric, over bytes an image."""
+    return [chart(record, name) for name in record.points[0].metrics]
+
+
+def chart(record: CurvesRecord, metric: str) -> Chart:
+    """A metric over bytes an image, a line for each tokenizer and codec."""
+    series = []
+    for codec in dict.fromkeys(point.codec for point in record.points):
+        points = [point for point in record.points if point.codec == codec]
+        values = [point.metrics[metric] for point in points]
+        if all("value" in value for value in values):
+            has_interval = not points[0].baseline and all("low" in value for value in values)
+            series.append(
+                Series(
+                    codec,
+                    [point.bytes for point in points],
+                    [value["value"] for value in values],
+                    [value["low"] for value in values] if has_interval else None,
+                    [value["high"] for value in values] if has_interval else None,
+                    baseline=points[0].baseline,
+                )
+            )
+    label, unit, _ = FORMATS[metric]
+    shown = f"{label}, {unit}" if unit else label
+    return curves(f"{label} for bytes", "bytes an image", f"{shown} (n = {record.n:,})", series)
+
+
+def write_curves(path: Path, result: Result) -> None:
+    """The report of `vistok eval tokens`."""
+    record = result.record
+    title = f"Rate and distortion of {record.tokenizer} on {record.data['source']}"
+    longest = [point for point in record.points if not point.baseline]
+    cards = []
+    for codec in dict.fromkeys(point.codec for point in longest):
+        best = max((point for point in longest if point.codec == codec), key=lambda point: point.bytes)
+        told = f"{best.setting}, {best.bytes:,.0f} bytes"
+        cards.append(Card(f"{codec}: PSNR", f"{quality(best):.2f} dB", told))
+        if "value" in (fid := best.metrics.get("fid", {})):
+            cards.append(Card(f"{codec}: rFID", f"{fid['value']:.3f}", told))
+    strips = [
+        Strip([("original", picture.original), *picture.versions], picture.name)
+        for picture in result.pictures()
+    ]
+    matched, settings, *others = tables(record)
+    gallery = Gallery("Pictures", strips, GALLERY_NOTE)
+    parts = [*charts(record), matched, gallery, settings, *others, *circumstances(record)]
+    write_html(path, Report(title, lead(record), cards, parts))
+
+
+def _cell(name: str, point: Point) -> str:
+    metric, style = point.metrics[name], FORMATS[name][2]
+    if "skipped" in metric:
+        return "skipped"
+    if metric.get("low", metric["value"]) == metric.get("high", metric["value"]):
+        return f"{metric['value']:{style}}"
+    return f"{metric['value']:{style}} ({metric['low']:{style}}–{metric['high']:{style}})"
+
+
+def _label(name: str) -> str:
+    label, unit, _ = FORMATS.get(name, (name, "", ""))
+    return f"{label} {unit}".strip()

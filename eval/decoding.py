@@ -1,0 +1,43 @@
+"""How an evaluation decodes: reproducibly, whatever batch an image is in, and refusing images that are not
+finite."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokenizer import Tokenizer
+from ..tokens import Tokens
+
+
+def decode_images(
+    model: Tokenizer,
+    tokens: Tokens,
+    size: tuple[int, int],
+    numbers: Sequence[int],
+    names: Sequence[str],
+    *,
+    seed: int,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Tensor:
+    """Tokens of images with these numbers and names → float32 [B, 3, *size] in [0, 1].
+
+    The noise of a stochastic decoder depends on `seed` and an image's number alone. FloatingPointError for
+    images that are not finite.
+    """
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    if "size" in inspect.signature(model.decode).parameters:
+        options["size"] = size
+    seeds = [hash((seed, number)) & (2**63 - 1) for number in numbers]
+    generators = [torch.Generator().manual_seed(each) for each in seeds]
+    decoded = model.decode(tokens, generator=generators, **options).float()
+    if bad := (~decoded.isfinite().all(dim=(1, 2, 3))).nonzero()[:, 0].tolist():
+        told = ", ".join(names[row] for row in bad[:3])
+        raise FloatingPointError(
+            f"{model.label} gives values that are not finite for {len(bad)} of {len(names)} images ({told}): "
+            "check its weights, or look at these images with `vistok reconstruct`"
+        )
+    return decoded
