@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 BINS = 24
 # Told apart by readers with any colour vision; Okabe and Ito, "Color Universal Design" (2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-BASELINES = ("#5b6475", "#8a6d3b", "#7f7fb0", "#9aa3af")
+COLOURS = ("#0072b2", "#000000", "#56b4e9", "#e69f00")
+BASELINES = ("#8a93a3", "#d55e00", "#009e73", "#cc79a7")
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -105,9 +105,9 @@ def _styled(draw: Callable[P, "Chart"]) -> Callable[P, "Chart"]:
 
 @_styled
 def curves(
-    title: str, x_label: str, y_label: str, series: Sequence[Series], *, logarithmic: bool = True
+    title: str, x_label: str, y_label: str, series: Sequence[Series], *, from_zero: bool = False
 ) -> Chart:
-    """Lines with a mark at every point; values that are not finite are left out."""
+    """Lines with a mark at every point, over a logarithmic cost; values that are not finite are left out."""
     figure, axes = _empty()
     strong, weak = itertools.cycle(COLOURS), itertools.cycle(BASELINES)
     for line in series:
@@ -122,9 +122,10 @@ def curves(
         if line.low is not None and line.high is not None:
             low, high = (np.asarray(ends, np.float64)[order] for ends in (line.low, line.high))
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0, zorder=1)
-    if logarithmic:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.grid(visible=True)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -139,8 +140,10 @@ def histogram(title: str, label: str, values: Sequence[float] | np.ndarray) -> C
     """How finite values [n] spread, in equal bins from the least to the most, with their mean."""
     values = np.asarray(values, np.float64)
     figure, axes = _empty(height=2.6)
-    axes.hist(values, bins=BINS, color=COLOURS[0], rwidth=0.94)
-    axes.axvline(values.mean(), color=COLOURS[1], linewidth=1.4)
+    least, most = values.min(), values.max()
+    margin = 0 if least < most else max(1, abs(least) / 4)
+    axes.hist(values, bins=BINS, range=(least - margin, most + margin), color=COLOURS[0], rwidth=0.94)
+    axes.axvline(values.mean(), color=BASELINES[1], linewidth=1.4)
     axes.annotate(
         f"mean {values.mean():.4g}",
         (values.mean(), 1),
@@ -148,7 +151,7 @@ def histogram(title: str, label: str, values: Sequence[float] | np.ndarray) -> C
         xytext=(4, -2),
         textcoords="offset points",
         va="top",
-        color=COLOURS[1],
+        color=BASELINES[1],
         fontsize=9,
     )
     axes.grid(visible=True, axis="y")

@@ -12,15 +12,14 @@ GALLERY_NOTE = "Each picture as it was given, then as it comes back; bytes are t
 
 def tables(record: CurvesRecord, *, reasons: bool = True) -> list[Table]:
     """Tokenizers beside the baselines at their bytes, every setting, and `reasons` for what was skipped."""
-    count = f"n = {record.n:,}"
-    found = [matched_table(record, count), _settings_table(record, count)]
+    found = [matched_table(record), _settings_table(record)]
     if reasons and record.skipped:
         why = [[_label(name), f"skipped: {reason}"] for name, reason in record.skipped.items()]
         found.append(Table("Skipped", ["", "why"], why))
     return found
 
 
-def matched_table(record: CurvesRecord, count: str) -> Table:
+def matched_table(record: CurvesRecord) -> Table:
     """Every length of the tokenizers, and the best of each baseline that takes no more bytes."""
     baselines = list(dict.fromkeys(point.codec for point in record.points if point.baseline))
     rows = []
@@ -33,17 +32,18 @@ def matched_table(record: CurvesRecord, count: str) -> Table:
         rows.append([*own, *others])
     header = ["", "bytes", "PSNR dB", *(f"{name} dB (bytes)" for name in baselines)]
     note = "Of each baseline the best that takes no more bytes on average; – where nothing is that small."
-    return Table(f"PSNR at matched bytes, {count}", header, rows, note if baselines else "")
+    return Table(f"PSNR at matched bytes, n = {record.n:,}", header, rows, note if baselines else "")
 
 
-def _settings_table(record: CurvesRecord, count: str) -> Table:
+def _settings_table(record: CurvesRecord) -> Table:
     names = list(record.points[0].metrics)
     rows = [
         [point.codec, point.setting, f"{point.bytes:,.1f}", *(_cell(name, point) for name in names)]
         for point in record.points
     ]
     note = " ".join(["Brackets are 95% intervals over images.", *record.warnings])
-    return Table(f"Every setting, {count}", ["", "setting", "bytes", *map(_label, names)], rows, note)
+    header = ["", "setting", "bytes", *map(_label, names)]
+    return Table(f"Every setting, n = {record.n:,}", header, rows, note)
 
 
 def charts(record: CurvesRecord) -> list[Chart]:

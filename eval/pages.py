@@ -37,7 +37,7 @@ FORMATS: dict[str, tuple[str, str, str]] = {
     "tokens-per-image": ("tokens an image", "", ".4g"),
     "bits-per-image": ("bits an image", "", ",.1f"),
     "bits-per-pixel": ("bits a pixel", "", ".4g"),
-    "codebook-usage": ("codebook entries used", "", ".2%"),
+    "codebook-usage": ("codebook used", "", ".2%"),
     "perplexity": ("perplexity", "", ",.1f"),
     "bit-entropy": ("entropy of a bit", "", ".4f"),
     "lowest-bit-entropy": ("lowest entropy of a bit", "", ".4f"),

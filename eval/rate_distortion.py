@@ -5,6 +5,7 @@ codecs are chosen on the first images of the data and then measured on all.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -254,7 +255,8 @@ class _Curves:
     def _codecs(self, chosen: tuple[Tensor, list[float]]) -> list[_Codec]:
         images, sizes = chosen
         pictures, most = to_pil(images), max(LEAST_RANGE, 4 * max(sizes))
-        budgets = sorted({*sizes, *(float(size) for size in _powers_below(int(most))), most})
+        steps = [2 ** (step / 2) for step in range(int(2 * math.log2(most)) + 1)]
+        budgets = sorted({*sizes, *steps, most})
         found = []
         for name in (name for name in codecs.NAMES if name in self.config.baselines):
             if why := codecs.missing(name):

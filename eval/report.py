@@ -30,10 +30,10 @@ h2 { font-size: 1.1rem; margin: 0 0 .6rem }
 .lead { margin: 0 0 1.6rem }
 .note, figcaption { font-size: .88rem }
 .cards { display: grid; gap: .8rem; margin-bottom: 1.2rem;
-  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)) }
 .card, section { background: #fff; border: 1px solid var(--line); border-radius: 8px }
 .card { padding: .7rem .9rem }
-.card b { display: block; font-size: 1.55rem; line-height: 1.3; color: var(--strong) }
+.card b { display: block; font-size: 1.4rem; line-height: 1.3; color: var(--strong) }
 .card small { color: var(--soft); font-size: .82rem; display: block }
 section { padding: 1.1rem 1.2rem; margin-bottom: 1.2rem }
 .charts { display: grid; gap: 1.2rem; margin-bottom: 1.2rem;
@@ -42,9 +42,10 @@ section { padding: 1.1rem 1.2rem; margin-bottom: 1.2rem }
 .charts img { width: 100%; max-width: 44rem; display: block }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere;
+th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word;
   border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600; white-space: nowrap }
+td:first-child:not(.number) { min-width: 11rem; max-width: 24rem }
 td.number { white-space: nowrap }
 td.skipped { color: var(--soft); font-style: italic }
 figure { margin: 0 }

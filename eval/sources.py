@@ -86,11 +86,16 @@ def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
     tars = [file for file in files if _is_tar(file)]
     if len(tars) == len(files):
         _refuse("tar shards", split=split)
-        return _shards(", ".join(given), files, column)
+        return _shards(_told(given), files, column)
     if tars:
-        raise ValueError(f"{', '.join(given)} mixes images and tar files ({tars[0]}): give one kind")
+        raise ValueError(f"{_told(given)} mixes images and tar files ({tars[0]}): give one kind")
     _refuse("image files", split=split, column=column)
-    return Files(", ".join(given), "files", files, root="")
+    return Files(_told(given), "files", files, root="")
+
+
+def _told(given: list[str]) -> str:
+    """What titles and messages call a list."""
+    return ", ".join(given) if len(given) <= 4 else f"{', '.join(given[:3])} and {len(given) - 3} more"
 
 
 def _files(given: str) -> list[str]:

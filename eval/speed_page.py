@@ -66,7 +66,7 @@ def _charts(name: str, speeds: list[Speed]) -> list[Chart]:
                     line.x.append(speed.batch_size)
                     line.y.append(number)
         if lines:
-            found.append(curves(f"{name}: {what}", "batch size", unit, list(lines.values())))
+            found.append(curves(f"{name}: {what}", "batch size", unit, list(lines.values()), from_zero=True))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vistok.eval import pipeline
-from vistok.eval.data import Dataset, batches, decode, open_dataset
+from vistok.eval.data import NICE, Dataset, batches, decode, open_dataset
 from vistok.images import to_tensor
 from vistok.registry import create
 
@@ -486,6 +487,14 @@ def test_workers_decode_ahead_while_the_model_is_busy(tmp_path):
             time.sleep(0.01)
         assert {4, 5, 6, 7} <= dataset.noted()  # the second batch, which nobody has asked for
         assert 39 not in dataset.noted()  # but not everything: memory is bounded
+
+
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="priorities are POSIX")
+def test_workers_stand_back_behind_the_model():
+    with closing(batches(in_memory(TINY), 2, 4, workers=1)) as read:
+        next(read)
+        found = [os.getpriority(os.PRIO_PROCESS, child.pid) for child in multiprocessing.active_children()]
+    assert max(found) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
 
 def test_reading_leaves_the_random_state_of_the_program_alone():
