@@ -331,6 +331,7 @@ def speed(
     straightforward implementation, paired in one run."""
     import torch
 
+    from ..registry import entries, families, unknown_name
     from .charts import require
     from .record import write
     from .speed import HEADER, measure
@@ -338,6 +339,8 @@ def speed(
 
     if html:
         require()
+    if unknown := [name for name in tokenizer if name not in {**entries(), **families()}]:
+        raise ValueError(unknown_name(unknown[0]))
     if threads:
         torch.set_num_threads(threads)
     found = []

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from PIL import ExifTags, Image
 
-from . import passes
+from . import feature_sets, passes
 from .data import Batch, Dataset, open_dataset
 from .feature_sets import FEW, FeatureSet, compare, warn_of_few
 from .instruments import SETS, Instruments, WeightFiles, choose
@@ -63,6 +63,7 @@ def run(config: FidConfig, out: Path, device: torch.device) -> Result | None:
     sides = {name: _open(source, config.limit) for name, source in sources.items()}
     datasets = {name: side for name, side in sides.items() if isinstance(side, Dataset)}
     _check_counts(list(datasets.values()), config.allow_different_counts)
+    _check_features(sources, sides)
     process, device = passes.join(device)
     instruments = Instruments(wanted if datasets else [], config.files, device)
     if missing := list(instruments.skipped.values()):
@@ -91,6 +92,19 @@ def _check_counts(datasets: list[Dataset], allowed: bool) -> None:
         raise ValueError(
             f"{datasets[0].source} has {counts[0]:,} images and {datasets[1].source} {counts[1]:,}: FID "
             f"depends on their number; give --limit {min(counts)}, or --allow-different-counts"
+        )
+
+
+def _check_features(sources: dict[str, str], sides: dict[str, Dataset | Gaussian]) -> None:
+    widths = {
+        name: len(side.mean) if isinstance(side, Gaussian) else feature_sets.FEATURES
+        for name, side in sides.items()
+    }
+    if widths["a"] != widths["b"]:
+        told = " and ".join(f"{sources[name]} of {width}" for name, width in widths.items())
+        raise ValueError(
+            f"the sides are of different features, {told}: FID is of the {feature_sets.FEATURES} of "
+            "Inception's last pooling layer"
         )
 
 

@@ -155,7 +155,8 @@ class _Tokenizer:
             lengths = self.config.lengths or [*_powers_below(full), full]
             kept = sorted({length for length in lengths if length <= full})
             if not kept:
-                raise ValueError(f"{self.name} has 1 to {full} tokens, none of the lengths {lengths}")
+                told = ", ".join(map(str, lengths))
+                raise ValueError(f"{self.name} has 1 to {full} tokens; --lengths {told} is beyond them all")
             self.settings = [(_tokens(length), length) for length in kept]
         else:
             self.settings = [(_tokens(full), None)]

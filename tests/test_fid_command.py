@@ -177,11 +177,13 @@ def test_sizes_are_those_of_upright_pictures(tmp_path, quick_inception):
         (lambda root: root / "nowhere.npz", FileNotFoundError, "nowhere.npz"),
         (lambda root: root / "empty", FileNotFoundError, "no picture under"),
         (lambda root: root / "samples.npz", ValueError, "batch of samples"),
+        (lambda root: root / "few.npz", ValueError, "different features, .*few.npz of 3"),
     ],
 )
 def test_sides_that_are_none_are_told_at_once(folders, tmp_path, quick_inception, make, error, message):
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    np.savez(tmp_path / "few.npz", mu=np.zeros(3), sigma=np.eye(3))
     for sides in ((folders[0], make(tmp_path)), (make(tmp_path), folders[0])):
         with pytest.raises(error, match=message):
             compare(*sides, tmp_path / "out")

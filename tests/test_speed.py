@@ -152,7 +152,8 @@ def test_a_difference_of_pictures_shows():
     for variant in (base, other):
         variant.run()
     assert other.difference == 0.25
-    assert Speed("name", 1, torch.device("cpu"), 16, [base, other]).table()[1][-3::2] == ["1", "2e-01 apart"]
+    speed = Speed("name", 10**6, 1, torch.device("cpu"), 16, [base, other])
+    assert speed.table()[1][-3::2] == ["1", "2e-01 apart"] and "1.0 M parameters" in speed.title
 
 
 def test_compiling_is_refused_where_it_is_not_timed():
