@@ -134,8 +134,8 @@ class _Tokenizer:
 
     baseline = False
 
-    def __init__(self, model: Tokenizer, config: CurvesConfig, size: int) -> None:
-        self.model, self.config, self.name = model, config, model.label
+    def __init__(self, name: str, model: Tokenizer, config: CurvesConfig, size: int) -> None:
+        self.name, self.model, self.config = name, model, config
         try:
             model.check_image_size(size, size, "")
             self.own = size
@@ -164,6 +164,7 @@ class _Tokenizer:
 
     def __call__(self, images: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Decoded images and bytes of each, for every setting."""
+        steps, guidance = self.config.steps, self.config.guidance
         for tokens in self._encoded(images):
             decoded = decode_images(
                 self.model,
@@ -172,8 +173,7 @@ class _Tokenizer:
                 batch.indices.tolist(),
                 batch.names,
                 seed=self.config.seed,
-                steps=self.config.steps,
-                guidance=self.config.guidance,
+                **({"steps": steps, "guidance": guidance} if self.model.stochastic else {}),
             )
             if self.resized:
                 decoded = _resized(decoded, images.shape[-1])
@@ -234,7 +234,8 @@ class _Curves:
         self.size = config.size or max(model.image_size for model in loaded)
         self.instruments = Instruments(wanted, config.files, device)
         self.skipped = dict(self.instruments.skipped)
-        self.sweeps: list[_Tokenizer | _Codec] = [_Tokenizer(model, config, self.size) for model in loaded]
+        names = zip(_names(loaded, config), loaded, strict=True)
+        self.sweeps: list[_Tokenizer | _Codec] = [_Tokenizer(*each, config, self.size) for each in names]
         self.sweeps += self._codecs(self._choose())
         self.columns = ["bytes", *self.instruments.pairs]
         self._declare(folder, process, loaded)
@@ -263,7 +264,8 @@ class _Curves:
             if why := codecs.missing(name):
                 self.skipped[name] = why
             else:
-                found.append(_Codec(name, codecs.best_within(name, pictures, budgets)))
+                within = sizes if name == "thumbnail" else budgets
+                found.append(_Codec(name, codecs.best_within(name, pictures, within)))
         return found
 
     def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:
@@ -403,19 +405,30 @@ class _Curves:
         return pictures
 
 
-def _check_choices(models: list[Tokenizer], config: CurvesConfig) -> None:
-    """ValueError for choices that nothing takes, before any work."""
+def _names(models: list[Tokenizer], config: CurvesConfig) -> list[str]:
+    """What tables call the tokenizers: by their labels, or as they were given where two have the same."""
     labels = [model.label for model in models]
     if not labels:
         raise ValueError("no tokenizer was named: give --tokenizer NAME, once or more")
+    if len(set(labels)) < len(labels) and config.tokenizers:
+        labels = list(config.tokenizers)
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"{', '.join(twice)} is there twice: name every tokenizer once")
+    return labels
+
+
+def _check_choices(models: list[Tokenizer], config: CurvesConfig) -> None:
+    """ValueError for choices that nothing takes, before any work."""
+    labels = _names(models, config)
     if config.lengths and min(config.lengths) < 1:
         raise ValueError(f"--lengths {min(config.lengths)}: an image has one token at least")
     if config.lengths and not any(model.ordered for model in models):
         raise ValueError(f"--lengths is for tokenizers with a choice; {', '.join(labels)} has none")
     if config.targets and not any(model.adaptive for model in models):
         raise ValueError(f"--target is for adaptive tokenizers (KARL); {', '.join(labels)} is not one")
+    drawn = config.steps is not None or config.guidance is not None
+    if drawn and not any(model.stochastic for model in models):
+        raise ValueError(f"--steps and --guidance are for stochastic decoders; {', '.join(labels)} has none")
     if config.weights and len(models) > 1:
         raise ValueError("--weights is for one tokenizer; name a folder or file as --tokenizer for more")
 

@@ -29,10 +29,9 @@ h2 { font-size: 1.1rem; margin: 0 0 .6rem }
 .lead, .note, figcaption { color: var(--soft) }
 .lead { margin: 0 0 1.6rem }
 .note, figcaption { font-size: .88rem }
-.cards { display: grid; gap: .8rem; margin-bottom: 1.2rem;
-  grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)) }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin-bottom: 1.2rem }
 .card, section { background: #fff; border: 1px solid var(--line); border-radius: 8px }
-.card { padding: .7rem .9rem }
+.card { padding: .7rem .9rem; flex: 1 1 8.2rem; max-width: 14rem }
 .card b { display: block; font-size: 1.4rem; line-height: 1.3; color: var(--strong) }
 .card small { color: var(--soft); font-size: .82rem; display: block }
 section { padding: 1.1rem 1.2rem; margin-bottom: 1.2rem }

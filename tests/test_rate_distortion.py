@@ -9,7 +9,7 @@ from evaluated import read, save, scenes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_tokenizers import pictures, shared
+from tiny_tokenizers import fresh, pictures, shared
 
 from vistok import load, to_pil, to_tensor
 from vistok.eval import codecs, commands, curves_page, passes, rate_distortion
@@ -91,7 +91,8 @@ def test_a_smaller_tokenizer_is_compared_at_the_size_of_the_larger_one(folder, t
 def test_noise_of_a_stochastic_decoder_does_not_depend_on_the_batch(folder, tmp_path):
     options = {"steps": 2, "lengths": (2,), "batch_size": 7}
     (together,) = points(folder, tmp_path / "a", shared("flextok"), **options)
-    (apart,) = points(folder, tmp_path / "b", shared("flextok"), **{**options, "batch_size": 2})
+    beside = shared("flextok"), shared("titok-vq")  # which has no steps
+    apart, _ = points(folder, tmp_path / "b", *beside, **{**options, "batch_size": 2})
     (other,) = points(folder, tmp_path / "c", shared("flextok"), **options, seed=1)
     assert quality(together) == pytest.approx(quality(apart), rel=1e-5)
     assert quality(together) != pytest.approx(quality(other), rel=1e-5)
@@ -227,6 +228,7 @@ def test_bad_images_are_named_and_do_not_stop_the_run(folder, tmp_path):
         ({"lengths": (0,)}, "one token at least"),
         ({"lengths": (64,)}, "1 to 6 tokens"),
         ({"targets": (0.1,)}, "is for adaptive tokenizers"),
+        ({"steps": 3}, "are for stochastic decoders; mini has none"),
     ],
 )
 def test_what_nothing_takes_is_refused_before_any_work(folder, tmp_path, options, message):
@@ -240,6 +242,18 @@ def test_tokenizers_are_named_once_and_lengths_are_for_those_with_a_choice(folde
         measure(folder, tmp_path / "out", shared("mini"), shared("mini"))
     with pytest.raises(ValueError, match="with a choice; titok"):
         measure(folder, tmp_path / "out", shared("titok-vq"), lengths=(2,))
+
+
+def test_two_tokenizers_of_one_family_are_called_as_they_were_given(folder, tmp_path):
+    given = []
+    for seed in range(2):
+        given.append(str(tmp_path / f"run-{seed}"))
+        torch.manual_seed(seed)
+        fresh("mini").save_pretrained(given[-1])
+    config = CurvesConfig(tuple(given), (str(folder),), baselines=(), metrics=PLAIN, workers=0)
+    record = rate_distortion.run(config, tmp_path / "out", CPU).record
+    assert list(dict.fromkeys(point.codec for point in record.points)) == given
+    assert record.tokenizer == ", ".join(given)
 
 
 def test_a_folder_of_no_readable_image_is_told(tmp_path):

@@ -43,6 +43,8 @@ class Tokenizer(nn.Module):
     """Whether any prefix of the tokens decodes to a whole image."""
     adaptive: ClassVar[bool] = False
     """Whether `encode` gives images different numbers of tokens."""
+    stochastic: ClassVar[bool] = False
+    """Whether pictures are drawn from noise, in `steps`, with `guidance`."""
     checkpoint_ignores: ClassVar[tuple[str, ...]] = ()
     """Patterns of keys that a checkpoint may have or lack without harm (training statistics)."""
 

@@ -73,6 +73,7 @@ class FlexTok(Tokenizer):
 
     config_class = FlexTokConfig
     ordered = True
+    stochastic = True
 
     def __init__(self, config: FlexTokConfig) -> None:
         super().__init__(config)
