@@ -149,7 +149,7 @@ def recon(
     if html:
         pages.write_reconstruction(out / "report.html", result)
     result.state.remove()
-    _show(result.record, pages.tables(result.record, reasons=False), out, html)
+    _show(result.record, pages.tables(result.record), out, html)
 
 
 @app.command()
@@ -240,7 +240,7 @@ def tokens(
     if html:
         curves_page.write_curves(out / "report.html", result)
     result.state.remove()
-    _show(result.record, curves_page.tables(result.record, reasons=False), out, html)
+    _show(result.record, curves_page.tables(result.record), out, html)
 
 
 @app.command()
@@ -309,7 +309,7 @@ def fid(
         pages.write_fid(out / "report.html", result.record)
     for state in result.states:
         state.remove()
-    _show(result.record, pages.tables(result.record, reasons=False), out, html)
+    _show(result.record, pages.tables(result.record), out, html)
 
 
 @app.command()
@@ -372,8 +372,9 @@ def _show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> Non
     """The tables, what was skipped, warnings, and where the files are."""
     for shown in tables:
         table(shown.title, shown.header, shown.rows)
-    for reason in dict.fromkeys(record.skipped.values()):
-        names = ", ".join(name for name, each in record.skipped.items() if each == reason)
+    from .pages import skipped
+
+    for names, reason in (row for shown in skipped(record) for row in shown.rows):
         typer.secho(f"skipped {names}: {reason}", fg="yellow", err=True)
     for warning in record.warnings:
         typer.secho(warning, fg="yellow", err=True)

@@ -3,20 +3,16 @@
 from pathlib import Path
 
 from .charts import Chart, Series, curves
-from .pages import FORMATS, circumstances, lead
+from .pages import FORMATS, circumstances, lead, skipped
 from .rate_distortion import CurvesRecord, Point, Result, quality
 from .report import Card, Gallery, Report, Strip, Table, write_html
 
 GALLERY_NOTE = "Each picture as it was given, then as it comes back; bytes are those of this picture."
 
 
-def tables(record: CurvesRecord, *, reasons: bool = True) -> list[Table]:
-    """Tokenizers beside the baselines at their bytes, every setting, and `reasons` for what was skipped."""
-    found = [matched_table(record), _settings_table(record)]
-    if reasons and record.skipped:
-        why = [[_label(name), f"skipped: {reason}"] for name, reason in record.skipped.items()]
-        found.append(Table("Skipped", ["", "why"], why))
-    return found
+def tables(record: CurvesRecord) -> list[Table]:
+    """Tokenizers beside the baselines at their bytes, and every setting."""
+    return [matched_table(record), _settings_table(record)]
 
 
 def matched_table(record: CurvesRecord) -> Table:
@@ -90,9 +86,9 @@ def write_curves(path: Path, result: Result) -> None:
         Strip([("original", picture.original), *picture.versions], picture.name)
         for picture in result.pictures()
     ]
-    matched, settings, *others = tables(record)
+    matched, settings = tables(record)
     gallery = Gallery("Pictures", strips, GALLERY_NOTE)
-    parts = [*charts(record), matched, gallery, settings, *others, *circumstances(record)]
+    parts = [*charts(record), matched, gallery, settings, *skipped(record), *circumstances(record)]
     write_html(path, Report(title, lead(record), cards, parts))
 
 

@@ -45,12 +45,12 @@ FORMATS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def _row(name: str, metric: dict[str, Any], record: Record, reasons: bool = True) -> list[str]:
+def _row(name: str, metric: dict[str, Any], record: Record) -> list[str]:
     label, unit, style = FORMATS.get(name, (name, "", ".4g"))
     if name == "fid" and record.tokenizer is not None:
         label = "rFID"
     if "skipped" in metric:
-        return [label, "skipped", "", metric["skipped"] if reasons else ""]
+        return [label, "skipped", "", ""]
     interval = ""
     if "low" in metric and metric["low"] != metric["high"]:
         interval = f"{metric['low']:{style}} – {metric['high']:{style}}"
@@ -80,13 +80,13 @@ def write_reconstruction(path: Path, result: "Result") -> None:
         finite = values[np.isfinite(values)]
         if len(finite) and (finite.min() < finite.max() or name == "bits"):
             charts.append(histogram(f"{label}, each image", f"{label} {unit}".strip(), finite))
-    parts = [*tables(record), *charts, *_examples(result), *circumstances(record)]
+    parts = [*tables(record), *skipped(record), *charts, *_examples(result), *circumstances(record)]
     write_html(path, Report(title(record), lead(record), cards(record), parts))
 
 
 def write_fid(path: Path, record: Record) -> None:
     """The report of `vistok eval fid`: figures and tables."""
-    parts = [*tables(record), *circumstances(record)]
+    parts = [*tables(record), *skipped(record), *circumstances(record)]
     write_html(path, Report(title(record), lead(record), cards(record), parts))
 
 
@@ -117,10 +117,10 @@ def cards(record: Record) -> list[Card]:
     return shown
 
 
-def tables(record: Record, *, reasons: bool = True) -> list[Table]:
-    """All metrics, with the `reasons` why some were not computed, and each setting of pFID's grid."""
+def tables(record: Record) -> list[Table]:
+    """All metrics, and each setting of pFID's grid."""
     count = "n unknown" if record.n is None else f"n = {record.n:,}"
-    shown = [_row(name, metric, record, reasons) for name, metric in record.metrics.items()]
+    shown = [_row(name, metric, record) for name, metric in record.metrics.items()]
     found = [Table(f"{title(record)}, {count}", HEADER, shown, note=" ".join(record.warnings))]
     if cells := record.metrics.get("pfid", {}).get("cells", []):
         grid = [
@@ -129,6 +129,15 @@ def tables(record: Record, *, reasons: bool = True) -> list[Table]:
         ]
         found.append(Table(f"pFID of every setting, {count}", PFID_HEADER, grid))
     return found
+
+
+def skipped(record: Record) -> list[Table]:
+    """What was not computed and why, a row a reason; nothing if all was."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in record.skipped.items():
+        reasons.setdefault(reason, []).append(FORMATS.get(name, (name,))[0])
+    rows = [[", ".join(names), reason] for reason, names in reasons.items()]
+    return [Table("Skipped", ["metric", "why"], rows)] if rows else []
 
 
 def circumstances(record: Record) -> list[Table | Chart]:

@@ -46,6 +46,7 @@ th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; 
 th { color: var(--soft); font-weight: 600; white-space: nowrap }
 td:first-child:not(.number) { min-width: 11rem; max-width: 24rem }
 td.number { white-space: nowrap }
+td.long { overflow-wrap: anywhere }
 td.skipped { color: var(--soft); font-style: italic }
 figure { margin: 0 }
 figcaption { margin-top: .3rem; overflow-wrap: anywhere }
@@ -57,6 +58,8 @@ figcaption { margin-top: .3rem; overflow-wrap: anywhere }
   overflow-wrap: anywhere }
 """
 NUMBER = re.compile(r"[-−±]?[\d.,]+(e[-+]?\d+)?( ?[%×–(-].*)?( dB)?")
+LONG = 30
+"""Letters of a word that a cell may break anywhere."""
 NARROW = 3
 """Pictures in a strip up to which several strips stand beside each other."""
 
@@ -151,7 +154,9 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    kind = "skipped" if text.startswith("skipped") else "number" if NUMBER.fullmatch(text) else ""
+    kind = "skipped" if text == "skipped" else "number" if NUMBER.fullmatch(text) else ""
+    if any(len(word) > LONG for word in text.split()):
+        kind = "long"
     return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
 

@@ -110,11 +110,13 @@ def test_the_same_drawing_is_the_same_file():
 
 def test_numbers_are_those_of_the_record_and_skipped_ones_are_no_number(tmp_path):
     reason = "FID needs weights: put them there"
-    kept = record(psnr={"value": 19.876, "low": 19.5, "high": 20.25}, fid={"skipped": reason})
+    kept = record(
+        psnr={"value": 19.876, "low": 19.5, "high": 20.25}, fid={"skipped": reason}, kid={"skipped": reason}
+    )
     pages.write_fid(tmp_path / "report.html", kept)
     found = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert ["PSNR", "19.88 dB", "19.50 – 20.25"] in found.rows
-    assert ["rFID", "skipped", reason] in found.rows
+    assert ["rFID", "skipped"] in found.rows and ["FID, KID", reason] in found.rows
     cards = pages.cards(kept)
     assert [(card.label, card.value) for card in cards] == [("PSNR", "19.88 dB")]
     told = " ".join(found.text)
@@ -129,9 +131,7 @@ def test_every_table_says_how_many_images_it_is_of():
 
 
 def test_a_cell_is_a_number_or_a_text(tmp_path):
-    rows = [
-        ["1.25", "3.2e-04", "19.50 – 20.25", "0.12 (0.11–0.13)", "25%", "PSNR", "1/2 of it", "skipped: no"]
-    ]
+    rows = [["1.25", "3.2e-04", "19.50 – 20.25", "0.12 (0.11–0.13)", "25%", "PSNR", "1/2 of it", "skipped"]]
     write_html(tmp_path / "report.html", Report("t", "l", [], [Table("t", list("abcdefgh"), rows)]))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.count('<td class="number">') == 5 and text.count('<td class="skipped">') == 1
