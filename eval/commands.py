@@ -196,7 +196,9 @@ def tokens(
     workers: Workers = None,
     device: Device = "auto",
     checkpoint_every: Every = 50,
-    html: Html = True,
+    html: Annotated[
+        bool, typer.Option("--html/--no-html", help="Write report.html and rate_distortion.png.")
+    ] = True,
 ) -> None:
     """Quality for bytes: every length of one or several tokenizers, beside thumbnail, JPEG, WebP and AVIF at
     the same bytes, with rate–FID where Inception's weights are.
@@ -211,7 +213,8 @@ def tokens(
     from .rate_distortion import CurvesConfig, run
     from .record import write
 
-    require()
+    if html:
+        require()
     config = CurvesConfig(
         tokenizers=tuple(tokenizer or ["vistok-mini"]),
         data=tuple(images),
@@ -236,8 +239,8 @@ def tokens(
     if result is None:
         return
     write(out / "rate_distortion.json", result.record)
-    curves_page.chart(result.record, "psnr").save(out / "rate_distortion.png")
     if html:
+        curves_page.chart(result.record, "psnr").save(out / "rate_distortion.png")
         curves_page.write_curves(out / "report.html", result)
     result.state.remove()
     _show(result.record, curves_page.tables(result.record), out, html)

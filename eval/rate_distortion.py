@@ -6,7 +6,7 @@ codecs are chosen on the first images of the data and then measured on all.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -14,26 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor
 
 from ..images import to_pil
 from ..registry import load
 from ..tokenizer import Tokenizer
-from ..tokens import Tokens
 from . import codecs, passes
 from .data import Batch, batches, decode, open_dataset
-from .decoding import decode_images
 from .feature_sets import FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, Instruments, WeightFiles, choose, fingerprint
 from .metrics.summary import summarise
 from .record import Clock, Record
 from .state import State
+from .sweeps import CodecSweep, TokenizerSweep
 
 METRICS = (*PAIRS, "fid")
-TARGETS = (0.03, 0.05, 0.07, 0.1, 0.14)
-"""Mean absolute errors that adaptive tokenizers are asked for, unless others are given."""
 LEAST_RANGE = 2048
 """Bytes an image up to which codecs are measured; four times the longest tokens, if that is more."""
 SHOWN = 4
@@ -129,87 +125,6 @@ def run(
     return _Curves(config, out / "state", process, device, models).run()
 
 
-class _Tokenizer:
-    """The settings of one tokenizer on images of a common size."""
-
-    baseline = False
-
-    def __init__(self, name: str, model: Tokenizer, config: CurvesConfig, size: int) -> None:
-        self.name, self.model, self.config = name, model, config
-        try:
-            model.check_image_size(size, size, "")
-            self.own = size
-        except ValueError:
-            self.own = model.image_size
-        self.resized = self.own != size
-        self.settings: list[tuple[str, int | float | None]] = []
-
-    def choose(self, images: Tensor) -> list[float]:
-        """Decide on lengths with the first images [B, 3, S, S]; bytes an image of each."""
-        tokens = self.model.encode(self._own(images))
-        full = tokens.num_tokens
-        if self.model.adaptive:
-            targets = self.config.targets or TARGETS
-            self.settings = [(f"error {target:g}", target) for target in sorted(targets, reverse=True)]
-        elif self.model.ordered:
-            lengths = self.config.lengths or [*_powers_below(full), full]
-            kept = sorted({length for length in lengths if length <= full})
-            if not kept:
-                told = ", ".join(map(str, lengths))
-                raise ValueError(f"{self.name} has 1 to {full} tokens; --lengths {told} is beyond them all")
-            self.settings = [(_tokens(length), length) for length in kept]
-        else:
-            self.settings = [(_tokens(full), None)]
-        return [float(each.bits_per_image.double().mean()) / 8 for each in self._encoded(images)]
-
-    def __call__(self, images: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Decoded images and bytes of each, for every setting."""
-        steps, guidance = self.config.steps, self.config.guidance
-        for tokens in self._encoded(images):
-            decoded = decode_images(
-                self.model,
-                tokens,
-                (self.own, self.own),
-                batch.indices.tolist(),
-                batch.names,
-                seed=self.config.seed,
-                **({"steps": steps, "guidance": guidance} if self.model.stochastic else {}),
-            )
-            if self.resized:
-                decoded = _resized(decoded, images.shape[-1])
-            yield decoded, tokens.bits_per_image.double() / 8
-
-    def _encoded(self, images: Tensor) -> Iterator[Tokens]:
-        images = self._own(images)
-        if self.model.adaptive:
-            for _, target in self.settings:
-                yield self.model.encode(images, target=target)
-            return
-        tokens = self.model.encode(images)
-        for _, length in self.settings:
-            yield tokens if length is None else tokens.prefix(length)
-
-    def _own(self, images: Tensor) -> Tensor:
-        return _resized(images, self.own) if self.resized else images
-
-
-class _Codec:
-    """The settings of one codec."""
-
-    baseline = True
-
-    def __init__(self, name: str, chosen: list[codecs.Setting]) -> None:
-        self.name, self.chosen = name, chosen
-        self.settings = [(setting.label, None) for setting in chosen]
-
-    def __call__(self, images: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Decoded images and bytes of each, for every setting."""
-        pictures = to_pil(images.cpu())
-        for setting in self.chosen:
-            decoded, sizes = codecs.apply(setting, pictures)
-            yield decoded.to(images.device), sizes.double()
-
-
 class _Curves:
     """One measurement: its settings, instruments and state."""
 
@@ -235,7 +150,11 @@ class _Curves:
         self.instruments = Instruments(wanted, config.files, device)
         self.skipped = dict(self.instruments.skipped)
         names = zip(_names(loaded, config), loaded, strict=True)
-        self.sweeps: list[_Tokenizer | _Codec] = [_Tokenizer(*each, config, self.size) for each in names]
+        options = {"lengths": config.lengths, "targets": config.targets, "seed": config.seed}
+        options |= {"steps": config.steps, "guidance": config.guidance}
+        self.sweeps: list[TokenizerSweep | CodecSweep] = [
+            TokenizerSweep(*each, self.size, **options) for each in names
+        ]
         self.sweeps += self._codecs(self._choose())
         self.columns = ["bytes", *self.instruments.pairs]
         self._declare(folder, process, loaded)
@@ -254,7 +173,7 @@ class _Curves:
         images = first.images.float() / 255
         return images, [size for sweep in self.sweeps for size in sweep.choose(images.to(self.device))]
 
-    def _codecs(self, chosen: tuple[Tensor, list[float]]) -> list[_Codec]:
+    def _codecs(self, chosen: tuple[Tensor, list[float]]) -> list[CodecSweep]:
         images, sizes = chosen
         pictures, most = to_pil(images), max(LEAST_RANGE, 4 * max(sizes))
         steps = [2 ** (step / 2) for step in range(int(2 * math.log2(most)) + 1)]
@@ -265,7 +184,7 @@ class _Curves:
                 self.skipped[name] = why
             else:
                 within = sizes if name == "thumbnail" else budgets
-                found.append(_Codec(name, codecs.best_within(name, pictures, within)))
+                found.append(CodecSweep(name, codecs.best_within(name, pictures, within)))
         return found
 
     def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:
@@ -433,21 +352,8 @@ def _check_choices(models: list[Tokenizer], config: CurvesConfig) -> None:
         raise ValueError("--weights is for one tokenizer; name a folder or file as --tokenizer for more")
 
 
-def _powers_below(most: int) -> list[int]:
-    return [2**power for power in range(most.bit_length()) if 2**power < most]
-
-
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
     """At most so many of them, evenly, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
-
-
-def _resized(images: Tensor, side: int) -> Tensor:
-    size = {"size": (side, side), "mode": "bicubic", "antialias": True}
-    return F.interpolate(images, **size).clamp(0, 1)
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token{'s' * (count != 1)}"

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_tokenizers import fresh, pictures, shared
 
 from vistok import load, to_pil, to_tensor
-from vistok.eval import codecs, commands, curves_page, passes, rate_distortion
+from vistok.eval import codecs, commands, curves_page, passes, rate_distortion, sweeps
 from vistok.eval.metrics.image import psnr, ssim
 from vistok.eval.metrics.statistics import FeatureStatistics, frechet_distance
 from vistok.eval.rate_distortion import CurvesConfig, quality
@@ -83,7 +83,7 @@ def test_a_smaller_tokenizer_is_compared_at_the_size_of_the_larger_one(folder, t
     assert result.record.protocol["resized"].endswith("at 32²")
     assert result.pictures()[0].original.shape == (3, 64, 64)
     images = images_of(folder, 64)
-    resize = rate_distortion._resized
+    resize = sweeps._resized
     decoded = resize(shared("titok-vq").reconstruct(resize(images, 32)), 64)
     assert quality(small) == pytest.approx(float(psnr(decoded, images).mean()), rel=1e-5)
 
