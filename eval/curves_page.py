@@ -37,7 +37,7 @@ def _settings_table(record: CurvesRecord) -> Table:
         [point.codec, point.setting, f"{point.bytes:,.1f}", *(_cell(name, point) for name in names)]
         for point in record.points
     ]
-    note = " ".join(["Brackets are 95% intervals over images.", *record.warnings])
+    note = "; ".join(["Brackets are 95% intervals over images", *record.warnings])
     header = ["", "setting", "bytes", *map(_label, names)]
     return Table(f"Every setting, n = {record.n:,}", header, rows, note)
 

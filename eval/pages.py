@@ -97,12 +97,26 @@ def title(record: Record) -> str:
     return f"{record.data['a']['source']} against {record.data['b']['source']}"
 
 
+def images(record: Record) -> str:
+    """How many there are, on both sides where there are two of different numbers."""
+    sides = {side: record.data.get(side, {}).get("n", record.n) for side in "ab"}
+    known = {each for each in sides.values() if each is not None}
+    if len(known) == 2:
+        return f"n = {sides['a']:,} against {sides['b']:,}"
+    return f"n = {known.pop():,}" if known else "n unknown"
+
+
 def lead(record: Record) -> str:
     """How many images, and how they were taken."""
-    count = "number of images unknown" if record.n is None else f"n = {record.n:,} images"
     bad = f"{len(record.bad_images):,} unreadable" if record.bad_images else ""
     twice = f"{len(record.duplicates):,} images more than once" if record.duplicates else ""
-    told = [count, bad, twice, str(record.protocol.get("images", "")), f"seed {record.seed}"]
+    told = [
+        f"{images(record)} images",
+        bad,
+        twice,
+        str(record.protocol.get("images", "")),
+        f"seed {record.seed}",
+    ]
     return " · ".join(each for each in told if each)
 
 
@@ -119,9 +133,9 @@ def cards(record: Record) -> list[Card]:
 
 def tables(record: Record) -> list[Table]:
     """All metrics, and each setting of pFID's grid."""
-    count = "n unknown" if record.n is None else f"n = {record.n:,}"
+    count = images(record)
     shown = [_row(name, metric, record) for name, metric in record.metrics.items()]
-    found = [Table(f"{title(record)}, {count}", HEADER, shown, note=" ".join(record.warnings))]
+    found = [Table(f"{title(record)}, {count}", HEADER, shown, note="; ".join(record.warnings))]
     if cells := record.metrics.get("pfid", {}).get("cells", []):
         grid = [
             [f"{cell['alpha']:g}", f"{cell['delta']}", f"{cell['changed']:.2%}", f"{cell['value']:.3f}"]
@@ -157,7 +171,7 @@ def circumstances(record: Record) -> list[Table | Chart]:
 
 def _facts(record: Record) -> dict[str, str]:
     """What is needed to read and repeat the numbers."""
-    facts = {"images": "unknown" if record.n is None else f"{record.n:,}", "seed": str(record.seed)}
+    facts = {"images": images(record), "seed": str(record.seed)}
     facts |= {f"protocol: {name}".replace("_", " "): str(value) for name, value in record.protocol.items()}
     if record.rate:
         facts["speed"] = f"{record.rate:.1f} images/s"

@@ -130,6 +130,16 @@ def test_every_table_says_how_many_images_it_is_of():
     assert shown[1].rows == [["0.5", "10", "25.00%", "3.000"]]
 
 
+@pytest.mark.parametrize(
+    ("judged", "real", "told"),
+    [(3, 5, "n = 3 against 5"), (4000, 4000, "n = 4,000"), (None, 7, "n = 7"), (None, None, "n unknown")],
+)
+def test_both_sides_of_a_comparison_are_counted(judged, real, told):
+    shown = record(fid={"value": 1.0})
+    shown.n, shown.data = judged, {"a": {"source": "x", "n": judged}, "b": {"source": "y", "n": real}}
+    assert pages.images(shown) == told
+
+
 def test_a_cell_is_a_number_or_a_text(tmp_path):
     rows = [["1.25", "3.2e-04", "19.50 – 20.25", "0.12 (0.11–0.13)", "25%", "PSNR", "1/2 of it", "skipped"]]
     write_html(tmp_path / "report.html", Report("t", "l", [], [Table("t", list("abcdefgh"), rows)]))
