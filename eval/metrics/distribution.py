@@ -106,8 +106,8 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int = 3) 
     _check(generated, real)
     if min(len(generated), len(real)) <= neighborhood:
         raise ValueError(
-            f"precision and recall look at neighbour {neighborhood} of each image, so each set needs more than "
-            f"{neighborhood} images; got {len(generated)} and {len(real)}"
+            f"precision and recall look at neighbour {neighborhood} of each image, so each set needs more "
+            f"than {neighborhood} images; got {len(generated)} and {len(real)}"
         )
     # The package's default holds every pairwise distance; parts of 1000 rows hold 1000 rows of them.
     precision, recall = calculate_precision_recall_part(generated, real, neighborhood, batch_size=1000)
