@@ -109,16 +109,18 @@ def curves(
 ) -> Chart:
     """Lines with a mark at every point, over a logarithmic cost; values that are not finite are left out."""
     figure, axes = _empty()
-    strong, weak = itertools.cycle(COLOURS), itertools.cycle(BASELINES)
+    # Another marker for each round of the colours.
+    strong = itertools.cycle(itertools.product("osD^v", COLOURS))
+    weak = itertools.cycle(itertools.product(".x+1", BASELINES))
     for line in series:
         x, y = np.asarray(line.x, np.float64), np.asarray(line.y, np.float64)
         order = x.argsort(kind="stable")
         x, y = x[order], np.where(np.isfinite(y), y, np.nan)[order]
-        colour = next(weak if line.baseline else strong)
-        drawn = {"linewidth": 1.2, "marker": ".", "linestyle": "--", "zorder": 2}
+        marker, colour = next(weak if line.baseline else strong)
+        drawn = {"linewidth": 1.2, "linestyle": "--", "zorder": 2}
         if not line.baseline:
-            drawn = {"linewidth": 2.2, "marker": "o", "markersize": 5, "zorder": 3}
-        axes.plot(x, y, label=line.label, color=colour, **drawn)
+            drawn = {"linewidth": 2.2, "markersize": 5, "zorder": 3}
+        axes.plot(x, y, label=line.label, color=colour, marker=marker, **drawn)
         if line.low is not None and line.high is not None:
             low, high = (np.asarray(ends, np.float64)[order] for ends in (line.low, line.high))
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0, zorder=1)

@@ -1,7 +1,6 @@
 """What a picture costs without a tokenizer: JPEG, WebP and AVIF files, and thumbnails, at given bytes."""
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from PIL import Image, features
 from torch import Tensor
 
 from ..images import to_tensor
+from .data import default_workers
 from .metrics.image import psnr
 
 QUALITIES = (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 SCALES = (1, 2, 4, 8)
-OPTIONS = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {}}
+OPTIONS = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"max_threads": 1}}
 NAMES = ("thumbnail", *OPTIONS)
 
 
@@ -86,7 +86,7 @@ def best_within(codec: str, pictures: Sequence[Image.Image], budgets: Sequence[f
 
 def apply(setting: Setting, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
     """What comes back of every picture, float32 [B, 3, H, W] in [0, 1], and its bytes, int64 [B]."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # encoders let go of Python's lock
+    with ThreadPoolExecutor(default_workers()) as pool:  # encoders let go of Python's lock
         decoded, sizes = zip(*pool.map(setting, pictures), strict=True)
     return torch.cat([to_tensor(picture, None) for picture in decoded]), torch.tensor(sizes)
 

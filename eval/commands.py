@@ -161,7 +161,8 @@ def tokens(
         ),
     ],
     tokenizer: Annotated[
-        list[str] | None, typer.Option("--tokenizer", help="Registry name or weights; repeat for several.")
+        list[str] | None,
+        typer.Option("--tokenizer", help="Name or weights, vistok-mini otherwise; repeat for several."),
     ] = None,
     weights: Weights = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for JSON, plot and report.")] = Path(

@@ -27,7 +27,7 @@ def matched_table(record: CurvesRecord) -> Table:
         own = [f"{point.codec}, {point.setting}", f"{point.bytes:,.1f}", f"{quality(point):.2f}"]
         rows.append([*own, *others])
     header = ["", "bytes", "PSNR dB", *(f"{name} dB (bytes)" for name in baselines)]
-    note = "Of each baseline the best that takes no more bytes on average; – where nothing is that small."
+    note = "Of each baseline the best setting measured that takes no more bytes on average; – for none."
     return Table(f"PSNR at matched bytes, n = {record.n:,}", header, rows, note if baselines else "")
 
 
@@ -44,7 +44,11 @@ def _settings_table(record: CurvesRecord) -> Table:
 
 def charts(record: CurvesRecord) -> list[Chart]:
     """One chart a metric, over bytes an image."""
-    return [chart(record, name) for name in record.points[0].metrics]
+    return [
+        chart(record, name)
+        for name in record.points[0].metrics
+        if any("value" in point.metrics[name] for point in record.points)
+    ]
 
 
 def chart(record: CurvesRecord, metric: str) -> Chart:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..images import load_image
 from .sources import Dataset, open_dataset
 
-__all__ = ["Batch", "Dataset", "batches", "decode", "default_workers", "open_dataset"]
+__all__ = ["Batch", "Dataset", "batches", "cores", "decode", "default_workers", "open_dataset"]
 
 NICE = 10
 """How far workers stand back: one that takes a core from a model on all cores makes every thread wait."""
@@ -113,8 +113,12 @@ def decode(encoded: bytes, size: int, *, crop: bool = True, multiple: int = 1) -
 
 def default_workers() -> int:
     """As many as this process has cores, at most eight; they stand back behind the model."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, cores))
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # What runs in the workers -----------------------------------------------------------------------------------

@@ -41,3 +41,9 @@ def decode_images(
             "check its weights, or look at these images with `vistok reconstruct`"
         )
     return decoded
+
+
+def captions(*models: Tokenizer) -> dict[str, str]:
+    """What a protocol says where a decoder takes text: it is given none here."""
+    takers = [model.label for model in models if "text" in inspect.signature(model.decode).parameters]
+    return {"captions": f"empty ({', '.join(takers)})"} if takers else {}

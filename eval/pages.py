@@ -111,7 +111,7 @@ def lead(record: Record) -> str:
     bad = f"{len(record.bad_images):,} unreadable" if record.bad_images else ""
     twice = f"{len(record.duplicates):,} images more than once" if record.duplicates else ""
     told = [
-        f"{images(record)} images",
+        images(record),
         bad,
         twice,
         str(record.protocol.get("images", "")),
@@ -190,9 +190,10 @@ def _examples(result: "Result") -> list[Gallery]:
     if "psnr" not in result.values:
         return []
     order = result.values["psnr"].argsort(kind="stable")
-    count = min(EXAMPLES, len(order) // 2)
+    worst = min(EXAMPLES, len(order) // 2)
+    best = min(EXAMPLES, len(order) - worst)
     galleries = []
-    for name, chosen in (("Best", order[::-1][:count]), ("Worst", order[:count])):
+    for name, chosen in (("Best", order[::-1][:best]), ("Worst", order[:worst])):
         strips = []
         for row in chosen.tolist():
             picture = result.picture(row)

@@ -2,7 +2,6 @@
 `python -m vistok.eval.pipeline`."""
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..files import written_aside
 from ..registry import load
 from ..tokenizer import Tokenizer
-from .data import Dataset, batches, decode, default_workers, open_dataset
+from .data import Dataset, batches, cores, decode, default_workers, open_dataset
 
 BAR = 0.85
 HEADER = ["", "images/s, median (min–max)", "CPU ms an image", "of the bare model, median (min–max)", "bar"]
@@ -87,7 +86,7 @@ class PipelineSpeed:
             "title": self.title,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "cores": _cores(),
+            "cores": cores(),
             "images": self.count,
             "preloaded": [took._asdict() for took in self.bare],
             "pipeline": [took._asdict() for took in self.pipeline],
@@ -113,7 +112,7 @@ def measure(
     if not count:
         raise ValueError(f"none of the {len(dataset)} images of {dataset.source} can be read")
     where = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    title = f"{model.label} on {model.device}{where}, {_cores()} cores; {count} images at {size}² from "
+    title = f"{model.label} on {model.device}{where}, {cores()} cores; {count} images at {size}² from "
     title += f"{dataset.source}, batch {batch_size}, {workers} worker{'s' * (workers != 1)}"
     speed = PipelineSpeed(title, count)
 
@@ -131,11 +130,6 @@ def measure(
     took = _timed(lambda: [_decode(dataset, index, size) for index in some])
     speed.decoding = Took(took.seconds / len(some), took.cpu_seconds / len(some))
     return speed
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pass(model: Tokenizer, images: Iterable[Tensor]) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..registry import load
 from ..tokenizer import Tokenizer
 from . import codecs, passes
 from .data import Batch, batches, decode, open_dataset
+from .decoding import captions
 from .feature_sets import FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, Instruments, WeightFiles, choose, fingerprint
 from .metrics.summary import summarise
@@ -143,6 +144,10 @@ class _Curves:
                 f"there is no baseline {', '.join(unknown)}; there are {', '.join(codecs.NAMES)}"
             )
         self.dataset = open_dataset(config.data, split=config.split, column=config.column, limit=config.limit)
+        if config.weights and len(config.tokenizers) > 1:
+            raise ValueError("--weights is for one tokenizer; name a folder or file as --tokenizer for more")
+        if twice := sorted({name for name in config.tokenizers if config.tokenizers.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} is there twice: name every tokenizer once")
         loaded = models or [load(name, weights=config.weights) for name in config.tokenizers]
         loaded = [model.to(device).eval() for model in loaded]
         _check_choices(loaded, config)
@@ -155,7 +160,7 @@ class _Curves:
         self.sweeps: list[TokenizerSweep | CodecSweep] = [
             TokenizerSweep(*each, self.size, **options) for each in names
         ]
-        self.sweeps += self._codecs(self._choose())
+        self.sweeps += self._codecs(*self._choose())
         self.columns = ["bytes", *self.instruments.pairs]
         self._declare(folder, process, loaded)
         self.state.open()
@@ -171,20 +176,32 @@ class _Curves:
         if first is None:
             raise ValueError(f"none of the {len(self.dataset)} images of {self.dataset.source} can be read")
         images = first.images.float() / 255
-        return images, [size for sweep in self.sweeps for size in sweep.choose(images.to(self.device))]
+        there = images.to(self.device)
+        sizes = [size for sweep in self.sweeps for size in sweep.choose(there)]
+        alone = replace(first, indices=first.indices[:1], images=first.images[:1], names=first.names[:1])
+        for sweep in self.sweeps:  # what cannot decode or be compared is told now
+            decoded, _ = next(sweep(there[:1], alone))
+            for instrument in self.instruments.pairs.values():
+                instrument(decoded, there[:1])
+        self.calibrated = len(images)
+        return images, sizes
 
-    def _codecs(self, chosen: tuple[Tensor, list[float]]) -> list[CodecSweep]:
-        images, sizes = chosen
+    def _codecs(self, images: Tensor, sizes: list[float]) -> list[CodecSweep]:
+        """The baselines, each with its best settings around these bytes and up to the end of the range."""
         pictures, most = to_pil(images), max(LEAST_RANGE, 4 * max(sizes))
         steps = [2 ** (step / 2) for step in range(int(2 * math.log2(most)) + 1)]
-        budgets = sorted({*sizes, *steps, most})
+        # All images may take a little more than the first: something smaller is at hand then.
+        around = [share * size for size in sizes for share in (0.9, 1)]
         found = []
         for name in (name for name in codecs.NAMES if name in self.config.baselines):
             if why := codecs.missing(name):
                 self.skipped[name] = why
             else:
-                within = sizes if name == "thumbnail" else budgets
-                found.append(CodecSweep(name, codecs.best_within(name, pictures, within)))
+                within = around if name == "thumbnail" else [*around, *steps, most]
+                if chosen := codecs.best_within(name, pictures, within):
+                    found.append(CodecSweep(name, chosen))
+                else:
+                    self.skipped[name] = f"nothing of it fits {max(within):,.0f} bytes an image"
         return found
 
     def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:
@@ -264,6 +281,11 @@ class _Curves:
                 size = metrics.pop("bytes")["value"]
                 points.append(Point(sweep.name, label, sweep.baseline, size, metrics))
         names = [sweep.name for sweep in self.sweeps if not sweep.baseline]
+        for metric in list(points[0].metrics):
+            if all("skipped" in point.metrics[metric] for point in points):
+                self.skipped[metric] = points[0].metrics[metric]["skipped"]
+                for point in points:
+                    del point.metrics[metric]
         metrics = {}
         for name, reason in self.skipped.items():
             metrics |= skipped(name, reason)
@@ -286,17 +308,17 @@ class _Curves:
     def _protocol(self) -> dict[str, Any]:
         config = self.config
         given = {"steps": config.steps, "guidance": config.guidance}
-        resized = [
-            f"{sweep.name} at {sweep.own}²" for sweep in self.sweeps if getattr(sweep, "resized", False)
-        ]
+        ours = [sweep for sweep in self.sweeps if isinstance(sweep, TokenizerSweep)]
+        resized = [f"{sweep.name} at {sweep.own}²" for sweep in ours if sweep.resized]
         return {
             "images": f"shorter side to {self.size}, bicubic with antialias, centre crop",
             "size": self.size,
             "inception": "8-bit, rounded",
             "files": "whole files; settings chosen on the first "
-            f"{min(config.batch_size, len(self.dataset))} images, the best that fit the bytes",
+            f"{self.calibrated} images, the best that fit the bytes",
             "batch_size": config.batch_size,
             **({"resized": ", ".join(resized)} if resized else {}),
+            **captions(*(sweep.model for sweep in ours)),
             **{name: value for name, value in given.items() if value is not None},
         }
 
@@ -348,8 +370,6 @@ def _check_choices(models: list[Tokenizer], config: CurvesConfig) -> None:
     drawn = config.steps is not None or config.guidance is not None
     if drawn and not any(model.stochastic for model in models):
         raise ValueError(f"--steps and --guidance are for stochastic decoders; {', '.join(labels)} has none")
-    if config.weights and len(models) > 1:
-        raise ValueError("--weights is for one tokenizer; name a folder or file as --tokenizer for more")
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:

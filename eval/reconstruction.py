@@ -8,6 +8,7 @@ evaluator does ("An Image is Worth 32 Tokens for Reconstruction and Generation",
 import hashlib
 import inspect
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,8 @@ from ..registry import load
 from ..tokenizer import Tokenizer
 from ..tokens import Tokens
 from . import passes
-from .data import Batch, decode, open_dataset
-from .decoding import decode_images
+from .data import Batch, batches, decode, open_dataset
+from .decoding import captions, decode_images
 from .feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, SETS, Instruments, WeightFiles, choose, fingerprint
 from .metrics.codes import LARGEST_CODEBOOK, CodeStatistics
@@ -126,9 +127,22 @@ class _Reconstruction:
         self.instruments = Instruments([*wanted, *(["fid"] if cells else [])], config.files, device)
         self.cells = cells if self.instruments.inception else []
         self.columns = [*self.instruments.pairs, "bits", "tokens"]
+        self._try()
         self._declare(folder, process, wanted)
         self.state.open()
         self.clock = Clock(self.state.seconds, device)
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """One image, so that what cannot decode or be compared is told now."""
+        crop = {"crop": self.config.crop, "multiple": self.multiple}
+        with closing(batches(self.dataset, self.size, 1, **crop, workers=0)) as read:
+            first = next((batch for batch in read if len(batch.images)), None)
+        if first is not None:
+            images = first.images.to(self.device).float() / 255
+            decoded = self._decode(self.model.encode(images, self.config.tokens), first)
+            for instrument in self.instruments.pairs.values():
+                instrument(decoded, images)
 
     def _declare(self, folder: Path, process: PartialState, wanted: list[str]) -> None:
         """The tables and sums of this evaluation."""
@@ -307,6 +321,7 @@ class _Reconstruction:
             "inception": "8-bit, rounded" if config.protocol == "round" else "8-bit, truncated",
             "size": self.size,
             "batch_size": config.batch_size,
+            **captions(self.model),
             **{name: value for name, value in given.items() if value is not None},
         }
 

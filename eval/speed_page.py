@@ -39,7 +39,7 @@ def _ratios(speed: Speed) -> list[Card]:
     note = "times {}, batch {}"
     return [
         Card(
-            variant.name,
+            f"{speed.tokenizer}: {variant.name}",
             f"{median(variant.ratios):.2f}×",
             note.format(variant.baseline.name, speed.batch_size),
         )

@@ -60,7 +60,7 @@ class TokenizerSweep:
             self.settings = [(_tokens(length), length) for length in kept]
         else:
             self.settings = [(_tokens(full), None)]
-        return [float(each.bits_per_image.double().mean()) / 8 for each in self._encoded(images)]
+        return [float(each.bits_per_image.cpu().double().mean()) / 8 for each in self._encoded(images)]
 
     def __call__(self, images: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Decoded images and bytes of each, for every setting."""
@@ -77,7 +77,7 @@ class TokenizerSweep:
             )
             if self.resized:
                 decoded = _resized(decoded, self.size)
-            yield decoded, tokens.bits_per_image.double() / 8
+            yield decoded, tokens.bits_per_image.cpu().double() / 8
 
     def _encoded(self, images: Tensor) -> Iterator[Tokens]:
         images = self._own(images)

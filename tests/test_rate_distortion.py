@@ -120,6 +120,14 @@ def test_metrics_without_weights_are_skipped_once_and_no_point_has_them(folder, 
     assert all(set(point.metrics) == {"psnr", "ssim"} for point in record.points)
 
 
+def test_a_metric_that_no_point_has_is_skipped_with_the_reason_and_has_no_chart(
+    folder, tmp_path, quick_inception
+):
+    record = measure(folder, tmp_path / "out", metrics=("fid",), limit=1).record
+    assert "fid" in record.skipped and all(set(point.metrics) == {"psnr"} for point in record.points)
+    assert [chart.title for chart in curves_page.charts(record)] == ["PSNR for bytes"]
+
+
 # ---- codecs ------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +226,21 @@ def test_bad_images_are_named_and_do_not_stop_the_run(folder, tmp_path):
     record = measure(folder, tmp_path / "out", baselines=("JPEG",)).record
     assert record.n == 7 and [row["name"] for row in record.bad_images] == ["00.png"]
     assert record.duplicates == [["01.png", "99.png"]]
+
+
+def test_a_baseline_that_is_never_small_enough_says_so(folder, tmp_path):
+    record = measure(folder, tmp_path / "out", lengths=(1,), baselines=("thumbnail",)).record
+    assert "nothing of it fits" in record.skipped["thumbnail"]
+    assert {point.codec for point in record.points} == {"mini"}
+
+
+def test_more_images_than_settings_were_chosen_on_still_find_one_that_fits(tmp_path):
+    folder = save(scenes(8, 32), tmp_path / "scenes")
+    options = {"baselines": ("WebP",), "batch_size": 2}
+    record = measure(folder, tmp_path / "out", shared("titok-vae"), **options).record
+    point = record.points[0]
+    assert record.protocol["files"].startswith("whole files; settings chosen on the first 2 images")
+    assert 0.5 * point.bytes < record.matched(point)["WebP"].bytes <= point.bytes
 
 
 @pytest.mark.parametrize(

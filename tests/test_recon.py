@@ -19,6 +19,7 @@ from tiny_tokenizers import pictures, shared
 
 from vistok import create, load, to_tensor
 from vistok.eval import commands, reconstruction
+from vistok.eval.decoding import captions
 from vistok.eval.instruments import WeightFiles
 from vistok.eval.metrics.image import psnr, ssim
 from vistok.eval.metrics.perceptual import load_lpips
@@ -339,7 +340,7 @@ def test_one_lpips_file_is_for_the_network_in_its_name(folder, tmp_path, no_weig
 def test_a_tokenizer_that_gives_nan_stops_the_run(folder, tmp_path):
     broken = create("mini", **dataclasses.asdict(shared("mini").config)).eval()
     torch.nn.init.constant_(broken.decoder.head.weight, math.nan)
-    with pytest.raises(FloatingPointError, match=r"not finite for 4 of 4 images \(00.png, 01.png"):
+    with pytest.raises(FloatingPointError, match=r"not finite for 1 of 1 images \(00.png\)"):
         evaluate(folder, tmp_path / "out", broken)
 
 
@@ -376,6 +377,18 @@ def test_a_disk_too_full_for_features_is_told_at_the_start(folder, tmp_path, qui
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(ValueError, match="leave is, kid and pr out"):
         evaluate(folder, tmp_path / "out", metrics=None)
+
+
+def test_what_the_tokenizer_cannot_decode_is_told_before_a_state_is_begun(folder, tmp_path):
+    with pytest.raises(ValueError, match="steps and guidance do not apply"):
+        evaluate(folder, tmp_path / "out", steps=3)
+    assert not (tmp_path / "out").exists()
+    assert evaluate(folder, tmp_path / "out").record.n == 11
+
+
+def test_protocols_say_whose_captions_are_empty():
+    assert captions(shared("tatitok-vq"), shared("mini")) == {"captions": "empty (tatitok)"}
+    assert captions(shared("mini")) == {}
 
 
 # ---- the command -------------------------------------------------------------------------------------------
