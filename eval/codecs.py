@@ -11,7 +11,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from ..images import to_tensor
-from .data import default_workers
+from .data import worker_count
 from .metrics.image import psnr
 
 QUALITIES = (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
@@ -86,7 +86,7 @@ def best_within(codec: str, pictures: Sequence[Image.Image], budgets: Sequence[f
 
 def apply(setting: Setting, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
     """What comes back of every picture, float32 [B, 3, H, W] in [0, 1], and its bytes, int64 [B]."""
-    with ThreadPoolExecutor(default_workers()) as pool:  # encoders let go of Python's lock
+    with ThreadPoolExecutor(worker_count()) as pool:  # encoders let go of Python's lock
         decoded, sizes = zip(*pool.map(setting, pictures), strict=True)
     return torch.cat([to_tensor(picture, None) for picture in decoded]), torch.tensor(sizes)
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..console import Device, Name, Weights, table
 from ..console import device as named_device
-from ..console import table
 
 if TYPE_CHECKING:
     from .record import Record
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
-Weights = Annotated[
-    Path | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
-]
 Split = Annotated[str | None, typer.Option("--split", help="Of a hub dataset.")]
 Column = Annotated[
     str | None,
@@ -47,7 +44,6 @@ Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a tim
 Workers = Annotated[
     int | None, typer.Option("--workers", min=0, help="Processes that decode images; by the cores otherwise.")
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 Every = Annotated[
     int,
     typer.Option("--checkpoint-every", min=1, help="Batches between states that a killed run resumes from."),
@@ -57,9 +53,7 @@ Html = Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.
 
 @app.command()
 def recon(
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="Registry name, hub repository, folder or weights file.")
-    ],
+    tokenizer: Name,
     data: Annotated[
         list[str],
         typer.Option("--data", help="Folder, tar shards, manifest.jsonl or hub dataset; repeat for several."),
@@ -108,7 +102,7 @@ def recon(
     """
     from . import pages
     from .charts import require
-    from .data import default_workers
+    from .data import worker_count
     from .instruments import WeightFiles
     from .perturbation import ALPHAS, DELTAS
     from .reconstruction import ReconConfig, run
@@ -139,7 +133,7 @@ def recon(
         pfid_delta=tuple(pfid_delta or DELTAS),
         seed=seed,
         batch_size=batch_size,
-        workers=default_workers() if workers is None else workers,
+        workers=worker_count(workers),
         checkpoint_every=checkpoint_every,
     )
     result = run(config, out, named_device(device))
@@ -209,7 +203,7 @@ def tokens(
     """
     from . import curves_page
     from .charts import require
-    from .data import default_workers
+    from .data import worker_count
     from .instruments import WeightFiles
     from .rate_distortion import CurvesConfig, run
     from .record import write
@@ -233,7 +227,7 @@ def tokens(
         files=WeightFiles(inception_weights, lpips_weights, clip_weights, clip_model),
         seed=seed,
         batch_size=batch_size,
-        workers=default_workers() if workers is None else workers,
+        workers=worker_count(workers),
         checkpoint_every=checkpoint_every,
     )
     result = run(config, out, named_device(device))
@@ -283,7 +277,7 @@ def fid(
     """
     from . import pages
     from .charts import require
-    from .data import default_workers
+    from .data import worker_count
     from .fid import FidConfig, run
     from .instruments import WeightFiles
     from .record import write
@@ -302,7 +296,7 @@ def fid(
         save_statistics=save_statistics,
         seed=seed,
         batch_size=batch_size,
-        workers=default_workers() if workers is None else workers,
+        workers=worker_count(workers),
         checkpoint_every=checkpoint_every,
     )
     result = run(config, out, named_device(device))
@@ -374,10 +368,10 @@ def _numbers(lengths: str | None) -> tuple[int, ...] | None:
 
 def _show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> None:
     """The tables, what was skipped, warnings, and where the files are."""
-    for shown in tables:
-        table(shown.title, shown.header, shown.rows)
     from .pages import skipped
 
+    for shown in tables:
+        table(shown.title, shown.header, shown.rows)
     for names, reason in (row for shown in skipped(record) for row in shown.rows):
         typer.secho(f"skipped {names}: {reason}", fg="yellow", err=True)
     for warning in record.warnings:

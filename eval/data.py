@@ -9,7 +9,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,17 @@ from torch.utils.data import Dataset as TorchDataset
 from ..images import load_image
 from .sources import Dataset, open_dataset
 
-__all__ = ["Batch", "Dataset", "batches", "cores", "decode", "default_workers", "open_dataset"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "batches",
+    "cores",
+    "decode",
+    "first_readable",
+    "one",
+    "open_dataset",
+    "worker_count",
+]
 
 NICE = 10
 """How far workers stand back: one that takes a core from a model on all cores makes every thread wait."""
@@ -111,8 +123,23 @@ def decode(encoded: bytes, size: int, *, crop: bool = True, multiple: int = 1) -
     return np.array(image)
 
 
-def default_workers() -> int:
-    """As many as this process has cores, at most eight; they stand back behind the model."""
+def first_readable(dataset: Dataset, size: int, batch_size: int = 1, **options: Any) -> Batch | None:
+    """The first batch that has an image, None if none can be read; `options` are those of `batches`."""
+    with closing(batches(dataset, size, batch_size, **options, workers=0)) as read:
+        return next((batch for batch in read if len(batch.images)), None)
+
+
+def one(dataset: Dataset, number: int, size: int, **options: Any) -> Batch:
+    """A batch of one readable image; `options` are those of `decode`."""
+    pixels = torch.from_numpy(decode(dataset.read(number), size, **options)).permute(2, 0, 1)
+    return Batch(torch.tensor([number]), pixels[None], [dataset.names[number]], [], [])
+
+
+def worker_count(given: int | None = None) -> int:
+    """What was given, or as many as this process has cores, at most eight: they stand back behind the
+    model."""
+    if given is not None:
+        return given
     return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

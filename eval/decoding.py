@@ -1,5 +1,5 @@
-"""How an evaluation decodes: reproducibly, whatever batch an image is in, and refusing images that are not
-finite."""
+"""How an evaluation decodes: reproducibly, whatever batch an image is in, to finite images; and what of that
+a protocol says."""
 
 import inspect
 from collections.abc import Sequence
@@ -41,6 +41,17 @@ def decode_images(
             "check its weights, or look at these images with `vistok reconstruct`"
         )
     return decoded
+
+
+def to_levels(images: Tensor, *, truncate: bool = False) -> Tensor:
+    """Floats in [0, 1] → uint8 of the same shape, rounded unless told to truncate."""
+    levels = images * 255
+    return (levels if truncate else levels.round()).to(torch.uint8)
+
+
+def resizing(size: int, *, crop: bool = True) -> str:
+    """What a protocol says of images that `data.decode` gave."""
+    return f"shorter side to {size}, bicubic with antialias, {'centre crop' if crop else 'whole'}"
 
 
 def captions(*models: Tokenizer) -> dict[str, str]:

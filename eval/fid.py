@@ -4,7 +4,6 @@ Each side is images, or a .npz of statistics (ADM's reference files are such). I
 size, which must be one for all, or resized and cropped to a given one.
 """
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -16,6 +15,7 @@ from PIL import ExifTags, Image
 
 from . import feature_sets, passes
 from .data import Batch, Dataset, open_dataset
+from .decoding import resizing
 from .feature_sets import FEW, FeatureSet, compare, warn_of_few
 from .instruments import SETS, Instruments, WeightFiles, choose
 from .metrics.statistics import Gaussian
@@ -156,7 +156,7 @@ class _Side:
         settings = {
             "source": dataset.source,
             "images": len(dataset),
-            "names": hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:16],
+            "names": dataset.digest,
             "size": size,
             "metrics": instruments.sets,
             "networks": instruments.fingerprint(),
@@ -239,9 +239,8 @@ def _warnings(metrics: dict[str, dict[str, object]], judged: int | None, real: i
 
 
 def _protocol(config: FidConfig) -> dict[str, object]:
-    resized = f"shorter side to {config.size}, bicubic with antialias, centre crop"
     return {
-        "images": resized if config.size else "at their own size",
+        "images": resizing(config.size) if config.size else "at their own size",
         "features": "InceptionV3 of torch-fidelity, 2048",
         "batch_size": config.batch_size,
     }

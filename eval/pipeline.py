@@ -20,7 +20,7 @@ from torch import Tensor
 from ..files import written_aside
 from ..registry import load
 from ..tokenizer import Tokenizer
-from .data import Dataset, batches, cores, decode, default_workers, open_dataset
+from .data import Dataset, batches, cores, decode, open_dataset, worker_count
 
 BAR = 0.85
 HEADER = ["", "images/s, median (min–max)", "CPU ms an image", "of the bare model, median (min–max)", "bar"]
@@ -191,7 +191,7 @@ def main(
         torch.set_num_threads(threads)
     model = load(tokenizer, device=device)
     with _generated(images, width) if data is None else nullcontext(data) as source:
-        workers = default_workers() if workers is None else workers
+        workers = worker_count(workers)
         options = {"batch_size": batch_size, "workers": workers, "repeats": repeats}
         speed = measure(model, open_dataset(source, limit=images), **options)
     table = Table(*HEADER, title=speed.title, title_justify="left")

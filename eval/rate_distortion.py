@@ -4,10 +4,8 @@ Images are read, compared and, for FID, made 8-bit as `vistok.eval.reconstructio
 codecs are chosen on the first images of the data and then measured on all.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -21,11 +19,11 @@ from ..images import to_pil
 from ..registry import load
 from ..tokenizer import Tokenizer
 from . import codecs, passes
-from .data import Batch, batches, decode, open_dataset
-from .decoding import captions
+from .data import Batch, first_readable, one, open_dataset
+from .decoding import captions, resizing, to_levels
 from .feature_sets import FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, Instruments, WeightFiles, choose, fingerprint
-from .metrics.summary import summarise
+from .metrics.summary import interval
 from .record import Clock, Record
 from .state import State
 from .sweeps import CodecSweep, TokenizerSweep
@@ -146,19 +144,18 @@ class _Curves:
         self.dataset = open_dataset(config.data, split=config.split, column=config.column, limit=config.limit)
         if config.weights and len(config.tokenizers) > 1:
             raise ValueError("--weights is for one tokenizer; name a folder or file as --tokenizer for more")
-        if twice := sorted({name for name in config.tokenizers if config.tokenizers.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)} is there twice: name every tokenizer once")
+        _refuse_twice(config.tokenizers)
         loaded = models or [load(name, weights=config.weights) for name in config.tokenizers]
         loaded = [model.to(device).eval() for model in loaded]
-        _check_choices(loaded, config)
+        names = _names(loaded, config)
+        _check_choices(names, loaded, config)
         self.size = config.size or max(model.image_size for model in loaded)
         self.instruments = Instruments(wanted, config.files, device)
         self.skipped = dict(self.instruments.skipped)
-        names = zip(_names(loaded, config), loaded, strict=True)
         options = {"lengths": config.lengths, "targets": config.targets, "seed": config.seed}
         options |= {"steps": config.steps, "guidance": config.guidance}
         self.sweeps: list[TokenizerSweep | CodecSweep] = [
-            TokenizerSweep(*each, self.size, **options) for each in names
+            TokenizerSweep(*each, self.size, **options) for each in zip(names, loaded, strict=True)
         ]
         self.sweeps += self._codecs(*self._choose())
         self.columns = ["bytes", *self.instruments.pairs]
@@ -171,8 +168,7 @@ class _Curves:
     @torch.no_grad()
     def _choose(self) -> tuple[Tensor, list[float]]:
         """The first images, and the bytes an image of every setting of every tokenizer."""
-        with closing(batches(self.dataset, self.size, self.config.batch_size, workers=0)) as read:
-            first = next((batch for batch in read if len(batch.images)), None)
+        first = first_readable(self.dataset, self.size, self.config.batch_size)
         if first is None:
             raise ValueError(f"none of the {len(self.dataset)} images of {self.dataset.source} can be read")
         images = first.images.float() / 255
@@ -206,11 +202,10 @@ class _Curves:
 
     def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:
         """The tables and sums of this measurement."""
-        names = hashlib.sha256("\n".join(self.dataset.names).encode()).hexdigest()[:16]
         loose = ("workers", "checkpoint_every", "files", "weights")
         settings = {name: value for name, value in asdict(self.config).items() if name not in loose}
         settings |= {"metrics": [*self.instruments.pairs, *self.instruments.sets], "size": self.size}
-        settings |= {"images": len(self.dataset), "names": names, "device": self.device.type}
+        settings |= {"images": len(self.dataset), "names": self.dataset.digest, "device": self.device.type}
         settings |= {"settings": [[sweep.name, *map(str, sweep.settings)] for sweep in self.sweeps]}
         settings |= {"weights": fingerprint(*models), "networks": self.instruments.fingerprint()}
         self.state = State(folder, len(self.dataset), settings, process)
@@ -258,7 +253,7 @@ class _Curves:
                         columns.append(instrument(decoded, images).cpu().double())
                 if self.seen:
                     seen = self.seen[next(numbers)]
-                    seen.update((decoded * 255).round().to(torch.uint8), batch.indices, self.clock)
+                    seen.update(to_levels(decoded), batch.indices, self.clock)
         self.state.write("values", batch.indices, torch.stack(columns, 1))
 
     # The result ---------------------------------------------------------------------------------------------
@@ -273,8 +268,7 @@ class _Curves:
                 number, metrics = next(numbers), {}
                 with self.clock(f"{passes.LAST}intervals"):
                     for column, name in enumerate(self.columns):
-                        mean = summarise(table[:, number, column], config.seed)
-                        metrics[name] = {"value": mean.value, "low": mean.low, "high": mean.high}
+                        metrics[name] = interval(table[:, number, column], config.seed)
                 if self.seen:
                     with self.clock(f"{passes.LAST}fid"):
                         metrics |= compare("fid", self.seen[number], self.originals, seed=config.seed)
@@ -311,7 +305,7 @@ class _Curves:
         ours = [sweep for sweep in self.sweeps if isinstance(sweep, TokenizerSweep)]
         resized = [f"{sweep.name} at {sweep.own}²" for sweep in ours if sweep.resized]
         return {
-            "images": f"shorter side to {self.size}, bicubic with antialias, centre crop",
+            "images": resizing(self.size),
             "size": self.size,
             "inception": "8-bit, rounded",
             "files": "whole files; settings chosen on the first "
@@ -333,16 +327,15 @@ class _Curves:
                 shown += map(id, _spread([point for point in ours if point.codec == sweep.name], SHOWN))
         pictures = []
         for number in _spread(kept, SHOWN):
-            pixels = torch.from_numpy(decode(self.dataset.read(number), self.size)).permute(2, 0, 1)
-            image, name = pixels.to(self.device)[None].float() / 255, self.dataset.names[number]
-            batch, versions = Batch(torch.tensor([number]), pixels[None], [name], [], []), []
+            batch, versions = one(self.dataset, number, self.size), []
+            images = batch.images.to(self.device).float() / 255
             points = iter(record.points)
             for sweep in self.sweeps:
-                for decoded, sizes in sweep(image, batch):
+                for decoded, sizes in sweep(images, batch):
                     if id(point := next(points)) in shown:
                         told = f"{point.codec}, {point.setting}, {float(sizes[0]):,.0f} bytes"
-                        versions.append((told, (decoded[0] * 255).round().to(torch.uint8).cpu()))
-            pictures.append(Picture(name, pixels, versions))
+                        versions.append((told, to_levels(decoded[0]).cpu()))
+            pictures.append(Picture(batch.names[0], batch.images[0], versions))
         return pictures
 
 
@@ -353,14 +346,17 @@ def _names(models: list[Tokenizer], config: CurvesConfig) -> list[str]:
         raise ValueError("no tokenizer was named: give --tokenizer NAME, once or more")
     if len(set(labels)) < len(labels) and config.tokenizers:
         labels = list(config.tokenizers)
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ValueError(f"{', '.join(twice)} is there twice: name every tokenizer once")
+    _refuse_twice(labels)
     return labels
 
 
-def _check_choices(models: list[Tokenizer], config: CurvesConfig) -> None:
+def _refuse_twice(names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} is there twice: name every tokenizer once")
+
+
+def _check_choices(labels: list[str], models: list[Tokenizer], config: CurvesConfig) -> None:
     """ValueError for choices that nothing takes, before any work."""
-    labels = _names(models, config)
     if config.lengths and min(config.lengths) < 1:
         raise ValueError(f"--lengths {min(config.lengths)}: an image has one token at least")
     if config.lengths and not any(model.ordered for model in models):

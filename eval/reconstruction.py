@@ -5,10 +5,8 @@ with its original as it is, and becomes 8-bit before Inception sees it: by round
 evaluator does ("An Image is Worth 32 Tokens for Reconstruction and Generation", 2024, arXiv 2406.07550).
 """
 
-import hashlib
 import inspect
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +20,13 @@ from ..registry import load
 from ..tokenizer import Tokenizer
 from ..tokens import Tokens
 from . import passes
-from .data import Batch, batches, decode, open_dataset
-from .decoding import captions, decode_images
+from .data import Batch, first_readable, one, open_dataset
+from .decoding import captions, decode_images, resizing, to_levels
 from .feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, SETS, Instruments, WeightFiles, choose, fingerprint
 from .metrics.codes import LARGEST_CODEBOOK, CodeStatistics
 from .metrics.image import psnr
-from .metrics.summary import summarise
+from .metrics.summary import interval
 from .perturbation import ALPHAS, DELTAS, ChangedCodes, Perturbation, grid
 from .record import Clock, Record
 from .state import State
@@ -125,6 +123,7 @@ class _Reconstruction:
         self.model.check_num_tokens(config.tokens)
         self.perturbation = Perturbation(self.model.quantizer, cells, config.seed) if cells else None
         self.instruments = Instruments([*wanted, *(["fid"] if cells else [])], config.files, device)
+        self.truncate = config.protocol == "titok"
         self.cells = cells if self.instruments.inception else []
         self.columns = [*self.instruments.pairs, "bits", "tokens"]
         self._try()
@@ -135,9 +134,8 @@ class _Reconstruction:
     @torch.no_grad()
     def _try(self) -> None:
         """One image, so that what cannot decode or be compared is told now."""
-        crop = {"crop": self.config.crop, "multiple": self.multiple}
-        with closing(batches(self.dataset, self.size, 1, **crop, workers=0)) as read:
-            first = next((batch for batch in read if len(batch.images)), None)
+        options = {"crop": self.config.crop, "multiple": self.multiple}
+        first = first_readable(self.dataset, self.size, **options)
         if first is not None:
             images = first.images.to(self.device).float() / 255
             decoded = self._decode(self.model.encode(images, self.config.tokens), first)
@@ -147,11 +145,10 @@ class _Reconstruction:
     def _declare(self, folder: Path, process: PartialState, wanted: list[str]) -> None:
         """The tables and sums of this evaluation."""
         sets = self.instruments.sets
-        names = hashlib.sha256("\n".join(self.dataset.names).encode()).hexdigest()[:16]
         loose = ("workers", "checkpoint_every", "files", "weights", "metrics", "kid_subset_size")
         settings = {name: value for name, value in asdict(self.config).items() if name not in loose}
         settings |= {"metrics": [*self.columns, *sets, *(["codes"] if "codes" in wanted else [])]}
-        settings |= {"images": len(self.dataset), "names": names, "device": self.device.type}
+        settings |= {"images": len(self.dataset), "names": self.dataset.digest, "device": self.device.type}
         settings |= {"weights": fingerprint(self.model), "networks": self.instruments.fingerprint()}
         self.state = State(folder, len(self.dataset), settings, process)
         self.state.add_table("values", "float64", len(self.columns))
@@ -207,13 +204,13 @@ class _Reconstruction:
                 self.usage.update(tokens, images.shape[2] * images.shape[3])
         if self.instruments.sets:
             self.originals.update(levels, numbers, clock)
-            self.reconstructions.update(self._levels(decoded), numbers, clock)
+            self.reconstructions.update(to_levels(decoded, truncate=self.truncate), numbers, clock)
         for cell, seen in zip(self.cells, self.perturbed, strict=True):
             with clock("pfid: perturb and decode"):
                 perturbed = self.perturbation(tokens, cell, numbers.tolist())
                 self.changed.update(cell, perturbed)
                 decoded = self._decode(perturbed.tokens, batch)
-            seen.update(self._levels(decoded), numbers, clock)
+            seen.update(to_levels(decoded, truncate=self.truncate), numbers, clock)
 
     def _decode(self, tokens: Tokens, batch: Batch) -> Tensor:
         """Tokens of a batch → float32 images in [0, 1]."""
@@ -229,11 +226,6 @@ class _Reconstruction:
             guidance=config.guidance,
         )
 
-    def _levels(self, images: Tensor) -> Tensor:
-        """Floats in [0, 1] → uint8, as the protocol says."""
-        levels = images * 255
-        return (levels.round() if self.config.protocol == "round" else levels).to(torch.uint8)
-
     # The result ---------------------------------------------------------------------------------------------
 
     def _result(self) -> Result:
@@ -245,7 +237,7 @@ class _Reconstruction:
             metrics |= skipped(name, reason)
         for name in self.instruments.pairs:
             with self.clock(f"{passes.LAST}intervals"):
-                metrics[name] = _mean(values[name], config.seed)
+                metrics[name] = interval(values[name], config.seed)
         if self.instruments.sets:
             metrics |= self._of_sets(self.instruments.sets)
         metrics |= self._pfid()
@@ -298,7 +290,7 @@ class _Reconstruction:
 
     def _codes(self, values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
         """What tokens cost, with intervals where images differ, and how much of the code space they use."""
-        found = {f"{name}-per-image": _mean(values[name], self.config.seed) for name in ("bits", "tokens")}
+        found = {f"{name}-per-image": interval(values[name], self.config.seed) for name in ("bits", "tokens")}
         if self.usage is None:
             return found | skipped("codebook", f"codebooks above {LARGEST_CODEBOOK} entries are not counted")
         usage = self.usage.result()
@@ -313,12 +305,11 @@ class _Reconstruction:
 
     def _protocol(self) -> dict[str, Any]:
         config = self.config
-        resized = f"shorter side to {self.size}, bicubic with antialias"
         given = {"tokens": config.tokens, "steps": config.steps, "guidance": config.guidance}
         return {
             "name": config.protocol,
-            "images": f"{resized}, {'centre crop' if config.crop else 'whole'}",
-            "inception": "8-bit, rounded" if config.protocol == "round" else "8-bit, truncated",
+            "images": resizing(self.size, crop=config.crop),
+            "inception": "8-bit, truncated" if self.truncate else "8-bit, rounded",
             "size": self.size,
             "batch_size": config.batch_size,
             **captions(self.model),
@@ -328,17 +319,11 @@ class _Reconstruction:
     def _picture(self, number: int) -> Picture:
         """Once more through the tokenizer: pictures of all images are not kept."""
         options = {"crop": self.config.crop, "multiple": self.multiple}
-        original = torch.from_numpy(decode(self.dataset.read(number), self.size, **options)).permute(2, 0, 1)
-        name, image = self.dataset.names[number], original.to(self.device)[None].float() / 255
-        batch = Batch(torch.tensor([number]), original[None], [name], [], [])
-        decoded = self._decode(self.model.encode(image, self.config.tokens), batch)
-        reconstruction = (decoded[0] * 255).round().to(torch.uint8).cpu()
-        return Picture(name, float(psnr(decoded, image)), original, reconstruction)
-
-
-def _mean(values: np.ndarray, seed: int) -> dict[str, float]:
-    found = summarise(values, seed)
-    return {"value": found.value, "low": found.low, "high": found.high}
+        batch = one(self.dataset, number, self.size, **options)
+        images = batch.images.to(self.device).float() / 255
+        decoded = self._decode(self.model.encode(images, self.config.tokens), batch)
+        pair = batch.images[0], to_levels(decoded[0]).cpu()
+        return Picture(batch.names[0], float(psnr(decoded, images)), *pair)
 
 
 def _in_order(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

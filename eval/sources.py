@@ -1,5 +1,6 @@
 """Where evaluated images come from: folders, tar shards, manifests, hub datasets and lists of files."""
 
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def digest(self) -> str:
+        """Of all names in order: other images, or another order, give another one."""
+        joined = "\n".join(self.names).encode(errors="surrogateescape")  # names of files may be no UTF-8
+        return hashlib.sha256(joined).hexdigest()[:16]
 
     def read(self, index: int) -> bytes:
         """The encoded image at that position. OSError or ValueError if it cannot be had."""

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 
 from vistok import checkpoint, create, load
 from vistok.files import written_aside
-from vistok.models import titok
 from vistok.models.maskgit_vqgan import MaskGITVQGAN
 from vistok.models.mini import MiniTokenizer
 from vistok.models.titok import TATiTok, TiTok, TiTokConfig
 from vistok.registry import entries
+
+pytestmark = pytest.mark.usefixtures("small_and_quick")
 
 MINI = {
     "image_size": 32,
@@ -33,17 +34,6 @@ MINI = {
 }
 TINY = {"crop_size": 32, "vit_enc_model_size": "tiny", "vit_dec_model_size": "tiny", "num_latent_tokens": 6}
 SINGLE = {"finetune_decoder": False, "is_legacy": False, "token_size": 8, "codebook_size": 64}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_and_quick():
-    """One more ViT size beside the published three, and one thread: tiny kernels wait for a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(titok.SIZES, "tiny", (64, 2, 2))
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

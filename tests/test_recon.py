@@ -143,6 +143,15 @@ def test_adaptive_tokens_have_an_interval_and_continuous_ones_no_codebook(folder
     assert "bit-entropy" in metrics(folder, tmp_path / "c", shared("instella"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
+def test_names_of_files_may_be_no_unicode(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    path = os.fsdecode(os.fsencode(tmp_path / "pictures") + b"/\xff.png")
+    shutil.copy(save(pictures(1, seed=1, side=40), tmp_path / "one") / "00.png", path)
+    result = evaluate(tmp_path / "pictures", tmp_path / "out")
+    assert result.record.n == 1 and result.picture(0).name == "\udcff.png"
+
+
 def test_whole_pictures_keep_their_aspect_where_the_tokenizer_takes_them(tmp_path):
     folder = save(pictures(3, side=32).repeat(1, 1, 1, 2)[..., :50], tmp_path / "wide")
     result = evaluate(folder, tmp_path / "out", shared("instella"), crop=False)

@@ -4,50 +4,26 @@ import json
 import math
 
 import pytest
+import tiny_tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import CASES
 
 from vistok import create
 from vistok.eval.plain_karl import PlainKarl
 from vistok.eval.speed import GUIDED_STEPS, HEADER, Speed, Variant, measure
 
 FLEXTOK = {
-    "encoder_dim": 64,
-    "encoder_depth": 2,
+    **CASES["flextok"][1],
     "decoder_dim": 64,
     "decoder_depth": 2,
-    "head_dim": 32,
     "num_tokens": 16,
     "levels": (8, 5, 4),
-    "latent_channels": 4,
     "latent_size": 8,
-    "vae_block_out_channels": (8, 16),
-    "vae_layers_per_block": 1,
-    "vae_norm_num_groups": 4,
-    "vae_scaling_factor": 0.7,
 }
-KARL = {
-    "image_size": 16,
-    "patch_size": 4,
-    "max_grid_tokens": 8,
-    "max_latent_tokens": 40,
-    "num_tokens": 16,
-    "training_tokens": [2, 12, 2],
-    "encoder_width": 48,
-    "encoder_layers": 2,
-    "encoder_heads": 2,
-    "decoder_width": 32,
-    "decoder_layers": 2,
-    "decoder_heads": 2,
-    "vq_codebook_size": 64,
-    "vq_token_dim": 6,
-    "base_hidden_channels": 32,
-    "base_channel_mult": [1, 1, 1],
-    "base_res_blocks": 1,
-    "base_channels": 8,
-    "base_codebook_size": 16,
-}
+del FLEXTOK["null_probability"]
+KARL = {**tiny_tokenizers.KARL, "image_size": 16, "num_tokens": 16}
 BASES = [(base, quantized) for base in ("vqgan", "vae") for quantized in (True, False)]
 
 

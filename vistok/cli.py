@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import Device, Name, Weights
 from .console import device as _device
 from .console import table as _table
 from .eval.commands import app as _eval_commands
@@ -36,13 +37,6 @@ eval_app = typer.Typer(no_args_is_help=True, help="Measure tokenizers and reduce
 eval_app.add_typer(_eval_commands)
 app.add_typer(eval_app, name="eval")
 
-Name = Annotated[
-    str, typer.Option("--tokenizer", help="Registry name, hub repository, folder or weights file.")
-]
-Weights = Annotated[
-    str | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 Count = Annotated[
     int | None,
     typer.Option("--tokens", help="Tokens an image, for tokenizers with a choice; with a target, the most."),
@@ -496,7 +490,7 @@ class _Bad:
             raise typer.Exit(1)
 
 
-def _load(name: str, device: str, weights: str | None = None) -> "Tokenizer":
+def _load(name: str, device: str, weights: Path | None = None) -> "Tokenizer":
     from .registry import load
 
     return load(name, device=_device(device), weights=weights)

@@ -1,10 +1,21 @@
-"""What commands share: tables on the terminal, and the device that a name means."""
+"""What commands share: options, tables on the terminal, and the device that a name means."""
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     import torch
+
+Name = Annotated[
+    str, typer.Option("--tokenizer", help="Registry name, hub repository, folder or weights file.")
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:

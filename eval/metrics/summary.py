@@ -20,6 +20,12 @@ class Mean:
     n: int
 
 
+def interval(values: Tensor | np.ndarray, seed: int = 0) -> dict[str, float]:
+    """`summarise` as a record holds it: "value", "low" and "high"."""
+    found = summarise(values, seed)
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
 def summarise(values: Tensor | np.ndarray, seed: int = 0) -> Mean:
     """Mean of values [n], one an image, with its percentile bootstrap interval over images.
 
