@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 
-from ..files import written_aside
+from ..files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ class Chart:
         """Write a PNG."""
         from matplotlib import rc_context
 
-        with rc_context(STYLE), written_aside(path) as aside:
+        with rc_context(STYLE), atomic_write(path) as aside:
             self.figure.savefig(aside, format="png", dpi=130)
 
 

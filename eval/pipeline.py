@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from ..files import written_aside
+from ..files import atomic_write
 from ..registry import load
 from ..tokenizer import Tokenizer
 from .data import Dataset, batches, cores, decode, open_dataset, worker_count
@@ -201,7 +201,7 @@ def main(
     print(f"where the model alone keeps all cores busy, no pipeline exceeds {speed.ceiling:.1%}")
     print(f"first batch after the first start of workers: {speed.first_batch_seconds:.2f} s, once a run")
     if out:
-        with written_aside(out) as aside:
+        with atomic_write(out) as aside:
             aside.write_text(json.dumps(speed.record(), indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..files import written_aside
+from ..files import atomic_write
 
 PACKAGES = (
     "vistok",
@@ -68,7 +68,7 @@ def environment() -> dict[str, Any]:
 
 def write(path: Path, record: Any) -> None:
     """Write a record (a dataclass or a mapping) as JSON, after `environment`; infinities become text."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         text = json.dumps({**environment(), **_plain(record)}, indent=2, allow_nan=False)
         aside.write_text(text + "\n", encoding="utf-8")
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files import written_aside
+from ..files import atomic_write
 from .charts import Chart
 
 STYLE = """
@@ -126,7 +126,7 @@ def write_html(path: Path, report: Report) -> None:
         body.append(f'<div class="charts">{shown}</div>' if charts else shown)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
     page = f'<!doctype html><html lang="en"><head>{head}<title>{escape(report.title)}</title></head>'
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         text = page + f"<body><main>{''.join(body)}</main></body></html>\n"
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names that are no UTF-8
 

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ..files import written_aside
+from ..files import atomic_write
 
 DIGEST = 16
 """Bytes of an image's digest that are kept."""
@@ -126,11 +126,11 @@ class State:
                 "choose another --out, or leave is, kid and pr out of --metrics"
             )
         for name, (dtype, width) in missing.items():
-            with written_aside(self._path(name)) as aside:
+            with atomic_write(self._path(name)) as aside:
                 table = np.lib.format.open_memmap(aside, "w+", np.dtype(dtype), (self.count, width))
                 table[:] = 0  # takes the room now: a disk that fills up later would end the process
                 table.flush()
-        with written_aside(self.folder / "settings.json") as aside:
+        with atomic_write(self.folder / "settings.json") as aside:
             aside.write_text(json.dumps(self._identity(), indent=2) + "\n", encoding="utf-8")
 
     def _path(self, name: str) -> Path:
@@ -159,7 +159,7 @@ class State:
         """Write everything up to now, so that a later run continues here."""
         for table in self._tables.values():
             table.flush()
-        with written_aside(self._sums(self.process.process_index)) as aside:
+        with atomic_write(self._sums(self.process.process_index)) as aside:
             sums = {name: each.state_dict() for name, each in self._accumulators.items()}
             torch.save({"done": self.done, "bad": self.bad, "seconds": self.seconds, "sums": sums}, aside)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from vistok import checkpoint, create, load
-from vistok.files import written_aside
+from vistok.files import atomic_write
 from vistok.models.maskgit_vqgan import MaskGITVQGAN
 from vistok.models.mini import MiniTokenizer
 from vistok.models.titok import TATiTok, TiTok, TiTokConfig
@@ -484,25 +484,25 @@ def test_a_broken_configuration_in_the_cache_is_not_passed_over(saved, tmp_path)
 # ---- files are whole or not there --------------------------------------------------------------------------
 
 
-def test_written_aside_replaces_only_on_success(tmp_path):
+def test_atomic_write_replaces_only_on_success(tmp_path):
     target = tmp_path / "deep" / "file.txt"
-    with written_aside(target) as path:
+    with atomic_write(target) as path:
         path.write_text("old")
         assert not target.exists()
-    with pytest.raises(RuntimeError), written_aside(target) as path:
+    with pytest.raises(RuntimeError), atomic_write(target) as path:
         path.write_text("half of the ne")
         raise RuntimeError
     assert target.read_text() == "old"
     assert [p.name for p in target.parent.iterdir()] == ["file.txt"]
 
 
-def test_written_aside_keeps_the_permissions_a_plain_file_would_have(tmp_path):
+def test_atomic_write_keeps_the_permissions_a_plain_file_would_have(tmp_path):
     (tmp_path / "plain").write_text("")
-    with written_aside(tmp_path / "aside") as path:
+    with atomic_write(tmp_path / "aside") as path:
         path.write_text("")
     assert (tmp_path / "aside").stat().st_mode == (tmp_path / "plain").stat().st_mode
     (tmp_path / "aside").chmod(0o640)
-    with written_aside(tmp_path / "aside") as path:
+    with atomic_write(tmp_path / "aside") as path:
         path.write_text("")
     assert (tmp_path / "aside").stat().st_mode & 0o777 == 0o640
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import written_aside
+from .files import atomic_write
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -191,9 +191,9 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     from safetensors.torch import save_file
 
     folder, text = Path(folder), json.dumps(config, indent=2) + "\n"
-    with written_aside(folder / WEIGHTS_NAMES[0]) as path:
+    with atomic_write(folder / WEIGHTS_NAMES[0]) as path:
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in state.items()}, path, metadata={"format": "pt"}
         )
-    with written_aside(folder / CONFIG_NAME) as path:
+    with atomic_write(folder / CONFIG_NAME) as path:
         path.write_text(text, encoding="utf-8")

@@ -86,7 +86,7 @@ def demo(
     from importlib.resources import files
 
     from .eval.metrics.image import psnr, ssim
-    from .files import written_aside
+    from .files import atomic_write
     from .images import load_image, side_by_side, to_pil, to_tensor
 
     tokenizer = _load(DEFAULT, device)
@@ -112,7 +112,7 @@ def demo(
             ]
         )
     sheet = side_by_side([[_enlarged(column, 256) for column in columns]], labels)
-    with written_aside(out) as path:
+    with atomic_write(out) as path:
         sheet.save(path, format="PNG")
     title = f"{image or 'coffee.jpg'} at {tokenizer.image_size}×{tokenizer.image_size} through {DEFAULT}"
     _table(title, ["tokens", "bytes", "smaller than pixels", "PSNR dB", "SSIM", "decode ms"], rows)
@@ -224,7 +224,7 @@ def reconstruct(
 ) -> None:
     """Encode and decode images: side-by-side PNGs, a table and JSON of PSNR, SSIM and bytes."""
     from .eval.metrics.image import psnr, ssim
-    from .files import written_aside
+    from .files import atomic_write
     from .images import side_by_side, to_pil
 
     quality = _quality(target, target_psnr)
@@ -241,7 +241,7 @@ def reconstruct(
             picture = _free_name(out, paths[index], {record["picture"] for record in records})
             pair = [to_pil(pixels[index])[0], to_pil(decoded[index])[0]]
             label = f"{record['tokens']} tokens, {record['bytes']:g} bytes, {record['psnr']:.2f} dB"
-            with written_aside(picture) as aside:
+            with atomic_write(picture) as aside:
                 side_by_side([pair], ["original", label]).save(aside, format="PNG")
             records.append(record | {"picture": str(picture)})
     if records:
@@ -328,7 +328,7 @@ def decode(
     device: Device = "auto",
 ) -> None:
     """A token file → PNGs, numbered in the file's order."""
-    from .files import written_aside
+    from .files import atomic_write
     from .images import to_pil
     from .tokens import Tokens
 
@@ -339,7 +339,7 @@ def decode(
     model, count = _load(name, device, weights), 0
     for start in _progress(range(0, len(coded), batch_size), "decode"):
         for picture in to_pil(model.decode(coded[start : start + batch_size]).cpu()):
-            with written_aside(out / f"{count:05d}.png") as path:
+            with atomic_write(out / f"{count:05d}.png") as path:
                 picture.save(path, format="PNG")
             count += 1
     print(f"{_images(count)} in {out}")
@@ -657,9 +657,9 @@ def _free_name(folder: Path, source: Path, taken: set[str]) -> Path:
 
 
 def _write_json(path: Path, record: Any) -> None:
-    from .files import written_aside
+    from .files import atomic_write
 
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

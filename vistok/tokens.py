@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import written_aside
+from .files import atomic_write
 from .packing import Reader, check_expansion, checked_body, index_widths, pack, seal, unpack, varint
 
 _KINDS = ("indices", "bits", "latents")
@@ -345,7 +345,7 @@ class Tokens:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_bytes` to a file, whole or not at all; missing folders are made."""
         data = self.to_bytes()
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(data)
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import written_aside
+from ...files import atomic_write
 
 # Columns that one product covers, so that the half of a symmetric or triangular matrix is passed over.
 PANEL = 256
@@ -67,7 +67,7 @@ class Gaussian:
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         if self.count is not None:
             arrays["count"] = np.array(self.count)
-        with written_aside(path) as aside, open(aside, "wb") as file:
+        with atomic_write(path) as aside, open(aside, "wb") as file:
             np.savez(file, **arrays)
 
 

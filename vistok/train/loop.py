@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from ..files import written_aside
+from ..files import atomic_write
 from ..images import load_image, side_by_side, to_pil, to_tensor
 from ..registry import create, load
 from ..tokenizer import Tokenizer
@@ -194,7 +194,7 @@ class _Run:
                 k.replace("discriminator.module.", "discriminator."): v for k, v in state["loss"].items()
             }
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
-        with written_aside(self.output / "checkpoint.pt") as path:
+        with atomic_write(self.output / "checkpoint.pt") as path:
             torch.save(state, path)
         self.saved_step = self.step
 
@@ -351,7 +351,7 @@ class _Run:
             row[f"validation_psnr_{count or model.num_tokens}"] = float(-10 * mse.log10().mean())
             sheet.append(to_pil(decoded))
         picture: Image.Image = side_by_side([list(column) for column in zip(*sheet, strict=True)])
-        with written_aside(self.output / "samples" / f"step_{self.step:07d}.png") as path:
+        with atomic_write(self.output / "samples" / f"step_{self.step:07d}.png") as path:
             picture.save(path, format="PNG")
         return row
 
@@ -363,7 +363,7 @@ class _Run:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         # A kill can cut the last line; what follows the checkpoint is written again.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        with written_aside(path) as fresh:
+        with atomic_write(path) as fresh:
             fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         writer = None
         if self.config.tensorboard:
