@@ -11,6 +11,7 @@ from .cache import physical
 from .call import Call, past_columns, read_prompt
 from .hosts.families import Host
 from .hosts.shrink import encoder
+from .hosts.versions import cache_in
 from .layout import Layout, Span, compact, gather
 from .masks import shrunk, slide
 from .reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count
@@ -229,7 +230,7 @@ def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:
 
 def enter(host: Host, call: Call, kwargs: dict[str, Any]) -> None:
     """Note what the language model is given and what its cache holds, before it runs."""
-    call.cache = kwargs.get("past_key_values")
+    call.cache = cache_in(kwargs)
     call.entries = [physical(call.cache, i) for i in range(len(host.layers))]
     call.length = 0 if call.cache is None else call.cache.get_seq_length()
     embeds = kwargs.get("inputs_embeds")

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from .cache import CacheState, ReducedDynamicCache, adopt, extended, physical, state_of
 from .hosts.families import Host, Record
+from .hosts.versions import cache_in
 from .layout import Layout, Prompt, find_spans
 from .reducer import Stage
 
@@ -97,7 +98,7 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str
     """
     bound = host.signature.bind(*args, **kwargs).arguments
     arguments = {**bound.pop("kwargs", {}), **bound}
-    cache = arguments.get("past_key_values")
+    cache = cache_in(arguments)
     call = Call(host, cache=cache, state=state_of(cache))
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = any(arguments.get(f"pixel_values{suffix}") is not None for suffix in ("", "_videos"))

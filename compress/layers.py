@@ -11,6 +11,7 @@ from .attention import Probe, Seen, attention_rows, mask_rows, probing
 from .cache import extended
 from .call import Call, current, past_columns
 from .hosts.families import Host
+from .hosts.versions import without_cache
 from .layout import Layout, compact, gather
 from .masks import build, shrunk, slide
 from .reducer import LayerReducer, LayerTokens, Stage, count_of
@@ -146,10 +147,9 @@ class LayerCuts:
             found.append(self._rows(call, query, key, mask, scaling))
             raise Seen
 
-        passed = {**kwargs, "past_key_values": None, "use_cache": False}
         with torch.no_grad(), probing({attention: probe}):
             try:
-                attention(hidden_states=layer.input_layernorm(hidden), **passed)
+                attention(hidden_states=layer.input_layernorm(hidden), **without_cache(kwargs))
             except Seen:
                 return found[0]
         return None

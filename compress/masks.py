@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from .hosts.families import Host
+from .hosts.versions import causal_mask
 from .layout import Layout
 
 
@@ -43,12 +43,4 @@ def build(host: Host, i: int, hidden: Tensor, real: Tensor | None, cache: Any) -
         if kernel == "eager":
             mask = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device)
             return mask.masked_fill(~real.to(mask.device), torch.finfo(hidden.dtype).min)[:, None, None]
-    make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[host.layer_type(i)]
-    return make(
-        config=host.lm.config,
-        inputs_embeds=hidden,
-        attention_mask=real,
-        past_key_values=cache,
-        position_ids=None,
-        layer_idx=i,
-    )
+    return causal_mask(host.layer_type(i), host.lm.config, hidden, real, cache, i)

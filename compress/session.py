@@ -21,6 +21,7 @@ from .hosts import cutpoints, standalone, tower
 from .hosts.families import Record, resolve
 from .hosts.features import FeatureRecorder
 from .hosts.merging import VisionMerging
+from .hosts.versions import cache_in
 from .layers import LayerCuts
 from .layout import Span, flat
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
@@ -395,7 +396,7 @@ class Session:
         if call is None or not call.prefill:
             return None
         watch(None)
-        cache = output.past_key_values
+        cache = cache_in(output)
         call.cache = cache
         dropped = any(layout is not call.start for layout in call.layouts)
         eviction = self._stages.get(Stage.CACHE)

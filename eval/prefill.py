@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..compress import attach
+from ..compress.hosts.versions import cache_in, with_cache
 from ..compress.reducer import Reducer
 
 HEADER = [
@@ -194,7 +195,7 @@ def _measure(
         one.full.append(full)
         one.short.append(short_seconds)
         one.attached.append(attached)
-        one.extra_step += _extra_steps(model, one, out.past_key_values, expected.past_key_values, steps)
+        one.extra_step += _extra_steps(model, one, cache_in(out), cache_in(expected), steps)
 
 
 def _extra_steps(
@@ -206,8 +207,8 @@ def _extra_steps(
     found = []
     for _ in range(steps):
         with attach(model, one.reducer, keep=one.keep, positions="compact"):
-            attached, _ = _timed(lambda: model(input_ids=token, past_key_values=ours, use_cache=True))
-        stock, _ = _timed(lambda: model(input_ids=token, past_key_values=plain, use_cache=True))
+            attached, _ = _timed(lambda: model(input_ids=token, **with_cache(model, ours), use_cache=True))
+        stock, _ = _timed(lambda: model(input_ids=token, **with_cache(model, plain), use_cache=True))
         found.append(attached - stock)
     return found
 

@@ -9,6 +9,7 @@ the dropped columns. At layer 0 the two are the same computation.
 places come back as zeros.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,19 @@ def decoder(model: hf.PreTrainedModel) -> nn.Module:
     while not hasattr(module, "layers"):
         module = module.model  # Llama4's `get_decoder` stops at its causal model
     return module
+
+
+def the_cache(values: Mapping[str, Any]) -> hf.Cache | None:
+    """The cache among a call's arguments or an output's fields; releases call it by different names."""
+    caches = [value for value in values.values() if isinstance(value, hf.Cache)]
+    assert len(caches) <= 1
+    return caches[0] if caches else None
+
+
+def going_on(module: nn.Module, cache: hf.Cache) -> dict[str, hf.Cache]:
+    """The argument that hands `cache` to a module of this release."""
+    names = inspect.signature(type(module).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def real_tokens(inputs: Inputs) -> Tensor:
@@ -104,7 +118,7 @@ def shortened_generate(
     prompt = _shorten(model, inputs, keep_rows, positions, generating=True)
     language_model = decoder(model)
     cache = hf.DynamicCache(config=language_model.config)
-    out = language_model(**prompt.call, past_key_values=cache, use_cache=True)
+    out = language_model(**prompt.call, **going_on(language_model, cache), use_cache=True)
     batch, prompt_logits = len(out.last_hidden_state), prompt.spread(_logits(model, out))
 
     # From here on every row stands once a beam; at first only one of a row's equal beams may win.
@@ -132,7 +146,7 @@ def shortened_generate(
             inputs_embeds=model.get_input_embeddings()(token),
             attention_mask=valid.long(),
             position_ids=position + step,
-            past_key_values=cache,
+            **going_on(language_model, cache),
             use_cache=True,
         )
         logits = _logits(model, out, last=True)
@@ -185,7 +199,7 @@ def columns_masked(
 
 def _hide(dropped: Tensor, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Hook before decoder layer `index`: its attention mask without the columns of `dropped` [B, L]."""
-    hidden, cache, mask = args[0], kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    hidden, cache, mask = args[0], the_cache(kwargs), kwargs.get("attention_mask")
     queries = hidden.shape[1]
     keys, past = queries, 0
     if cache is not None:

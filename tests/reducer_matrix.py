@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 import transformers as hf
-from oracles import Inputs, decoder, kept_tokens, real_tokens, shortened_generate, shortened_logits
+from oracles import (
+    Inputs,
+    decoder,
+    kept_tokens,
+    real_tokens,
+    shortened_generate,
+    shortened_logits,
+    the_cache,
+)
 from torch import Tensor
 
 from vistok import compress
@@ -121,7 +129,7 @@ def hidden_columns(model: hf.PreTrainedModel, dropped: Sequence[Tensor | None], 
     from oracles import _hide
 
     def hook(index: int, module: Any, args: tuple, kwargs: dict) -> Any:
-        if decoding_only and kwargs.get("past_key_values").get_seq_length(index) == 0:
+        if decoding_only and the_cache(kwargs).get_seq_length(index) == 0:
             return None
         return _hide(dropped[index], index, module, args, kwargs)
 

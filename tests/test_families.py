@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import reducer_matrix as matrix
 import torch
+from oracles import going_on, the_cache
 from reducer_matrix import placeholders
 from test_attach import Cut
 from test_session import continued
@@ -99,7 +100,7 @@ def test_cross_attention_to_less_equals_masking(beams):
     with torch.no_grad(), compress.attach(model, UniformGrid(), keep=0.5):
         handle = language_model.register_forward_pre_hook(remember, with_kwargs=True)
         ours, tokens = matrix.outputs(model, inputs, num_beams=beams)
-        index, valid = model(**inputs, use_cache=True).past_key_values.vistok_cross_index
+        index, valid = the_cache(model(**inputs, use_cache=True)).vistok_cross_index
         handle.remove()
 
     def hide(module: Any, args: Any, kwargs: Any) -> Any:
@@ -153,7 +154,7 @@ def test_a_new_image_in_a_running_chat_equals_one_go(name, reducers, positions):
         second = model.generate(
             input_ids=ids,
             attention_mask=longer["attention_mask"],
-            past_key_values=first.past_key_values,
+            **going_on(model, the_cache(first)),
             **media,
             **settings,
         )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from oracles import real_tokens, visual_tokens
+from oracles import going_on, real_tokens, the_cache, visual_tokens
 from PIL import Image
 from reducer_matrix import kept_rows, outputs, placeholders
 from test_attach import Cut
@@ -64,7 +64,7 @@ def test_a_chat_on_one_cache_equals_one_go(vlm, stages, attention, images):
         more = torch.tensor([[9, 10, 11]]).expand(len(first.sequences), -1)
         longer = continued(inputs, torch.cat([first.sequences, more], 1))
         text = {k: v for k, v in longer.items() if not k.startswith(("pixel", "image_sizes"))}
-        second = model.generate(**text, past_key_values=first.past_key_values, **settings)
+        second = model.generate(**text, **going_on(model, the_cache(first)), **settings)
         expected = model.generate(**longer, **settings)
     assert torch.equal(second.sequences, expected.sequences)
     for step, reference in zip(second.logits, expected.logits, strict=True):
@@ -83,7 +83,7 @@ def test_a_manual_loop_without_position_ids_equals_generate(vlm, positions):
             logits = out.logits[:, -1].clone()
             logits[:, placeholders(model)] = -torch.inf
             tokens.append(logits.argmax(-1, keepdim=True))
-            out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=tokens[-1], **going_on(model, the_cache(out)), use_cache=True)
     assert torch.equal(torch.cat(tokens, 1), expected)
 
 
@@ -415,7 +415,7 @@ def test_two_threads_with_one_model_give_the_sequential_results(name):
 def test_a_shortened_cache_survives_copies_and_pickles_and_guards_its_prompt():
     model, _, inputs = tiny_vlm("llava")
     with torch.no_grad(), compress.attach(model, "divprune", keep=0.25):
-        cache = model(**inputs(1), use_cache=True).past_key_values
+        cache = the_cache(model(**inputs(1), use_cache=True))
         length = inputs(1)["input_ids"].shape[1]
         for other in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
             assert other.get_seq_length() == length
@@ -500,7 +500,7 @@ def test_a_session_keeps_no_cache_or_features_alive():
     model, _, inputs = tiny_vlm("qwen3_vl")
     with torch.no_grad(), compress.attach(model, [Random(), Cut(k=1), KeyNorm()], keep=0.5) as session:
         out = model(**inputs(2), use_cache=True)
-        keys = weakref.ref(out.past_key_values.layers[0].keys)
+        keys = weakref.ref(the_cache(out).layers[0].keys)
         before = str(session.report())
         del out
         gc.collect()
@@ -687,5 +687,5 @@ def test_sliding_windows_count_the_tokens_that_are_left():
         whole = model(input_ids=ids, token_type_ids=types, **rest).logits[:, -1]
         out = model(input_ids=ids[:, :-1], token_type_ids=types[:, :-1], use_cache=True, **rest)
         position = torch.tensor([[length - 1]])
-        step = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, position_ids=position)
+        step = model(input_ids=ids[:, -1:], **going_on(model, the_cache(out)), position_ids=position)
     assert torch.allclose(step.logits[:, -1], whole, atol=1e-5)

@@ -41,8 +41,14 @@ def no_grad():
 
 
 @cache
-def shared(name: str, attn: str = "sdpa") -> Model:
+def built(name: str, attn: str) -> Model:
     return tiny_vlm(name, attn)
+
+
+def shared(name: str, attn: str = "sdpa") -> Model:
+    if name.startswith("llama4") and hf.__version__ == "5.24.0":
+        pytest.skip("stock Llama 4 of transformers 5.24.0 fails: its text output has no image_outputs")
+    return built(name, attn)
 
 
 def generate(model: hf.PreTrainedModel, inputs: Any, **settings: Any) -> torch.Tensor:

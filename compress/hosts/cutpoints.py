@@ -20,6 +20,7 @@ from ..grid import Grid
 from ..layout import compact, gather
 from ..reducer import Budget, FeatureReducer, Image, Reducer, Stage
 from ..report import ImageReport, Report
+from .versions import cache_in
 
 KINDS = {"mllama": "mllama", "blip-2": "qformer", "instructblip": "qformer"}
 
@@ -94,9 +95,8 @@ class CutPoint:
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             states, mask = kwargs.get("cross_attention_states"), kwargs.get("cross_attention_mask")
-            cache = kwargs.get("past_key_values")
             if states is None:
-                index = getattr(cache, "vistok_cross_index", None)
+                index = getattr(cache_in(kwargs), "vistok_cross_index", None)
                 if index is None or mask is None:
                     return None
                 return args, {**kwargs, "cross_attention_mask": _columns(mask, *index)}
@@ -115,8 +115,9 @@ class CutPoint:
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             index, self._local.index = getattr(self._local, "index", None), None
-            if index is not None and output.past_key_values is not None:
-                output.past_key_values.vistok_cross_index = index
+            cache = cache_in(output)
+            if index is not None and cache is not None:
+                cache.vistok_cross_index = index
 
         language_model = self.model.base_model.language_model
         self.handles.append(language_model.register_forward_pre_hook(before, with_kwargs=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...compress import attach
+from ...compress.hosts.versions import cache_in, with_cache
 from ...compress.methods.fastv import FastV
 from ...compress.methods.pyramiddrop import PyramidDrop
 from ...compress.methods.transprune import TransPrune
@@ -54,7 +55,7 @@ def run(case: Case) -> Outputs:
         output = model(**_prompt(ids, features))
         for counter in counters:
             counter.remove()
-        cache = output.past_key_values
+        cache = cache_in(output)
         _expect(case, "tokens_into_block", entered)
         _expect(case, "kv_len_after_prefill", _lengths(cache))
         kept = torch.ones_like(ids[0], dtype=torch.bool)
@@ -62,7 +63,9 @@ def run(case: Case) -> Outputs:
         kept[before + session.explain(layer=-1)[0].tokens] = True
         yield "logits", output.logits[:, kept]
         yield from _scores(case, session, reducer.cuts(len(entered)))
-        decoded = [model(input_ids=step.reshape(1, 1), past_key_values=cache).logits[0, -1] for step in steps]
+        decoded = [
+            model(input_ids=step.reshape(1, 1), **with_cache(model, cache)).logits[0, -1] for step in steps
+        ]
         yield "decode_logits", torch.stack(decoded)
         _expect(case, f"kv_len_after_{len(steps)}_steps", _lengths(cache))
 
