@@ -114,11 +114,10 @@ def _encoding(case: Case, model: FlexTok, images: Tensor) -> Outputs:
     yield "vae_latents", case.subsample("vae_latents", encoded)
     parts = model.encoder.module_dict
     if "enc_patches" in case.tensors:
-        patches = parts["enc_posemb_module"](
-            parts["enc_patch_emb"](patchify(encoded, model.config.patch_size))
-        )
-        grid = model.config.latent_size // model.config.patch_size
-        yield "enc_patches", case.subsample("enc_patches", patches.unflatten(1, (grid, grid)), GRID)
+        grid = tuple(side // model.config.patch_size for side in encoded.shape[2:])
+        embedded = parts["enc_patch_emb"](patchify(encoded, model.config.patch_size))
+        patches = parts["enc_posemb_module"](embedded, *grid)
+        yield "enc_patches", case.subsample("enc_patches", patches.unflatten(1, grid), GRID)
     blocks = _Blocks(parts["enc_transformer"].blocks)
     latents = model.encoder(encoded, model.num_tokens)
     for name, depth in _depths(case, "enc"):

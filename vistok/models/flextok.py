@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint, registry
+from ..adaptive import AdaptiveTokens, encode_to_quality
 from ..nn import flow
 from ..quantizers import FiniteScalarQuantizer
 from ..registry import Entry, register, register_family
@@ -41,6 +42,15 @@ from .flextok_network import (
     register_mask,
     sincos_table,
     timestep_features,
+)
+from .flextok_sizes import (
+    Size,
+    draw_by_size,
+    image_sizes,
+    in_order,
+    read_size,
+    read_sizes,
+    rows_by_size,
 )
 from .flextok_vae import FlexTokVAE, load_vae, vae_config
 
@@ -196,6 +206,22 @@ class FlexTok(Tokenizer):
 
     # Images → tokens ----------------------------------------------------------------------------------------
 
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images are multiples of this, in pixels, up to `image_size`."""
+        return self.config.size_multiple
+
+    def check_image_size(self, height: int, width: int, fix: str) -> None:
+        """Raise ValueError unless the VAE, the patches and the position table take images of this size."""
+        multiple, most = self.size_multiple, self.image_size
+        if not all(multiple <= side <= most and side % multiple == 0 for side in (height, width)):
+            raise ValueError(
+                f"images are {height}×{width} pixels; {self.label} takes sides that are multiples of "
+                f"{multiple}, from {multiple} to {most}: {fix}"
+            )
+        if (height, width) != (most, most) and self.name in registry.entries():
+            warnings.warn(f"{self.name} was trained on {most}×{most} images only", stacklevel=4)
+
     def latents(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """Images [B, 3, H, W] → the first `num_tokens` (default: all) unquantized latents [B, K, D]."""
         with torch.no_grad():
@@ -203,18 +229,54 @@ class FlexTok(Tokenizer):
         return self.encoder(encoded, num_tokens or self.num_tokens)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, num_tokens: int | None = None, **quality: Any) -> Any:
+    def encode(
+        self,
+        images: Tensor | Sequence[Tensor],
+        num_tokens: int | None = None,
+        *,
+        target_psnr: float | None = None,
+    ) -> Any:
         """Images [B, 3, H, W] in [0, 1] → their first `num_tokens` tokens; fewer cost less.
 
-        Any number gives a prefix of the full code. The VAE's posterior is taken at its mean. In bfloat16 some
-        indices differ from float32's. `quality` are every ordered tokenizer's options (`target_psnr`).
+        Sides are multiples of `size_multiple` up to `image_size`, not necessarily equal, and `images` may be
+        a list of [3, H, W] of several sizes; tokens do not hold the size, which `decode` takes. Any number of
+        tokens gives a prefix of the full code. The VAE's posterior is taken at its mean. In bfloat16 some
+        indices differ from float32's. `target_psnr` is every ordered tokenizer's option.
         """
-        if quality:
-            return super().encode(images, num_tokens, **quality)
+        if not isinstance(images, Tensor):
+            return self._encode_list(images, num_tokens, target_psnr)
         count, images = self.check_num_tokens(num_tokens), self.check_images(images)
+        if target_psnr is not None:
+            size = tuple(images.shape[2:])
+            return encode_to_quality(self, images, target_psnr, num_tokens=num_tokens, size=size)
         if not len(images):
             return self.as_tokens(torch.zeros(0, count, dtype=torch.int64, device=self.device))
         return self.as_tokens(self.quantizer.encode(self.latents(images, count)))
+
+    def _encode_list(
+        self, images: Sequence[Tensor], num_tokens: int | None, target_psnr: float | None
+    ) -> Tokens | AdaptiveTokens:
+        """Images [3, H, W] of several sizes → one batch of tokens in their order."""
+        if not isinstance(images, list | tuple):
+            raise ValueError(
+                f"images are a {type(images).__name__}; {self.label} takes a float tensor [B, 3, H, W] or a "
+                "list of [3, H, W]"
+            )
+        if not images:
+            return self.encode(torch.empty(0, 3, self.image_size, self.image_size), num_tokens)
+        rows = rows_by_size(image_sizes(images))
+        checked = [self.check_images(image[None]) for image in images]
+        batches = (torch.cat([checked[row] for row in places]) for places in rows.values())
+        parts = [self.encode(batch, num_tokens, target_psnr=target_psnr) for batch in batches]
+        order = torch.tensor([row for places in rows.values() for row in places]).argsort()
+        if target_psnr is None:
+            return Tokens.cat(parts)[order]
+        tokens = Tokens.cat([part.tokens for part in parts])[order]
+        psnr, reached = (
+            torch.cat([getattr(part, name) for part in parts])[order.to(self.device)]
+            for name in ("psnr", "reached")
+        )
+        return AdaptiveTokens(tokens, psnr, reached)
 
     # Tokens → images ----------------------------------------------------------------------------------------
 
@@ -223,40 +285,62 @@ class FlexTok(Tokenizer):
         self,
         tokens: Tokens | Tensor,
         *,
+        size: int | Size | list[Size] | None = None,
         steps: int | None = None,
         guidance: flow.Guidance | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         normalized: bool = True,
-        noise: Tensor | None = None,
-    ) -> Tensor:
+        noise: Tensor | Sequence[Tensor] | None = None,
+    ) -> Any:
         """Tokens (or bare codes [B, K]) of any length → images [B, 3, H, W] in [0, 1].
 
-        The picture is drawn from noise in `steps` Euler steps (20). `guidance` (7.5) is a scale, 1 for none,
-        or a function of the time in [0, 1]; `normalized` guidance is adaptive projected guidance (arXiv
-        2410.02416), otherwise classifier-free guidance.
+        `size` is a side or (height, width) in pixels, by default `image_size`; a list with one (height,
+        width) per image gives a list of images [3, H, W]. The picture is drawn from noise in `steps` Euler
+        steps (20). `guidance` (7.5) is a scale, 1 for none, or a function of the time in [0, 1] that returns it;
+        `normalized` guidance is adaptive projected guidance (arXiv 2410.02416), otherwise classifier-free
+        guidance.
 
         One `generator` gives every image the noise it would have alone, so that neither neighbours nor the
-        place in the batch matter and prefixes of one image share their noise; a list has one generator an
-        image. None is seed 0: the same tokens give the same picture. `noise` [B, C, h, w] takes the
-        generator's place. ValueError for lengths of 0 or beyond the maximum.
+        place in the batch matter and prefixes of one image share their noise; a list has one generator per
+        image. None is seed 0: the same tokens give the same picture. `noise` [B, C, h, w], or a list of
+        [C, h, w] beside a list of sizes, takes the generator's place. ValueError for lengths of 0 or beyond
+        the maximum, and for sizes that the model does not take.
         """
         latents, lengths = self.dequantize(tokens)
-        images = self.pixels(
-            latents,
-            lengths,
-            steps=steps,
-            guidance=guidance,
-            generator=generator,
-            normalized=normalized,
-            noise=noise,
-        )
-        return images.clamp(0, 1)
+        options = {"steps": steps, "guidance": guidance, "normalized": normalized}
+        if not isinstance(size, list):
+            images = self.pixels(latents, lengths, size=size, generator=generator, noise=noise, **options)
+            return images.clamp(0, 1)
+        sizes = read_sizes(size, len(latents))
+        starts = self._noise_by_size(sizes, generator, noise)
+        rows, parts = rows_by_size(sizes), {}
+        for each, places in rows.items():
+            start = torch.stack([starts[row] for row in places])
+            counts = None if lengths is None else lengths[places]
+            parts[each] = self.pixels(latents[places], counts, size=each, noise=start, **options).clamp(0, 1)
+        return in_order(parts, rows)
 
-    def pixels(self, latents: Tensor, lengths: Tensor | None = None, **options: Any) -> Tensor:
+    def reconstruct(
+        self, images: Tensor | Sequence[Tensor], num_tokens: int | None = None, **options: Any
+    ) -> Any:
+        """Images → tokens → images of the same sizes, or of another `size`; `options` go to `decode`."""
+        tokens = self.encode(images, num_tokens)
+        size = tuple(images.shape[2:]) if isinstance(images, Tensor) else image_sizes(images)
+        return self.decode(tokens, **{"size": size} | options)
+
+    def pixels(
+        self,
+        latents: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        size: int | Size | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Quantized latents [B, K, D] → images [B, 3, H, W], not clamped; `options` are those of `decode`."""
-        sampled = self.sample(latents, lengths, **options)
+        size = self._checked_size(size)
+        sampled = self.sample(latents, lengths, size=size, **options)
         if not len(sampled):
-            return sampled.new_zeros(0, 3, self.image_size, self.image_size, dtype=self.dtype)
+            return sampled.new_zeros(0, 3, *size, dtype=self.dtype)
         return (self.autoencoder.decode(sampled).to(self.dtype) + 1) / 2
 
     def sample(
@@ -264,6 +348,7 @@ class FlexTok(Tokenizer):
         latents: Tensor,
         lengths: Tensor | None = None,
         *,
+        size: int | Size | None = None,
         steps: int | None = None,
         guidance: flow.Guidance | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -272,15 +357,13 @@ class FlexTok(Tokenizer):
     ) -> Tensor:
         """Quantized latents [B, K, D] → VAE latents [B, C, h, w]; see `decode`."""
         steps = STEPS if steps is None else steps
-        guidance = GUIDANCE if guidance is None else guidance
-        if not (callable(guidance) or (isinstance(guidance, (int, float)) and math.isfinite(guidance))):
-            raise ValueError(f"guidance is a finite number or a function of the time; got {guidance!r}")
+        guidance = _checked_guidance(GUIDANCE if guidance is None else guidance)
         if lengths is not None and bool((lengths < 1).any()):
             raise ValueError(
                 f"{self.label} decodes 1 to {self.num_tokens} tokens an image; an image here has none"
             )
         batch = len(latents)
-        x = self._noise(batch, generator, noise)
+        x = self._noise(batch, self._checked_size(size), generator, noise)
         if not batch:
             return x
         conditional = self._conditions(latents.to(self.dtype), lengths)
@@ -302,6 +385,12 @@ class FlexTok(Tokenizer):
 
         return flow.sample(velocity, x, steps, guidance, normalized=normalized)
 
+    def _checked_size(self, size: int | Size | None) -> Size:
+        """Height and width of a decoded image, in pixels."""
+        size = read_size(self.image_size if size is None else size)
+        self.check_image_size(*size, "give another size")
+        return size
+
     def _conditions(self, latents: Tensor, lengths: Tensor | None) -> list[Conditions]:
         """Of all images together, or of each by itself where that saves work: a CPU is as fast in parts, and
         then a picture costs what its own tokens do."""
@@ -315,35 +404,69 @@ class FlexTok(Tokenizer):
         rows = zip(latents.split(1), counts, strict=True)
         return [self.decoder.conditions(row[:, :count]) for row, count in rows]
 
+    def _latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Channels, rows and columns of the VAE's latents of an image."""
+        factor = self.config.size_multiple // self.config.patch_size
+        return self.config.latent_channels, size[0] // factor, size[1] // factor
+
     def _noise(
         self,
         batch: int,
+        size: Size,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         noise: Tensor | None,
     ) -> Tensor:
         """Initial noise [B, C, h, w] in at least float32."""
-        shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
+        shape = self._latent_shape(size)
         dtype = torch.promote_types(self.dtype, torch.float32)
         if noise is not None:
-            if generator is not None or noise.shape != (batch, *shape):
+            if not isinstance(noise, Tensor) or generator is not None or noise.shape != (batch, *shape):
+                got = f"shape {list(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
                 raise ValueError(
-                    f"noise of shape {list(noise.shape)} was given; {list((batch, *shape))} is "
-                    "needed, without a generator beside it"
+                    f"noise of {got} was given; {list((batch, *shape))} is needed, without a generator "
+                    "beside it"
                 )
             return noise.to(self.device, dtype)
         if generator is None:
             generator = torch.Generator().manual_seed(0)
         shared = isinstance(generator, torch.Generator)
         generators = [generator] if shared else list(generator)
-        if not shared and len(generators) != batch:
-            raise ValueError(
-                f"{len(generators)} generators were given for {batch} images; give one, or one each"
-            )
+        if not shared:
+            self._check_one_each("generators", generators, batch)
         drawn = torch.empty(batch, *shape, device=self.device, dtype=dtype)
         for image, each in enumerate(generators):
             rows = slice(None) if shared else image
             drawn[rows] = torch.randn(shape, generator=each, device=each.device).to(drawn)
         return drawn
+
+    def _noise_by_size(
+        self,
+        sizes: Sequence[Size],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        noise: Sequence[Tensor] | None,
+    ) -> list[Tensor]:
+        """Initial noise [C, h, w] of images of these sizes, each what that image would have alone."""
+        for size in sizes:
+            self._checked_size(size)
+        if noise is not None and generator is not None:
+            raise ValueError("noise and a generator were given; give one of them")
+        if noise is not None:
+            self._check_one_each("noises", noise, len(sizes))
+            pairs = zip(sizes, noise, strict=True)
+            return [self._noise(1, size, None, each[None])[0] for size, each in pairs]
+        if generator is not None and not isinstance(generator, torch.Generator):
+            self._check_one_each("generators", generator, len(sizes))
+            pairs = zip(sizes, generator, strict=True)
+            return [self._noise(1, size, [each], None)[0] for size, each in pairs]
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        drawn = draw_by_size({size: self._latent_shape(size) for size in sizes}, generator)
+        return [drawn[size] for size in sizes]
+
+    def _check_one_each(self, what: str, values: Sequence[Any], batch: int) -> None:
+        if len(values) != batch:
+            raise ValueError(
+                f"{len(values)} {what} were given for {batch} images; give one generator, or one of them each"
+            )
 
     # Training -----------------------------------------------------------------------------------------------
 
@@ -376,6 +499,29 @@ class FlexTok(Tokenizer):
         (velocity,) = self.decoder(noised, self.decoder.modulations(times), [conditions])
         loss = F.mse_loss(velocity.float(), (noise - clean).float())
         return TrainingOutput(None, quantized.codes, quantized.losses | {"flow": loss})
+
+
+def _checked_guidance(guidance: flow.Guidance) -> flow.Guidance:
+    """A finite scale, or a function of the time whose every value is checked to be one."""
+    if callable(guidance):
+
+        def scale(time: float) -> float:
+            value = guidance(time)
+            if not _is_finite(value):
+                raise ValueError(
+                    f"guidance returned {value!r} for the time {time:g}; it must return a finite number"
+                )
+            return float(value)
+
+        return scale
+    if not _is_finite(guidance):
+        raise ValueError(f"guidance is a finite number or a function of the time; got {guidance!r}")
+    return guidance
+
+
+def _is_finite(value: Any) -> bool:
+    number = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
 
 
 # Nested dropout ---------------------------------------------------------------------------------------------

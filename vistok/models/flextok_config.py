@@ -13,13 +13,7 @@ from safetensors import safe_open
 KeptTokens = Literal["uniform", "pow2", "uniform_pow2"]
 Times = Literal["mode", "logit_normal", "stratified"]
 
-
 LICENSE = "apple-amlr (not open source: research only)"
-VAES = {f"flextok-vae-c{channels}": f"EPFL-VILAB/flextok_vae_c{channels}" for channels in (4, 8, 16)}
-VAE_FILE = "diffusion_pytorch_model.safetensors"
-
-KeptTokens = Literal["uniform", "pow2", "uniform_pow2"]
-Times = Literal["mode", "logit_normal", "stratified"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,11 @@ class FlexTokConfig:
         """Side of the images, in pixels."""
         return self.latent_size * 2 ** (len(self.vae_block_out_channels) - 1)
 
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images are multiples of this, in pixels: one patch of the VAE's latents."""
+        return self.patch_size * 2 ** (len(self.vae_block_out_channels) - 1)
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "FlexTokConfig":
         """From field names, or from the original's graph of modules (`vae`, `encoder`, `decoder`, …).
@@ -109,7 +108,7 @@ class FlexTokConfig:
 # Section or module, its class, and its arguments: @field fills a field of FlexTokConfig (? may be absent), *
 # says that nothing here depends on it, anything else is the only value that is known.
 _GRAPH = """
-vae StableDiffusionVAE latent_channels=@latent_channels scaling_factor=@vae_scaling_factor?
+vae StableDiffusionVAE latent_channels=@latent_channels? scaling_factor=@vae_scaling_factor?
     sample_posterior=@sample_posterior? hf_hub_path=@vae_source? dtype_override=* force_vae_encode=*
 encoder.enc_patch_emb PatchEmbedder channels_in=@latent_channels patch_sizes=@patch_size dim=@encoder_dim
     flatten_patches=False

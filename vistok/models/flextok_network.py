@@ -79,9 +79,18 @@ class GridPositions(nn.Module):
         super().__init__()
         self.register_buffer("posembs", sincos_table(dim, size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Patches [B, P, D] of the whole grid, with positions added."""
-        return x + self.posembs.flatten(2).transpose(1, 2)
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Add to patches [B, height · width, D] the positions of the table's first rows and columns.
+
+        ValueError for a grid larger than the table.
+        """
+        rows, columns = self.posembs.shape[2:]
+        if height > rows or width > columns:
+            raise ValueError(
+                f"a grid of {height}×{width} patches was given; the position table has {rows}×{columns}: "
+                "give smaller images"
+            )
+        return x + self.posembs[:, :, :height, :width].flatten(2).transpose(1, 2)
 
 
 class Vectors(nn.Module):
@@ -206,7 +215,9 @@ class FlexTokEncoder(nn.Module):
         No register sees a later one, so the first n are computed without the others.
         """
         parts = self.module_dict
-        x = parts["enc_posemb_module"](parts["enc_patch_emb"](patchify(latents, self.patch_size)))
+        grid = (side // self.patch_size for side in latents.shape[2:])
+        x = parts["enc_patch_emb"](patchify(latents, self.patch_size))
+        x = parts["enc_posemb_module"](x, *grid)
         patches = x.shape[1]
         registers = parts["enc_register_module"].values[:num_tokens].expand(len(x), -1, -1)
         x = torch.cat([x, registers], 1)
@@ -439,7 +450,8 @@ class FlexTokDecoder(nn.Module):
         parts = self.module_dict
         embed = parts["dec_noise_patch_emb"]
         x = patchify(noised.to(embed.patch_proj.weight.dtype), self.patch_size)
-        patches = parts["dec_patches_posemb_module"](embed(x))  # [B, P, D]
+        height, width = (side // self.patch_size for side in noised.shape[2:])
+        patches = parts["dec_patches_posemb_module"](embed(x), height, width)  # [B, P, D]
         batch = len(conditions[0].registers)
         layout = Layout(batch, patches.shape[1], tuple(each.registers.shape[1] for each in conditions))
         groups = zip(cycle(patches.split(batch)), conditions, strict=False)
@@ -456,4 +468,4 @@ class FlexTokDecoder(nn.Module):
             x = block(x, layout, modulations.blocks[depth], masks, patches_only=last)
         x = x.view(len(conditions), batch, *patches.shape[1:])
         x = parts["dec_to_patches"](x, modulations.head)
-        return unpatchify(x, self.patch_size, noised.shape[2] // self.patch_size).chunk(len(conditions))
+        return unpatchify(x, self.patch_size, height).chunk(len(conditions))
