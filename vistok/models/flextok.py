@@ -243,7 +243,7 @@ class FlexTok(Tokenizer):
         tokens gives a prefix of the full code. The VAE's posterior is taken at its mean. In bfloat16 some
         indices differ from float32's. `target_psnr` is every ordered tokenizer's option.
         """
-        if not isinstance(images, Tensor):
+        if isinstance(images, list | tuple):
             return self._encode_list(images, num_tokens, target_psnr)
         count, images = self.check_num_tokens(num_tokens), self.check_images(images)
         if target_psnr is not None:
@@ -257,11 +257,6 @@ class FlexTok(Tokenizer):
         self, images: Sequence[Tensor], num_tokens: int | None, target_psnr: float | None
     ) -> Tokens | AdaptiveTokens:
         """Images [3, H, W] of several sizes → one batch of tokens in their order."""
-        if not isinstance(images, list | tuple):
-            raise ValueError(
-                f"images are a {type(images).__name__}; {self.label} takes a float tensor [B, 3, H, W] or a "
-                "list of [3, H, W]"
-            )
         if not images:
             return self.encode(torch.empty(0, 3, self.image_size, self.image_size), num_tokens)
         rows = rows_by_size(image_sizes(images))
@@ -296,8 +291,8 @@ class FlexTok(Tokenizer):
 
         `size` is a side or (height, width) in pixels, by default `image_size`; a list with one (height,
         width) per image gives a list of images [3, H, W]. The picture is drawn from noise in `steps` Euler
-        steps (20). `guidance` (7.5) is a scale, 1 for none, or a function of the time in [0, 1] that returns it;
-        `normalized` guidance is adaptive projected guidance (arXiv 2410.02416), otherwise classifier-free
+        steps (20). `guidance` (7.5) is a scale, 1 for none, or a function of the time in [0, 1] that returns
+        it; `normalized` guidance is adaptive projected guidance (arXiv 2410.02416), otherwise classifier-free
         guidance.
 
         One `generator` gives every image the noise it would have alone, so that neither neighbours nor the
