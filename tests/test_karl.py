@@ -462,13 +462,39 @@ def test_a_frozen_base_is_distilled_and_an_open_one_draws_pixels(case, model):
     model = copy.deepcopy(model).train()
     model.base_tokenizer.requires_grad_(False)
     stage1 = model(pictures(2), num_tokens=6, target=0.05)
-    own = {"nll", "code"} if case.startswith("vqgan") else {"features"}
+    own = {"nll", "code"} if case.startswith("vqgan") else {"code"}
     assert own | {f"estimate_{name}" for name in own} <= set(stage1.losses)
     assert "estimate_reconstruction" not in stage1.losses
     assert not stage1.images.requires_grad
     sum(stage1.losses.values()).backward()
     assert model.halting_mlp[0].weight.grad.any()
     assert all(parameter.grad is None for parameter in model.base_tokenizer.parameters())
+
+
+def test_the_code_loss_on_the_vae_is_the_squared_error_against_its_scaled_latents(models):
+    model = copy.deepcopy(models("vae-continuous")).train()
+    model.base_tokenizer.requires_grad_(False)
+    images, noise = pictures(2), torch.randn(2, 8, SIDE // 4, SIDE // 4)
+    with torch.no_grad():
+        mean, logvar = model.base.moments(images).chunk(2, 1)
+        scaled = 0.2325 * (mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise)  # [B, E, h, w]
+    passed = model.training_pass(images, scaled, 6, 0.05)
+    analysed = model.analyse(images, model.target_bins(0.05, 2), 6, scaled)
+    output = model.draw(analysed.values, torch.arange(6).expand(2, -1))
+    expected = (
+        sum(
+            (output[b, i * (SIDE // 4) + j, c] - scaled[b, c, i, j]) ** 2
+            for b in range(2)
+            for c in range(8)
+            for i in range(SIDE // 4)
+            for j in range(SIDE // 4)
+        )
+        / output.numel()
+    )
+    torch.testing.assert_close(passed.losses["code"], expected)
+    assert set(passed.losses) == {"active", "code"}
+    features = model.base.features(images, noise)
+    torch.testing.assert_close(features, scaled)
 
 
 @pytest.mark.parametrize("needed", [5, COUNT])

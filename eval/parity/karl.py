@@ -140,11 +140,12 @@ def _training_step(case: Case, model: Karl, pictures: list[Tensor]) -> Outputs:
 def _loss(case: Case, passed: TrainingPass, term: str) -> Tensor:
     """The loss that the original logs under this name."""
     losses = passed.losses
-    if "quantization" in term:
-        return losses["commitment"] + losses["codebook"]
+    if "quantization" in term:  # continuous latents have none
+        parts = [losses[name] for name in ("commitment", "codebook") if name in losses]
+        return torch.stack(parts).sum() if parts else torch.zeros((), device=case.device)
     ours = next((name for part, name in LOSSES if part in term), None)
-    if ours is None:  # what is left is the reconstruction, of pixels or of the base's features
-        ours = "features" if "features" in losses else "reconstruction"
+    if ours is None:  # what is left is the reconstruction: of the base's features, or of pixels
+        ours = "code" if "code" in losses else "reconstruction"
     if ours not in losses:
         raise CannotBuild(f"{case.path.name}: this model has no loss for the recorded {term}")
     return losses[ours]

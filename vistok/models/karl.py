@@ -377,8 +377,8 @@ class VAE(nn.Module):
         return TrainingOutput(self.decoder(grid), sampled, {"kl": kl})
 
     def distillation(self, output: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """The squared error of outputs [B, N, E] against the scaled features: `features`."""
-        return {"features": F.mse_loss(output, features.flatten(2).transpose(1, 2))}
+        """The loss of outputs [B, N, E] against the scaled features: `code`, their mean squared error."""
+        return {"code": F.mse_loss(output.float(), features.flatten(2).transpose(1, 2).float())}
 
 
 BASES = {"vqgan": VQGAN, "vae": VAE}
