@@ -105,6 +105,34 @@ def check_target(path: str | Path, *, folder: bool = False) -> Path:
     return path
 
 
+def check_source(path: str | Path, *, limit: int | None = None) -> Path:
+    """Return the path of an ordinary file (or a link to one) of at most `limit` bytes; call before reading.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: a folder, device, pipe or socket is there.
+        ValueError: the file is larger.
+    """
+    path = Path(path).expanduser()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        what = "is a link to nothing" if path.is_symlink() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; check the path") from None
+    except ValueError as error:
+        raise OSError(f"{str(path)!r} cannot be the name of a file ({error}); check the path") from error
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}); check the path") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(f"{path} is a folder, and a file is needed; name a file in it")
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not an ordinary file")
+        raise OSError(f"{path} is {kind}, which is not read from; give an ordinary file")
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f"{path} has {status.st_size:,} bytes; files of this kind are read up to {limit:,}")
+    return path
+
+
 def _check_folder(folder: Path) -> None:
     """Raise OSError unless files can be made in this folder, which may have to be made itself."""
     existing = folder.absolute()

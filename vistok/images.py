@@ -1,9 +1,11 @@
 """Files, PIL images, arrays and tensors to float tensors [B, 3, H, W] in [0, 1], and back."""
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
@@ -12,42 +14,63 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from .color_profiles import to_srgb
+from .files import check_source
+from .image_files import image_extensions as image_extensions
+from .image_files import is_image as is_image
+from .image_files import why_not_image
+
+Profile = Literal["convert", "ignore"]
 ImageFile = str | os.PathLike[str] | bytes | BinaryIO
 ImageSource = ImageFile | Image.Image | np.ndarray | Tensor
+MAX_FILE_BYTES = 2**30  # larger files are not read as images
 
 
-def load_image(source: ImageFile | Image.Image) -> Image.Image:
+def load_image(source: ImageFile | Image.Image, *, profile: Profile = "convert") -> Image.Image:
     """Open an image as upright 8-bit RGB: a path, encoded bytes, an open binary file, or a PIL image.
 
-    EXIF orientation is applied; alpha is composited on white; 16-bit values (modes I;16 and I, 0..65535) and
-    floats (mode F, 0..1) are scaled to 0..255. Of an animated file it is the first frame, of a PIL image the
-    current one.
+    EXIF orientation is applied; colours of an embedded ICC profile other than sRGB are converted to sRGB, as
+    screens show them, unless `profile` is "ignore" (the raw numbers, which published evaluation protocols
+    use); alpha is composited on white; 16-bit values (modes I;16 and I, 0..65535) and floats (mode F, 0..1)
+    are scaled to 0..255. Of an animated file it is the first frame, of a PIL image the current one.
 
-    FileNotFoundError for a missing file. ValueError for anything that is no whole image: unreadable, pixels
-    missing, values out of range, or a file of more than PIL.Image.MAX_IMAGE_PIXELS pixels, the guard against
-    decompression bombs.
+    Raises:
+        FileNotFoundError: a missing file.
+        OSError: a path that is not an ordinary file (a folder, pipe or device).
+        ValueError: what is not a whole image: unreadable, pixels missing, values out of range, a file of more
+            than MAX_FILE_BYTES, or of more than PIL.Image.MAX_IMAGE_PIXELS pixels, the guard against
+            decompression bombs.
     """
+    if profile not in ("convert", "ignore"):
+        raise ValueError(f'profile is {profile!r}; it is "convert" (ICC profiles to sRGB) or "ignore"')
     if isinstance(source, Image.Image):
-        return _decode(source, "the PIL image")
+        return _decode(source, "the PIL image", profile)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open(BytesIO(source), f"the image of {len(source)} bytes")
+        return _open(BytesIO(source), f"the image of {len(source)} bytes", profile)
     if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            return _open(file, os.fspath(source))
+        path = check_source(source, limit=MAX_FILE_BYTES)
+        with open(path, "rb") as file:
+            return _open(file, os.fspath(source), profile, path)
     if hasattr(source, "read"):
-        return _open(source, str(getattr(source, "name", "the image file")))
+        return _open(source, str(getattr(source, "name", "the image file")), profile)
     raise TypeError(
         "an image is a path, bytes, a binary file or a PIL image (for to_tensor also an array or a tensor); "
         f"got {type(source).__name__}"
     )
 
 
-def to_tensor(source: ImageSource | Sequence[ImageSource], size: int | None, *, crop: bool = True) -> Tensor:
+def to_tensor(
+    source: ImageSource | Sequence[ImageSource],
+    size: int | None,
+    *,
+    crop: bool = True,
+    profile: Profile = "convert",
+) -> Tensor:
     """Turn one image or a list of them into float32 [B, 3, size, size] in [0, 1].
 
-    Files and PIL images go through `load_image`. NumPy arrays are [H, W], [H, W, C] or [B, H, W, C], tensors
-    [C, H, W] or [B, C, H, W], with C 1 (grey) or 3; both uint8, or floats in [0, 1]. A list may mix them all.
-    Tensors stay on their device. An empty list gives [0, 3, size, size].
+    Files and PIL images go through `load_image`, which also takes `profile`. NumPy arrays are [H, W],
+    [H, W, C] or [B, H, W, C], tensors [C, H, W] or [B, C, H, W], with C 1 (grey) or 3; both uint8, or floats
+    in [0, 1]. A list may mix them all. Tensors stay on their device. An empty list gives [0, 3, size, size].
 
     The shorter side is resized to `size` (bicubic, antialiased), the longer to int(size * long / short); then
     the centre is cropped: the evaluation protocol of TiTok ("An Image is Worth 32 Tokens for Reconstruction
@@ -56,16 +79,13 @@ def to_tensor(source: ImageSource | Sequence[ImageSource], size: int | None, *, 
 
     ValueError for other shapes and dtypes, and for floats that are NaN or outside [0, 1].
     """
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(
-            f"size is the side of the images in pixels, 1 or more, or None to keep theirs; got {size!r}"
-        )
+    size = _checked_size(size)
     sources = source if isinstance(source, (list, tuple)) else [source]
     if not sources:
         if size is None:
             raise ValueError("an empty list of images has no resolution of its own: give a size")
         return torch.zeros(0, 3, size, size)
-    batches = [_to_batch(each, size, crop) for each in sources]
+    batches = [_to_batch(each, size, crop, profile) for each in sources]
     shapes, devices = {batch.shape[1:] for batch in batches}, {batch.device for batch in batches}
     if len(shapes) > 1:
         found = ", ".join(sorted(f"{width}x{height}" for _, height, width in shapes))
@@ -169,17 +189,36 @@ def _bomb_message(name: str, found: str) -> str:
     )
 
 
-def _open(file: BinaryIO, name: str) -> Image.Image:
-    with _decoding(name):
-        image = Image.open(file)
+def _checked_size(size: int | None) -> int | None:
+    """The size as an int, NumPy's integers included; ValueError for what is not a positive whole number."""
+    try:
+        number = None if size is None else operator.index(size)
+    except TypeError:
+        number = 0
+    if number is not None and (number < 1 or isinstance(size, bool)):
+        raise ValueError(
+            f"size is the side of the images in pixels, 1 or more, or None to keep theirs; got {size!r}"
+        )
+    return number
+
+
+def _open(file: BinaryIO, name: str, profile: Profile, path: Path | None = None) -> Image.Image:
+    try:
+        with _decoding(name):
+            image = Image.open(file)
+    except ValueError as error:
+        kind = why_not_image(path) if path is not None else None
+        if kind is None:
+            raise
+        raise ValueError(f"{name} is not an image that Pillow opens but {kind}") from error
     # PIL only warns above this limit. A filter that made its warning an error would act on all threads.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ValueError(_bomb_message(name, f"{image.width} x {image.height} pixels, the limit is {limit}"))
-    return _decode(image, name)
+    return _decode(image, name, profile)
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, profile: Profile) -> Image.Image:
     """Load the pixels and make them upright 8-bit RGB."""
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: it is {image.width} x {image.height}")
@@ -188,6 +227,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_grey(image, name)
+    elif profile == "convert":
+        image = to_srgb(image, name)
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -209,7 +250,7 @@ def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _to_batch(source: ImageSource, size: int | None, crop: bool) -> Tensor:
+def _to_batch(source: ImageSource, size: int | None, crop: bool, profile: Profile) -> Tensor:
     """One source as float32 [B, 3, H, W] in [0, 1], resized and cropped."""
     if isinstance(source, np.ndarray):
         batch = _array_to_batch(source)
@@ -217,7 +258,7 @@ def _to_batch(source: ImageSource, size: int | None, crop: bool) -> Tensor:
         batch = source[None] if source.ndim == 3 else source
         _check_batch(batch, source, "tensors are [C, H, W] or [B, C, H, W]")
     else:
-        batch = torch.from_numpy(np.array(load_image(source))).permute(2, 0, 1)[None]
+        batch = torch.from_numpy(np.array(load_image(source, profile=profile))).permute(2, 0, 1)[None]
     batch = batch.expand(-1, 3, -1, -1)  # [B, 3, H, W], grey repeated
     if batch.is_floating_point():
         batch = batch.float()
