@@ -71,7 +71,8 @@ def run(config: FidConfig, out: Path, device: torch.device) -> Result | None:
     height, width = (config.size,) * 2 if config.size else _common_size(list(datasets.values()))
     measured, first = {}, process.is_main_process
     for name, dataset in datasets.items():
-        side = _Side(name, dataset, config, (height, width), out, process, instruments)
+        (other,) = (side for each, side in sides.items() if each != name)
+        side = _Side(name, dataset, other, config, (height, width), out, process, instruments)
         first = side.run()
         measured[name] = side
     return _result(config, wanted, {**sides, **measured}, out) if first else None
@@ -146,6 +147,7 @@ class _Side:
         self,
         name: str,
         dataset: Dataset,
+        other: Dataset | Gaussian,
         config: FidConfig,
         size: tuple[int, int],
         out: Path,
@@ -162,8 +164,10 @@ class _Side:
             "networks": instruments.fingerprint(),
             "batch_size": config.batch_size,
             "device": instruments.device.type,
+            "statistics": other.digest if isinstance(other, Gaussian) else None,
         }
-        self.state = State(out / f"state-{name}", len(dataset), settings, process)
+        folder, inventory = out / f"state-{name}", dataset.inventory()
+        self.state = State(folder, len(dataset), settings, inventory, process)
         self.features = FeatureSet(name, instruments, self.state, instruments.sets, judged=name == "a")
         self.state.open()
         self.clock = Clock(self.state.seconds, instruments.device)

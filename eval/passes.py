@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 
 import torch
@@ -67,7 +67,8 @@ def run(
         start=state.done,
         **share,
     )
-    with bar, closing(read):
+    with ExitStack() as on_failure, bar, closing(read):
+        on_failure.callback(state.close)
         for batch in _timed(read, clock):
             state.refuse(batch.bad)
             if len(batch.images):
@@ -78,13 +79,14 @@ def run(
             if state.done % checkpoint_every == 0:
                 with clock("state on disk"):
                     state.save()
-    first = state.merge()
-    if first and not len(state.measured()):
-        _, name, reason = state.bad[0]
-        state.remove()
-        raise ValueError(
-            f"none of the {len(dataset)} images of {dataset.source} can be read: {name}: {reason}"
-        )
+        first = state.merge()
+        if first and not len(state.measured()):
+            _, name, reason = state.bad[0]
+            state.remove()
+            raise ValueError(
+                f"none of the {len(dataset)} images of {dataset.source} can be read: {name}: {reason}"
+            )
+        on_failure.pop_all()
     return first
 
 

@@ -208,7 +208,7 @@ class _Curves:
         settings |= {"images": len(self.dataset), "names": self.dataset.digest, "device": self.device.type}
         settings |= {"settings": [[sweep.name, *map(str, sweep.settings)] for sweep in self.sweeps]}
         settings |= {"weights": fingerprint(*models), "networks": self.instruments.fingerprint()}
-        self.state = State(folder, len(self.dataset), settings, process)
+        self.state = State(folder, len(self.dataset), settings, self.dataset.inventory(), process)
         total = sum(len(sweep.settings) for sweep in self.sweeps)
         self.state.add_table("values", "float64", total * len(self.columns))
         self.originals, self.seen = None, []

@@ -150,7 +150,7 @@ class _Reconstruction:
         settings |= {"metrics": [*self.columns, *sets, *(["codes"] if "codes" in wanted else [])]}
         settings |= {"images": len(self.dataset), "names": self.dataset.digest, "device": self.device.type}
         settings |= {"weights": fingerprint(self.model), "networks": self.instruments.fingerprint()}
-        self.state = State(folder, len(self.dataset), settings, process)
+        self.state = State(folder, len(self.dataset), settings, self.dataset.inventory(), process)
         self.state.add_table("values", "float64", len(self.columns))
         countable = max(self.model.quantizer.codebook_sizes or [0]) <= LARGEST_CODEBOOK
         counted = "codes" in wanted and countable

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..train.stored import expand, members, pictures
+from .inventory import Inventory
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _ACCEPTED = (
@@ -40,6 +41,10 @@ class Dataset:
         """Of all names in order: other images, or another order, give another one."""
         joined = "\n".join(self.names).encode(errors="surrogateescape")  # names of files may be no UTF-8
         return hashlib.sha256(joined).hexdigest()[:16]
+
+    def inventory(self) -> Inventory:
+        """The files that hold the images, as they are now."""
+        raise NotImplementedError
 
     def read(self, index: int) -> bytes:
         """The encoded image at that position. OSError or ValueError if it cannot be had."""
@@ -142,6 +147,10 @@ class Files(Dataset):
 
     root: str
 
+    def inventory(self) -> Inventory:
+        """The images."""
+        return Inventory.take(self.names, self.root)
+
     def read(self, index: int) -> bytes:
         """The file's bytes."""
         return Path(self.root, self.names[index]).read_bytes()
@@ -199,6 +208,10 @@ class Shards(Dataset):
     files: list[str]
     places: np.ndarray  # int64 [N, 3]: shard, offset and length in bytes
 
+    def inventory(self) -> Inventory:
+        """The shards."""
+        return Inventory.take(self.files)
+
     def read(self, index: int) -> bytes:
         """The member's bytes."""
         shard, offset, length = self.places[index].tolist()
@@ -229,6 +242,10 @@ class Rows(Dataset):
 
     table: Any
     column: str
+
+    def inventory(self) -> Inventory:
+        """The files of the cache, which `datasets` names after what they were made of."""
+        return Inventory.take([file["filename"] for file in self.table.cache_files])
 
     def read(self, index: int) -> bytes:
         """The encoded image of the row."""

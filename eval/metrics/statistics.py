@@ -1,5 +1,6 @@
 """Mean and covariance of features, streamed and mergeable, and the Fréchet distance between two of them."""
 
+import hashlib
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ class Gaussian:
     mean: Tensor
     covariance: Tensor
     count: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of mean, covariance and count: other statistics have another digest."""
+        digest = hashlib.sha256(str(self.count).encode())
+        for values in (self.mean, self.covariance):
+            digest.update(values.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
