@@ -15,8 +15,23 @@ import torch
 from torch import Tensor
 
 from .parity.case import CannotBuild, Case
+from .parity.fields import exact_names
 
-FAMILIES = ("titok", "karl", "prune", "reduce", "instella", "flextok", "eval")
+FAMILIES = {
+    "titok": "titok",
+    "tatitok": "titok",
+    "maskgit-vqgan": "titok",
+    "maskgit_vqgan": "titok",
+    "karl": "karl",
+    "instella": "instella",
+    "flextok": "flextok",
+    "prune": "prune",
+    "reduce": "reduce",
+    "eval": "eval",
+}
+"""The name of a family in a case → the module of `parity` that runs it."""
+MOST_AROUND_ZERO = 1e-2
+"""The largest absolute tolerance of a tensor that is zero everywhere."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +49,59 @@ class Row:
 
 
 def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
-    """Run one case; one row a recorded tensor.
+    """Run one case; one row per recorded tensor.
 
-    Raises FileNotFoundError for missing files and CannotBuild for a family, configuration or recorded tensor
-    that this version does not know.
+    A tensor that the json names and the recording lacks is a row that did not pass. Raises FileNotFoundError
+    for missing files and CannotBuild, in one line, for a family, configuration or recorded tensor that this
+    version does not know.
     """
     case = Case.open(path, device, dtype)
     family = case.data["family"]
     if family not in FAMILIES:
-        raise CannotBuild(
-            f"{case.path.name} is of family {family!r}; this version verifies {', '.join(FAMILIES)}"
-        )
-    adapter = import_module(f".parity.{family}", __package__)
-    rows = []
-    with torch.inference_mode(False), torch.no_grad():
-        for name, ours in adapter.run(case):
-            if name not in case.tensors:
-                raise CannotBuild(f"{case.path.name}: the adapter computed {name!r}, which was not recorded")
-            rows.append(compare(case, name, ours))
-    if unseen := sorted(set(case.tensors) - {row.name for row in rows} - case.read):
-        raise CannotBuild(
-            f"{case.path.name}: recorded tensors that this version does not compute: {', '.join(unseen)}"
-        )
+        raise case.refusal(f"family is {family!r}; this version verifies {', '.join(FAMILIES)}")
+    case.check()
+    if lacking := _lacking(case):
+        return lacking
+    adapter = import_module(f".parity.{FAMILIES[family]}", __package__)
+    rows = {}
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for name, ours in adapter.run(case):
+                if name in case.tensors:
+                    rows[name] = compare(case, name, ours)
+                elif case.is_named(name):
+                    rows[name] = _lacks(case, name)
+    except CannotBuild:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever a case makes a model or an adapter do, it is the case that is refused
+        reason = " ".join(str(error).split()) or "no reason was given"
+        raise case.refusal(f"it cannot be run: {type(error).__name__}: {reason}") from error
+    if unknown := sorted(set(case.tensors) - set(rows) - case.read):
+        raise case.refusal(f"recorded tensors that this version does not compute: {', '.join(unknown)}")
+    if not rows:
+        raise case.refusal("every recorded tensor is an input, so there is nothing to compare")
+    return list(rows.values())
+
+
+def _lacking(case: Case) -> list[Row]:
+    """A row for every tensor that the json names and the recording lacks or has in another shape."""
+    rows = [_lacks(case, name) for name in sorted(exact_names(case.data) - set(case.tensors))]
+    for name, entry in case.data.get("shapes", {}).items():
+        shape = entry[1] if entry and isinstance(entry[1], list) else entry
+        if name in case.tensors and list(case.tensors[name].shape) != shape:
+            recorded = f"recorded {list(case.tensors[name].shape)}, the json says {shape}"
+            rows.append(_missed(name, case.tensors[name].numel(), recorded))
     return rows
+
+
+def _lacks(case: Case, name: str) -> Row:
+    return _missed(name, 0, f"missing from {case.path.with_suffix('.safetensors').name}")
+
+
+def _missed(name: str, count: int, reason: str) -> Row:
+    return Row(name, count, False, float("inf"), float("inf"), reason, False)
 
 
 def compare(case: Case, name: str, ours: Tensor) -> Row:
@@ -65,35 +110,36 @@ def compare(case: Case, name: str, ours: Tensor) -> Row:
     ours = ours.detach().cpu()
     if ours.shape != recorded.shape:
         shapes = f"shape {list(ours.shape)}, recorded {list(recorded.shape)}"
-        return Row(name, recorded.numel(), False, float("inf"), float("inf"), shapes, False)
-    half = case.dtype.itemsize < 4
+        return _missed(name, recorded.numel(), shapes)
     if name in case.data.get("tensor_exact", ()) or not recorded.is_floating_point():
-        unequal = ours.to(torch.int64) != recorded.to(torch.int64)
-        decided = _decided(case, name)
-        wrong = int((unequal & decided).sum())
-        quota = recorded.numel() // 10 if half else 0
-        allowed = (
-            f"equal where {case.data['exact_where'][name]}"
-            if name in case.data.get("exact_where", {})
-            else "equal"
-        )
-        if half:
-            allowed = "9 of 10 equal"
-        return Row(name, recorded.numel(), True, float(wrong), wrong / max(quota, 1), allowed, wrong <= quota)
-    difference = (ours.double() - recorded.double()).abs()
-    if half:
-        atol, rtol = (
-            16 * torch.finfo(case.dtype).eps * float(recorded.abs().max()) if recorded.numel() else 0.0,
-            0.0,
-        )
+        return _compare_exactly(case, name, ours)
+    largest = float(recorded.abs().max()) if recorded.numel() else 0.0
+    if case.dtype.itemsize < 4:
+        atol, rtol = 16 * torch.finfo(case.dtype).eps * largest, 0.0
     else:
         atol, rtol = _tolerance(case, name)
+        if atol >= (largest or MOST_AROUND_ZERO):
+            raise case.refusal(
+                f"the tolerance {atol:g} of {name} is not below its largest value {largest:g}, so that "
+                "anything would pass"
+            )
+    difference = (ours.double() - recorded.double()).abs()
     limit = atol + rtol * recorded.double().abs()
     error = float(difference.max()) if difference.numel() else 0.0
     excess = torch.where(difference == 0, 0.0, difference / limit)
     worst = float(excess.max()) if excess.numel() else 0.0
     passed = bool((difference <= limit).all())  # NaN fails
     return Row(name, recorded.numel(), False, error, worst, f"{atol:.1e} + {rtol:.1e}·|x|", passed)
+
+
+def _compare_exactly(case: Case, name: str, ours: Tensor) -> Row:
+    recorded, half = case.tensors[name], case.dtype.itemsize < 4
+    unequal = ours.to(torch.int64) != recorded.to(torch.int64)
+    wrong = int((unequal & _decided(case, name)).sum())
+    quota = recorded.numel() // 10 if half else 0
+    rules = case.data.get("exact_where", {})
+    allowed = "9 of 10 equal" if half else f"equal where {rules[name]}" if name in rules else "equal"
+    return Row(name, recorded.numel(), True, float(wrong), wrong / max(quota, 1), allowed, wrong <= quota)
 
 
 def _tolerance(case: Case, name: str) -> tuple[float, float]:
@@ -112,5 +158,11 @@ def _decided(case: Case, name: str) -> Tensor:
         return torch.ones_like(recorded, dtype=torch.bool)
     found = re.fullmatch(r"\s*(\S+)\s*>\s*([-+.eE\d]+)\s*", rule)
     if not found or found[1] not in case.tensors:
-        raise CannotBuild(f"{case.path.name}: cannot read the rule {rule!r} for {name}")
-    return (case.tensors[found[1]] > float(found[2])).reshape(recorded.shape)
+        raise case.refusal(f"cannot read the rule {rule!r} for {name}")
+    margin = case.tensors[found[1]]
+    if margin.numel() != recorded.numel():
+        raise case.refusal(f"{found[1]} has {margin.numel()} entries and {name} {recorded.numel()}")
+    decided = (margin > float(found[2])).reshape(recorded.shape)
+    if 2 * int(decided.sum()) < decided.numel():
+        raise case.refusal(f"the rule {rule!r} leaves more than half of {name} uncompared")
+    return decided

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny_tokenizers
 import torch
@@ -362,7 +363,7 @@ def test_shapes_that_need_a_configuration_ask_for_it(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"axes_dims_rope": (4, 6)}, "three even numbers"),
+        ({"axes_dims_rope": (4, 6)}, "list of 3"),
         ({"axes_dims_rope": (5, 5, 6)}, "three even numbers"),
         ({"axes_dims_rope": (4, 4, 4)}, "sum to 12"),
         ({"downsample_idx": (3,)}, r"rising block numbers below 3"),
@@ -478,6 +479,111 @@ def test_cases_of_other_sizes_and_scales_go_through_the_same_adapter(tmp_path, m
     tensors["s96.bits"][0, 0, 0] = 1 - tensors["s96.bits"][0, 0, 0]
     save_file(tensors, path.with_suffix(".safetensors"))
     assert "s96.bits" in [row.name for row in verify(path) if not row.passed]
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    """The json of a case of two variants, s96 and snone, and its tensors as recorded from this model."""
+    from vistok.eval.parity import instella
+    from vistok.eval.parity.case import Case
+
+    with pytest.MonkeyPatch.context() as patch:
+        path, tensors = recorded_case(tmp_path_factory.mktemp("recorded"))
+        tensors = {name: value for name, value in tensors.items() if "_8x24" not in name}
+        tensors |= {name.replace("s96", "snone"): value.clone() for name, value in tensors.items()}
+        tensors |= {name: torch.zeros(1) for name in ("rope8.cos_fp32", "rope8.sin_fp32")}
+        data = json.loads(path.read_text())
+        texts = data["tensors"].items()
+        data["tensors"] |= {name.replace("s96", "snone"): text for name, text in texts}
+        data["tensors"]["rope8.cos_fp32"] = "(6+12,16) rotary table, H=3, W=4, scale=5, stored [::2]"
+        path.write_text(json.dumps(data))
+        save_file(tensors, path.with_suffix(".safetensors"))
+        model = Case.open(path).build(lambda: create("instella", **data["config"]))
+        drawn = np.random.RandomState(7).uniform(-1, 1, (2, 3, 24, 16)).astype(np.float32)
+        bits = {}
+        for tag, scale in (("s96", 96), ("snone", None)):
+            model.encoder.scale = scale
+            with torch.no_grad():
+                bits[f"{tag}.bits"] = model.quantizer.encode(model.encoder(torch.from_numpy(drawn)))
+        patch.setattr(Case, "recorded", lambda self, name: bits[name])
+        with torch.no_grad():
+            outputs = {name: value.clone().contiguous() for name, value in instella.run(Case.open(path))}
+    assert set(outputs) == set(tensors)
+    return data, outputs
+
+
+def verified(folder, data, tensors):
+    """The outcome of a case: which tensors were compared, and which of them did not pass."""
+    (folder / "case.json").write_text(json.dumps(data))
+    save_file(tensors, folder / "case.safetensors")
+    rows = verify(folder / "case.json")
+    return {row.name for row in rows}, [row.name for row in rows if not row.passed]
+
+
+def untagged(data, tensors, tag):
+    """The same case with the tensors of one variant, under names without it."""
+    table = {"enc_block2": data["tensors"]["s96.enc_block2"], "dec_block1": data["tensors"]["s96.dec_block1"]}
+    own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{tag}.")}
+    return {**data, "tensors": table}, own
+
+
+@pytest.mark.parametrize("tag", ["s96", "snone"])
+def test_a_case_may_record_one_variant(recording, tmp_path, tag):
+    data, tensors = recording
+    own = {name: value for name, value in tensors.items() if name.startswith(f"{tag}.")}
+    table = {name: text for name, text in data["tensors"].items() if name in own}
+    compared, missed = verified(tmp_path, {**data, "tensors": table}, own)
+    assert (compared, missed) == (set(own), [])
+
+
+@pytest.mark.parametrize(
+    ("tag", "change"),
+    [
+        ("snone", {}),
+        ("s96", {"tensors": {"logits": "projection with set_scale=96"}}),
+        ("s96", {"config": {"scale": 96}}),
+    ],
+)
+def test_a_case_may_record_no_variant(recording, tmp_path, tag, change):
+    data, own = untagged(*recording, tag)
+    data = {**data, **{field: {**data[field], **values} for field, values in change.items()}}
+    assert verified(tmp_path, data, own) == (set(own), [])
+    if change:
+        _, missed = verified(tmp_path, untagged(*recording, tag)[0], own)  # the scale matters
+        assert "logits" in missed
+
+
+def test_a_case_may_hold_rotary_tables_alone(recording, tmp_path):
+    data, tensors = recording
+    own = {name: value for name, value in tensors.items() if name.startswith("rope8.")}
+    table = {"rope8.cos_fp32": data["tensors"]["rope8.cos_fp32"]}
+    del (data := dict(data))["state_dict"]
+    assert verified(tmp_path, {**data, "tensors": table}, own) == (set(own), [])
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        (("encoder",), {"enc_block2", "enc_down"}),
+        (("encoder", "quantizer"), {"enc_block2", "enc_down", "logits", "bits"}),
+        (("decoder", "quantizer", "to_pixel"), {"dec_block1", "dec_up", "recon"}),
+        (("decoder", "quantizer"), {"dec_block1", "dec_up"}),
+    ],
+)
+def test_a_case_may_pin_a_part(recording, tmp_path, parts, names):
+    data, own = untagged(*recording, "snone")
+    state = {key: entry for key, entry in data["state_dict"].items() if key.split(".")[0] in parts}
+    table = {name: text for name, text in data["tensors"].items() if name in names}
+    own = {name: value for name, value in own.items() if name in names}
+    data = {**data, "state_dict": state}
+    if "encoder" not in parts:
+        own["bits"] = recording[1]["snone.bits"]
+        table |= {"bits": "input of the decoder", "dec_up": "decoder output at H=6,W=4"}
+        del data["inputs"]
+    compared, missed = verified(tmp_path, {**data, "tensors": table}, own)
+    assert (compared, missed) == (names, [])
+    changed = {name: value + 1 for name, value in own.items() if value.is_floating_point()}
+    assert set(verified(tmp_path, {**data, "tensors": table}, own | changed)[1]) == set(changed)
 
 
 def test_generator_cases_are_named_as_not_built(tmp_path):

@@ -40,7 +40,7 @@ def test_a_tensor_nobody_computes_is_not_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": "nobody"}, "family 'nobody'"),
+        ({"family": "nobody"}, "family is 'nobody'"),
         ({"system": "Another"}, "no adapter for the system 'Another'"),
         ({"config": {"model": {"vq_model": {"vit_enc_model_size": "huge"}}}}, "vit_enc_model_size is 'huge'"),
     ],

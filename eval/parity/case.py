@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...configuration import shorten
+from .fields import CannotBuild, check_fields, check_size, is_numbered, whole
+from .meta import build_within
+
+__all__ = ["CannotBuild", "Case", "Outputs", "fill"]
+
 M = TypeVar("M", bound=nn.Module)
 
 Outputs = Iterator[tuple[str, Tensor]]
-
-
-class CannotBuild(ValueError):
-    """The case asks for something this version does not have; the message says what."""
 
 
 def fill(key: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -79,55 +81,101 @@ class Case:
                     f"no file {file}; a case is NAME.json with NAME.safetensors beside it"
                 )
         try:
-            data, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(arrays)
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            tensors = load_file(arrays)
+        except (ValueError, RecursionError, SafetensorError) as error:
             raise CannotBuild(f"{path} with {arrays.name} cannot be read: {error}") from error
-        if not isinstance(data, dict) or not {"family", "tensors"} <= set(data):
+        if not isinstance(data, dict) or not isinstance(data.get("family"), str) or "tensors" not in data:
             raise CannotBuild(f"{path} is not a parity case: it has no family and tensors")
         return cls(path, data, tensors, torch.device(device), dtype)
 
+    def check(self) -> None:
+        """Raise CannotBuild for a field of another type than it takes, and for a case without tensors."""
+        check_fields(self.path.name, self.data)
+
     @property
     def seed(self) -> int:
-        """Seed of the filled weights."""
-        return int(self.data.get("seed", 0))
+        """Seed of the filled weights; CannotBuild if the case has none."""
+        seed = self.data.get("seed")
+        if seed is None:
+            raise self.refusal("it fills weights, but has no seed")
+        return seed
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration; CannotBuild if it is not a mapping."""
+        config = self.data.get("config", {})
+        if not isinstance(config, dict):
+            raise self.refusal("config is a list; this case takes a mapping")
+        return config
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the published weights that the case names."""
+        return tuple(self.data.get("state_dict", {}))
+
+    def refusal(self, reason: str) -> CannotBuild:
+        """The error for this case, to be raised."""
+        return CannotBuild(f"{self.path.name}: {' '.join(reason.split())}")
+
+    def records(self, *patterns: str) -> bool:
+        """Whether a tensor is recorded whose whole name one of the regular expressions matches."""
+        return any(re.fullmatch(pattern, name) for pattern in patterns for name in self.tensors)
 
     # Weights ------------------------------------------------------------------------------------------------
 
-    def build(self, make: Callable[[], M], prefix: str = "") -> M:
+    def build(self, make: Callable[[], M], prefix: str = "", part: Callable[[str], str] | None = None) -> M:
         """The module that `make` constructs, filled under its published keys, in eval mode on the case's
         device.
 
-        `prefix` selects the part of the case's `state_dict` that belongs to this module (`owner:`). Raises
-        CannotBuild when keys or shapes differ from the published ones.
+        `prefix` selects the part of the case's `state_dict` that belongs to this module (`owner:`). `part`
+        gives the part of the module that a key belongs to: a case may leave out whole parts, whose weights
+        then stay without values (on the meta device). Raises CannotBuild when keys or shapes differ from the
+        published ones; nothing is allocated before that is known.
         """
-        keep = tuple(self.data.get("keep", ()))
+        published = self._published(prefix)
         try:
-            if keep:
-                module = make()
-            else:
-                from accelerate import init_empty_weights
+            state = build_within(make, published).state_dict()
+            self._check_keys(state, published, part)
+            from accelerate import init_empty_weights
 
-                with init_empty_weights(include_buffers=False):
-                    module = make()
-        except (ValueError, KeyError, TypeError) as error:
-            raise CannotBuild(f"{self.path.name}: this configuration cannot be built: {error}") from error
-        state = module.state_dict()
-        self._check_keys(state, prefix)
-        module.load_state_dict(self.filled(state), assign=not keep)
-        return module.to(self.device, self.dtype).eval()
+            with init_empty_weights(include_buffers=False):
+                module = make()
+            own = {key: value for key, value in module.state_dict().items() if key in published}
+            if any(value.is_meta for key, value in own.items() if self._is_kept(key)):
+                module = make()
+                own = {key: value for key, value in module.state_dict().items() if key in published}
+        except CannotBuild as error:
+            raise self.refusal(str(error)) from error
+        except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+            raise self.refusal(f"this configuration cannot be built: {error}") from error
+        module.load_state_dict(self.filled(own), strict=False, assign=True)
+        module._apply(self._placed)
+        return module.eval()
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return value if value.is_meta else self.place(value)
+
+    def _is_kept(self, key: str) -> bool:
+        keep = self.data.get("keep", ())
+        if isinstance(keep, dict):
+            raise self.refusal("keep is a mapping; this case takes a list of parts of keys")
+        return any(part in key for part in keep)
 
     def filled(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy of `state` with every floating tensor filled, scaled and overridden as the case says."""
-        keep, scale = tuple(self.data.get("keep", ())), self.data.get("scale", {})
-        overrides = self.data.get("overrides", {})
+        scale, overrides, seed = self.data.get("scale", {}), self.data.get("overrides", {}), self.seed
 
         def one(item: tuple[str, Tensor]) -> Tensor:
             key, value = item
             if key in overrides:
-                return torch.tensor(overrides[key], dtype=torch.float32).reshape(value.shape)
-            if not value.is_floating_point() or any(part in key for part in keep):
+                values = torch.tensor(overrides[key], dtype=torch.float32)
+                if values.numel() != value.numel():
+                    raise self.refusal(f"overrides of {key} has {values.numel()} values, not {value.numel()}")
+                return values.reshape(value.shape)
+            if not value.is_floating_point() or self._is_kept(key):
                 return value
-            filled = fill(key, value.shape, self.seed)
+            filled = fill(key, value.shape, seed)
             for part, factor in scale.items():
                 if part in key:
                     filled *= factor
@@ -137,26 +185,61 @@ class Case:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return dict(zip(state, pool.map(one, state.items()), strict=True))
 
-    def _check_keys(self, state: Mapping[str, Tensor], prefix: str) -> None:
-        published = {
-            key.removeprefix(prefix): list(shape)
-            for key, (_, shape) in self.data.get("state_dict", {}).items()
-            if key.startswith(prefix)
+    def _published(self, prefix: str) -> dict[str, list[int]]:
+        """Shapes of the keys that the case names under a prefix; CannotBuild if there are none."""
+        table = self.data.get("state_dict", {})
+        if any(isinstance(entry, dict) for entry in table.values()):
+            raise self.refusal(f"its state_dict holds one table for each of {', '.join(table)}; one is taken")
+        shapes = {
+            key.removeprefix(prefix): shape for key, (_, shape) in table.items() if key.startswith(prefix)
         }
+        if not shapes:
+            where = f" that begin with {prefix!r}" if prefix else ""
+            raise self.refusal(f"its state_dict names no weights{where}; list their keys, dtypes and shapes")
+        return shapes
+
+    def _check_keys(
+        self,
+        state: Mapping[str, Tensor],
+        published: Mapping[str, list[int]],
+        part: Callable[[str], str] | None,
+    ) -> None:
         ours = {key: list(value.shape) for key, value in state.items()}
-        if published and ours != published:
+        if part is not None:
+            named = {part(key) for key in published}
+            ours = {key: shape for key, shape in ours.items() if part(key) in named}
+        if ours != published:
             different = sorted(k for k in ours.keys() | published.keys() if ours.get(k) != published.get(k))
-            lines = [f"{key}: ours {ours.get(key)}, published {published.get(key)}" for key in different[:20]]
-            raise CannotBuild(f"{self.path.name}: {len(different)} keys differ:\n  " + "\n  ".join(lines))
+            listed = [
+                f"{key}: ours {ours.get(key)}, published {published.get(key)}" for key in different[:20]
+            ]
+            raise CannotBuild(f"{len(different)} keys differ: " + "; ".join(listed))
 
     # Inputs -------------------------------------------------------------------------------------------------
+
+    def input(self, name: str, kind: type = str) -> Any:
+        """The recipe of an input: text, or with `kind` dict a mapping; CannotBuild if there is none."""
+        inputs = self.data.get("inputs")
+        value = inputs.get(name) if isinstance(inputs, dict) else None
+        if not isinstance(value, kind):
+            form = "a mapping" if kind is dict else "text"
+            raise self.refusal(
+                f"inputs has {name} as {shorten(value)}; this version takes its recipe as {form}"
+            )
+        return value
 
     def images(self) -> Tensor:
         """The batch of test pictures of the case's recipe: tiled textures, blocky brightness, noise; [B, 3,
         H, W]."""
-        recipe = self.data["inputs"]["images"]
-        batch, height, width = (int(recipe[name]) for name in "BHW")
-        random = np.random.RandomState(int(recipe["S"]))
+        if "images" in self.tensors:
+            return self.recorded("images")
+        recipe = self.input("images", dict)
+        batch = whole(self.path.name, recipe, "B", 1, 4096)
+        height, width = (whole(self.path.name, recipe, side, 16, 2**16) for side in "HW")
+        if height % 16 or width % 16:
+            raise self.refusal(f"images are {height}×{width}; the recipe takes multiples of 16")
+        check_size(self.path.name, "images", (batch, 3, height, width))
+        random = np.random.RandomState(whole(self.path.name, recipe, "S", 0, 2**32 - 1))
         tile = (random.random_sample((batch, 3, 16, 16)) < 0.5).astype(np.float64)
         brightness = 0.2 + 0.8 * random.random_sample((batch, 3, 4, 4))
         picture = np.tile(tile, (1, 1, height // 16, width // 16)) * np.kron(
@@ -164,21 +247,30 @@ class Case:
         )
         picture += 0.1 * (random.random_sample((batch, 3, height, width)) - 0.5)
         picture = np.clip(picture, 0, 1).astype(np.float32)
-        if "sum" in recipe and not math.isclose(
-            float(picture.astype(np.float64).sum()), recipe["sum"], rel_tol=1e-6
+        total = recipe.get("sum", float(picture.astype(np.float64).sum()))
+        if not isinstance(total, int | float) or not math.isclose(
+            float(picture.astype(np.float64).sum()), total, rel_tol=1e-6
         ):
-            raise CannotBuild(f"{self.path.name}: the image recipe gave another picture than was recorded")
+            raise self.refusal("the image recipe gave another picture than was recorded")
         return self.place(torch.from_numpy(picture))
 
     def draw(self, text: str) -> "np.random.RandomState":
         """The NumPy generator that a description names, as `RandomState(103)`."""
         found = re.search(r"RandomState\((\d+)\)", text)
-        if not found:
-            raise CannotBuild(f"{self.path.name}: no RandomState(seed) in {text!r}")
+        if not found or int(found[1]) >= 2**32:
+            raise self.refusal(f"no RandomState(seed) with a seed below 2**32 in {shorten(text)}")
         return np.random.RandomState(int(found[1]))
+
+    def normal(self, text: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise from the generator that a description names, float32 on the case's device."""
+        check_size(self.path.name, "noise", shape)
+        drawn = self.draw(text).standard_normal(shape)
+        return torch.from_numpy(drawn.astype(np.float32)).to(self.device)
 
     def recorded(self, name: str) -> Tensor:
         """A recorded tensor used as an input, on the case's device (floats in its dtype)."""
+        if name not in self.tensors:
+            raise self.refusal(f"it needs the recorded tensor {name!r} as an input, which is not there")
         self.read.add(name)
         return self.place(self.tensors[name])
 
@@ -199,12 +291,21 @@ class Case:
         ]
         return table[max(patterns, key=len)] if patterns else ""
 
+    def is_named(self, name: str) -> bool:
+        """Whether the json states that a tensor of this name is recorded, by itself or by a number in it."""
+        table = {**self.data["tensors"], **self.data.get("shapes", {})}
+        return name in table or any(is_numbered(key, name) for key in table)
+
     def subsample(self, name: str, value: Tensor, default: str = "") -> Tensor:
         """The part of `value` that was recorded: the first [slices] in the description, or in `default`."""
         for text in (self.description(name), default):
             for found in re.findall(r"\[([-:.,\d\s]*:[-:.,\d\s]*)\]", text):
                 return value[tuple(_axis(part.strip()) for part in found.split(","))]
         return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that a case may hold")
 
 
 def _axis(text: str) -> Any:

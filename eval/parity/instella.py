@@ -1,6 +1,7 @@
 """Parity of the Instella family: the binary tokenizer, its rotary tables and its quantizer."""
 
 import ast
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -11,68 +12,145 @@ from torch import Tensor, nn
 from ...models.instella import Instella, InstellaConfig, Rotary
 from ...quantizers import BinaryQuantizer
 from ...registry import create
-from .case import CannotBuild, Case, Outputs
+from .case import Case, Outputs
+from .fields import check_size
+
+VARIANT = re.compile(r"s(none|\d+)")
+PARTS = {"encoder", "decoder", "quantizer", "to_pixel"}
 
 
 def run(case: Case) -> Outputs:
     """Our outputs for every recorded tensor, in the order they were made."""
-    if "encoder.latent_tokens" not in case.data.get("state_dict", {}):
-        raise CannotBuild(
-            f"{case.path.name} records {case.data.get('case', 'another system')!r}, which is no binary "
-            "tokenizer; the generators on its bits are not in this version"
+    generators = any(isinstance(entry, dict) for entry in case.data.get("state_dict", {}).values())
+    if generators or any(key.endswith(".pos_emb") for key in case.keys):
+        raise case.refusal("it holds the generators on Instella's bits, which are not in this version")
+    if unknown := sorted({_part(key) for key in case.keys} - PARTS):
+        raise case.refusal(
+            f"its state_dict has {', '.join(unknown)}, not in this version; "
+            f"an Instella tokenizer has {', '.join(sorted(PARTS))}"
         )
-    tags = dict.fromkeys(name.split(".")[0] for name in case.tensors)
+    tags = dict.fromkeys(_tag(name) for name in case.tensors if name not in case.data.get("inputs", {}))
     model = None
     for tag in tags:
-        if found := re.fullmatch(r"s(none|\d+)", tag):
-            model = case.build(lambda: create("instella", **case.data["config"])) if model is None else model
-            scale = None if found[1] == "none" else int(found[1])
-            model.encoder.scale = model.decoder.scale = scale
-            yield from _tokenizer(case, model, tag)
+        if tag == "q":
+            yield from _quantizer(case)
         elif tag.startswith("rope"):
             yield from _rotary(case, tag)
-        elif tag == "q":
-            yield from _quantizer(case)
+        else:
+            model = _model(case) if model is None else model
+            model.encoder.scale = model.decoder.scale = _scale(case, tag)
+            yield from _tokenizer(case, model, f"{tag}." if tag else "")
+
+
+def _part(key: str) -> str:
+    return key.split(".")[0]
+
+
+def _tag(name: str) -> str:
+    """What a name begins with: a variant (s1024, snone), rope…, q, or nothing where there is one variant."""
+    first, _, rest = name.partition(".")
+    return first if rest and (VARIANT.fullmatch(first) or first == "q" or first.startswith("rope")) else ""
+
+
+def _model(case: Case) -> Instella:
+    """The model, with the parts whose weights the case names."""
+    return case.build(lambda: create("instella", **case.config), part=_part)
+
+
+def _scale(case: Case, tag: str) -> int | None:
+    """The side in pixels that coordinates are stretched to: of the tag, or of a case without variants.
+
+    Its descriptions or its configuration state one; the original has none until it is set.
+    """
+    if found := VARIANT.fullmatch(tag):
+        return None if found[1] == "none" else int(found[1])
+    untagged = " ".join(text for name, text in case.data["tensors"].items() if not _tag(name))
+    if found := re.search(r"set_scale\s*[=(]\s*(\d+|None)", untagged):
+        return None if found[1] == "None" else int(found[1])
+    return case.config.get("scale")
 
 
 def _input(case: Case, name: str) -> Tensor:
     """A stored tensor, or the recipe "np.random.RandomState(seed).method(arguments)"."""
     if name in case.tensors:
         return case.recorded(name)
-    recipe = case.data.get("inputs", {}).get(name, "")
+    recipe = case.input(name)
     found = re.search(
         r"RandomState\(\d+\)\.(uniform|standard_normal|random_sample|normal)\((.*?)\)\.", recipe
     )
     if not found:
-        raise CannotBuild(f"{case.path.name}: cannot read the recipe {recipe!r} of input {name!r}")
+        raise case.refusal(f"cannot read the recipe {recipe!r} of input {name!r}")
     arguments = ast.literal_eval(f"({found[2]},)")
+    shape = next((each for each in arguments if isinstance(each, tuple)), ())
+    check_size(case.path.name, f"input {name}", shape)
     drawn = getattr(case.draw(recipe), found[1])(*arguments)
     return case.place(torch.from_numpy(np.asarray(drawn, np.float32)))
 
 
-def _tokenizer(case: Case, model: Instella, tag: str) -> Outputs:
+def _tokenizer(case: Case, model: Instella, prefix: str) -> Outputs:
     def has(name: str) -> bool:
-        return f"{tag}.{name}" in case.tensors
+        return f"{prefix}{name}" in case.tensors
 
-    images = _input(case, "x")  # in [-1, 1], as the encoder takes them
-    encoder, decoder = _Trunk(model.encoder, "enc", "down"), _Trunk(model.decoder, "dec", "up")
-    latents = model.encoder(images)
-    logits = model.quantizer.logits(latents)
-    bits = model.quantizer.encode(latents)
-    # Where a logit is near zero a bit may differ in half precision: go on from the recorded ones.
-    recorded = case.recorded(f"{tag}.bits").bool() if has("bits") else bits
-    summed = model.quantizer.decode(recorded).to(case.dtype)
-    recon = model.pixels(summed, size=tuple(images.shape[2:]))
-    found = encoder.outputs(has) | decoder.outputs(has)
-    found |= {"logits": logits, "bits": bits.to(torch.uint8), "z_q": summed, "recon": 2 * recon - 1}
-    found["code_loss"] = model.quantizer(latents).losses["code"].reshape(1) / model.quantizer.code_weight
-    for name, value in found.items():
+    parts = {_part(key) for key in case.keys}
+    outputs: dict[str, Tensor] = {}
+    size, bits = None, None
+    if "encoder" in parts:
+        images = _input(case, "x")  # in [-1, 1], as the encoder takes them
+        size = tuple(images.shape[2:])
+        model.check_image_size(*size, "the case draws them")
+        trunk = _Trunk(model.encoder, "enc", "down")
+        latents = model.encoder(images)
+        outputs |= trunk.outputs(has)
+        if "quantizer" in parts:
+            bits = model.quantizer.encode(latents)
+            loss = model.quantizer(latents).losses["code"].reshape(1) / model.quantizer.code_weight
+            outputs |= {"logits": model.quantizer.logits(latents), "bits": bits.to(torch.uint8)}
+            outputs["code_loss"] = loss
+    draws = "decoder" in parts and case.records(rf"{re.escape(prefix)}(dec_|recon).*")
+    if draws or has("z_q"):
+        summed = _summed(case, model, prefix, bits, "quantizer" in parts)
+        outputs["z_q"] = summed
+    if draws:
+        size = size or _drawn_size(case, prefix)
+        trunk = _Trunk(model.decoder, "dec", "up")
+        if "to_pixel" in parts:
+            outputs["recon"] = 2 * model.pixels(summed, size=size) - 1
+        else:
+            model.decoder(summed, *(side // model.config.patch_size for side in size))
+        outputs |= trunk.outputs(has)
+    for name, value in outputs.items():
         if has(name):
-            yield f"{tag}.{name}", case.subsample(f"{tag}.{name}", value)
+            yield f"{prefix}{name}", case.subsample(f"{prefix}{name}", value)
     for name in case.tensors:
-        if other := re.fullmatch(rf"{tag}\.recon_(\d+)x(\d+)", name):
-            images = model.pixels(summed[: len(case.tensors[name])], size=(int(other[1]), int(other[2])))
+        if other := re.fullmatch(rf"{re.escape(prefix)}recon_(\d+)x(\d+)", name):
+            size = (int(other[1]), int(other[2]))
+            count = len(case.tensors[name])
+            check_size(case.path.name, name, (count, 3, *size))
+            images = model.pixels(summed[:count], size=size)
             yield name, case.subsample(name, 2 * images - 1)
+
+
+def _summed(case: Case, model: Instella, prefix: str, bits: Tensor | None, quantizer: bool) -> Tensor:
+    """What the decoder takes: the sum of the embeddings of the bits, or where they have no weights z_q."""
+    if not quantizer:
+        return case.recorded(f"{prefix}z_q" if f"{prefix}z_q" in case.tensors else "z_q")
+    # Where a logit is near zero a bit may differ in half precision: go on from the recorded ones.
+    if f"{prefix}bits" in case.tensors or bits is None:
+        bits = case.recorded(f"{prefix}bits" if f"{prefix}bits" in case.tensors else "bits").bool()
+    return model.quantizer.decode(bits).to(case.dtype)
+
+
+def _drawn_size(case: Case, prefix: str) -> tuple[int, int]:
+    """Height and width in pixels of "decode(bits,H=16,W=16)", where no image was encoded."""
+    table = case.data["tensors"]
+    said = " ".join(
+        text for name, text in table.items() if name.startswith((f"{prefix}recon", f"{prefix}dec_"))
+    )
+    found = re.search(r"H=(\d+), ?W=(\d+)", said)
+    if not found:
+        raise case.refusal("no description of a decoded tensor states its grid as H=…,W=… patches")
+    patch = case.config.get("patch_size", InstellaConfig.patch_size)
+    return int(found[1]) * patch, int(found[2]) * patch
 
 
 class _Trunk:
@@ -108,7 +186,10 @@ def _rotary(case: Case, tag: str) -> Outputs:
     said = " ".join(case.description(name) for name in names)
     count, height, width, scale = _sizes(case, tag, said)
     slices = re.search(r"\[[^\]]*:[^\]]*\]", said)
-    config = {**case.data["config"], "num_latent_tkns": count}
+    check_size(case.path.name, f"the table of {tag}", (count + height * width, 1))
+    known = {field.name for field in dataclasses.fields(InstellaConfig)} - {"rope_id_dtype"}
+    config = {name: value for name, value in case.config.items() if name in known}
+    config["num_latent_tkns"] = count
     for name in names:
         id_dtype = "bfloat16" if "bf16" in name else "float32"
         rotary = Rotary(InstellaConfig(**config, rope_id_dtype=id_dtype))
@@ -122,18 +203,21 @@ def _sizes(case: Case, tag: str, said: str) -> tuple[int, int, int, float | None
     grid = re.search(r"H=(?:W=)?(\d+)(?:,? *W=(\d+))?", said)
     tokens, scale = re.search(r"\((\d+)\+", said), re.search(r"scale=([\d.]+|None)", said)
     if not grid or not tokens or not scale:
-        raise CannotBuild(f"{case.path.name}: cannot read grid, tokens and scale of {tag} in {said!r}")
+        raise case.refusal(f"cannot read grid, tokens and scale of {tag} in {said!r}")
     height = int(grid[1])
     width = int(grid[2]) if grid[2] else height
     return int(tokens[1]), height, width, None if scale[1] == "None" else float(scale[1].rstrip("."))
 
 
 def _quantizer(case: Case) -> Outputs:
-    shapes = {key: shape for key, (_, shape) in case.data["quantizer_state_dict"].items()}
+    shapes = {key: shape for key, (_, shape) in case.data.get("quantizer_state_dict", {}).items()}
+    if len(shapes.get("embed", ())) != 2:
+        raise case.refusal("quantizer_state_dict names no matrix embed, the quantizer's embeddings")
+    check_size(case.path.name, "quantizer_state_dict's embed", tuple(shapes["embed"]))
     quantizer = BinaryQuantizer(*shapes["embed"])
     state = quantizer.state_dict()
     if {key: list(value.shape) for key, value in state.items()} != shapes:
-        raise CannotBuild(f"{case.path.name}: quantizer keys {sorted(state)} are not {sorted(shapes)}")
+        raise case.refusal(f"quantizer keys {sorted(state)} are not {sorted(shapes)}")
     quantizer.load_state_dict(case.filled(state))
     quantizer = quantizer.to(case.device, case.dtype).eval()
     latents, weights = _input(case, "q.h").requires_grad_(), _input(case, "q.w")
