@@ -438,7 +438,7 @@ def test_a_published_name_that_is_not_cached_names_repository_file_and_way_out(t
 
 def test_a_repository_that_is_not_cached_names_both_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'someone/tokenizer'.*weights="):
-        load("someone/tokenizer", local_files_only=True, cache_dir=tmp_path)
+        load("hf://someone/tokenizer", local_files_only=True, cache_dir=tmp_path)
 
 
 def test_offline_by_environment_is_the_same_message(tmp_path):
@@ -466,19 +466,19 @@ def cached(cache, repo, files):
 
 def test_a_cached_repository_loads_offline(mini, saved, tmp_path):
     files = {name: (saved / name).read_bytes() for name in ("model.safetensors", "config.json")}
-    assert same(load("someone/mini", **cached(tmp_path / "hub", "someone/mini", files)), mini)
+    assert same(load("hf://someone/mini", **cached(tmp_path / "hub", "someone/mini", files)), mini)
 
 
 def test_a_cached_repository_that_holds_a_pickle_loads_offline(mini, saved, tmp_path):
     path = pickled(mini.state_dict(), tmp_path / "w.bin")
     files = {"pytorch_model.bin": path.read_bytes(), "config.json": (saved / "config.json").read_bytes()}
-    assert same(load("someone/mini", **cached(tmp_path / "hub", "someone/mini", files)), mini)
+    assert same(load("hf://someone/mini", **cached(tmp_path / "hub", "someone/mini", files)), mini)
 
 
 def test_a_broken_configuration_in_the_cache_is_not_passed_over(saved, tmp_path):
     files = {"model.safetensors": (saved / "model.safetensors").read_bytes(), "config.json": b"{"}
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        load("someone/mini", **cached(tmp_path / "hub", "someone/mini", files))
+        load("hf://someone/mini", **cached(tmp_path / "hub", "someone/mini", files))
 
 
 # ---- files are whole or not there --------------------------------------------------------------------------

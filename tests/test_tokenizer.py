@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,6 +241,29 @@ def test_bad_images_are_refused_with_what_was_given_and_the_fix(model, fault):
     with pytest.raises(ValueError) as raised:
         model.encode(images)
     assert all(part in str(raised.value) for part in [*said, model.label])
+
+
+def test_latents_that_are_not_finite_name_the_image(models):
+    model = copy.deepcopy(models("mini"))
+    images = torch.rand(3, 3, model.image_size, model.image_size)
+
+    def overflow(module, arguments, latents):
+        latents[1, 0, 0] = float("nan")
+        latents[2] = float("inf")
+        return latents
+
+    model.encoder.register_forward_hook(overflow)
+    with pytest.raises(ValueError, match=r"latents of image 1 of 3 hold NaN or infinity.*dtype='float32'"):
+        model.encode(images)
+    with pytest.raises(ValueError, match="latents of image 1 of 3"):
+        model.encode(images, target_psnr=20)
+
+
+@pytest.mark.parametrize("count", [np.int64(2), np.uint8(2)])
+def test_numpy_integers_are_numbers_of_tokens(models, count):
+    model = models("mini")
+    images = torch.rand(1, 3, model.image_size, model.image_size)
+    assert model.encode(images, count) == model.encode(images, 2)
 
 
 def test_one_bad_pixel_is_enough(models):

@@ -3,6 +3,8 @@
 import argparse
 import fnmatch
 import json
+import logging
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import atomic_write
+from . import hub
+from .files import atomic_write, check_source
+from .statedict import StateDict, average_without_names, choices
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHTS_NAMES)
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+MAX_CONFIG_BYTES = 2**24
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHOWN = 5  # keys of each kind in messages
+
+_logger = logging.getLogger("vistok")
 
 
 @dataclass(frozen=True)
 class Located:
-    """A weights file on this machine and the config.json that came with it, if any."""
+    """A weights file (or index of shards) on this machine and the config.json that came with it, if any."""
 
     weights: Path
     config: dict[str, Any] | None
@@ -31,25 +41,26 @@ def locate(source: str | Path) -> Located:
     missing."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = [path / name for name in WEIGHTS_NAMES if (path / name).is_file()]
+        found = [path / name for name in (*WEIGHTS_NAMES, *INDEX_NAMES) if (path / name).is_file()]
         found += sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p not in found)
         if not found:
             raise FileNotFoundError(
-                f"{path} holds no weights; expected {' or '.join(WEIGHTS_NAMES)}, or one file ending in "
-                f"{', '.join(SUFFIXES)}"
+                f"{path} holds no weights; expected {' or '.join(WEIGHTS_NAMES)}, their index.json and "
+                f"shards, or one file ending in {', '.join(SUFFIXES)}"
             )
-        if len(found) > 1 and found[0].name not in WEIGHTS_NAMES:
+        if len(found) > 1 and found[0].name not in (*WEIGHTS_NAMES, *INDEX_NAMES):
             raise ValueError(
                 f"{path} holds several weights files ({', '.join(p.name for p in found)}); name one"
             )
         return Located(found[0], read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"no file or folder {path}; give a weights file ({', '.join(SUFFIXES)}) or its folder"
         )
     beside = path.parent / CONFIG_NAME
     # A config.json belongs to the conventional file names beside it, not to any file that shares the folder.
-    return Located(path, read_config(beside) if path.name in WEIGHTS_NAMES and beside.is_file() else None)
+    conventional = path.name in (*WEIGHTS_NAMES, *INDEX_NAMES)
+    return Located(check_source(path), read_config(beside) if conventional and beside.is_file() else None)
 
 
 def fetch(
@@ -65,20 +76,21 @@ def fetch(
     Raises FileNotFoundError naming the repository, the file and the option that takes a local path when the
     hub cannot be reached and nothing is cached.
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def get(name: str) -> Path:
-        # Once the hub could not be reached only the cache is asked: the client retries for long, every file.
+        # Once the hub could not be reached only the cache is asked.
         offline = local_files_only or isinstance(problem, LocalEntryNotFoundError)
-        found = hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline)
-        return Path(found)
+        return hub.get_file(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline)
 
-    names = [file] if file else list(WEIGHTS_NAMES)
+    names = [file] if file else [WEIGHTS_NAMES[0], INDEX_NAMES[0], WEIGHTS_NAMES[1], INDEX_NAMES[1]]
     weights = problem = None
     for name in names:
         try:
-            weights = get(name)
+            path = get(name)
+            for shard in _shards(path) if name in INDEX_NAMES else ():
+                get(shard)
+            weights = path
             break
         # The client raises many kinds of error for "no network", "no such repository" and "gated".
         except Exception as error:
@@ -86,8 +98,9 @@ def fetch(
             if not isinstance(error, EntryNotFoundError):  # another file name will not help
                 break
     if weights is None:
+        tried = file or " or ".join(WEIGHTS_NAMES)
         raise FileNotFoundError(
-            f"could not get {' or '.join(names)} of the hub repository {repo!r}: it is not in the local "
+            f"could not get {tried} of the hub repository {repo!r}: it is not in the local "
             f"cache and the hub did not give it ({type(problem).__name__}). Download it on a machine with "
             f"internet and pass its path: load(..., weights='path/to/{names[0]}')"
         ) from problem
@@ -100,25 +113,61 @@ def fetch(
 
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json as a dictionary; ValueError if it is not one."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    config = _read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; a configuration is a JSON object")
     return config
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by key, on the CPU.
+def _read_json(path: Path) -> Any:
+    check_source(path, limit=MAX_CONFIG_BYTES)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be a configuration; fetch it again") from None
 
-    Safetensors, or a pickle restricted to tensors and plain containers (never arbitrary objects). Wrappers
-    such as {"state_dict": …}, {"model": …} or {"model_state_dict": …} are opened, an average of weights
-    ({"ema": …}) before the weights themselves. Raises ValueError for truncated, corrupt or unsafe files.
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by key, on the CPU: the first of `read_choices`, its values checked."""
+    choice = read_choices(path)[0]
+    check_values(choice.tensors, path)
+    return choice.tensors
+
+
+def read_choices(path: str | Path) -> list[StateDict]:
+    """The state dicts of a weights file or index of shards, on the CPU; see `vistok.statedict.choices`.
+
+    Safetensors, or a pickle restricted to tensors and plain containers (never arbitrary objects).
+
+    Raises:
+        ValueError: truncated, corrupt or unsafe files, and those without a state dict.
     """
     path = Path(path)
+    if path.name.endswith(".index.json"):
+        content: Any = _read_shards(path)
+    else:
+        content = _read_file(path)
+    if nameless := average_without_names(content):
+        _logger.warning("%s: its average %r has no names; loading the weights themselves", path, nameless)
+    found = choices(content)
+    if not found:
+        keys = f" with {', '.join(map(repr, list(content)[:_SHOWN]))}" if isinstance(content, dict) else ""
+        raise ValueError(
+            f"{path} holds no state dict (a mapping of names to tensors); found {type(content).__name__}"
+            f"{keys}"
+        )
+    return found
+
+
+def _read_file(path: Path) -> Any:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}; give a weights file")
+    check_source(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -130,27 +179,136 @@ def read(path: str | Path) -> dict[str, Tensor]:
                 f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); "
                 "fetch it again"
             ) from error
+    _check_zip(path)
     try:
         # Training scripts pickle their parsed arguments beside the weights: a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated zip, foreign pickle, forbidden global: torch raises many kinds
         raise ValueError(
             f"{path} cannot be read as plain tensors ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}). It is truncated, or a pickle with more than weights in "
             "it, which is refused because unpickling runs code; convert it to safetensors where you trust it."
         ) from error
-    for wrapper in ("state_dict", "model_state_dict", "ema", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    plain = isinstance(state, dict) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    )
-    if not plain:
+    _check_extent(content, path)
+    return content
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse an archive whose members would unpack to more bytes than the file has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):  # an older pickle, or what torch will refuse
+        return
+    if unpacked > path.stat().st_size:
         raise ValueError(
-            f"{path} holds no state dict (a mapping of names to tensors); found {type(state).__name__}"
+            f"{path} has {path.stat().st_size:,} bytes and claims to unpack to {unpacked:,}; weights are "
+            "stored uncompressed: save it again with torch.save, or fetch it again"
         )
-    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _check_extent(content: Any, path: Path) -> None:
+    """Refuse tensors that are larger than the file: views that repeat few numbers many times."""
+    seen: list[Any] = [content]
+    total, limit = 0, 4 * path.stat().st_size + 2**20
+    while seen:
+        value = seen.pop()
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size() if value.layout == torch.strided else 0
+        elif isinstance(value, Mapping):
+            seen += value.values()
+        elif isinstance(value, (list, tuple)):
+            seen += value
+    if total > limit:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes and its tensors would take {total:,}; fetch it again"
+        )
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names of an index of shards, each of them a plain name."""
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map from keys to shards; fetch it again")
+    names = sorted({name if isinstance(name, str) else repr(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or Path(name).suffix not in SUFFIXES:
+            raise ValueError(
+                f"{index} names a shard {name!r}; shards are weights files beside the index: fetch it again"
+            )
+    return names
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """The tensors of all shards, which are those that the index names."""
+    names = _shards(index)
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{index} names {len(names)} shards and {len(missing)} are not beside it (first {missing[0]}); "
+            "fetch them too"
+        )
+    content: dict[str, Any] = {}
+    for name in names:
+        shard = _read_file(index.parent / name)
+        if not isinstance(shard, dict):
+            raise ValueError(f"{index.parent / name} holds a {type(shard).__name__}, not tensors by key")
+        content |= shard
+    if lost := [key for key in _read_json(index)["weight_map"] if key not in content]:
+        raise ValueError(
+            f"{index} names {len(lost)} tensors that its shards do not hold (first {lost[0]}); fetch it again"
+        )
+    return content
+
+
+def check_values(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError naming the first tensor that is not plain finite numbers in memory."""
+    for key, value in state.items():
+        problem = None
+        if value.is_meta:
+            problem = "has no values (it is on the meta device)"
+        elif value.layout != torch.strided:
+            problem = f"is stored as {str(value.layout).removeprefix('torch.')}"
+        elif value.is_quantized or value.is_complex():
+            problem = f"has the dtype {value.dtype}"
+        elif value.is_floating_point() and value.dtype not in _DTYPES:
+            problem = f"has the dtype {value.dtype}, which needs a scale"
+        elif value.is_floating_point() and not bool(value.isfinite().all()):
+            count = int((~value.isfinite()).sum())
+            raise ValueError(
+                f"{source}: {key} holds NaN or infinity ({count:,} of {value.numel():,} values); such "
+                "weights give no pictures: fetch or train them again"
+            )
+        if problem:
+            raise ValueError(
+                f"{source}: {key} {problem}; weights are dense tensors of numbers: convert them with "
+                ".to_dense(), .dequantize() or .float() and save again"
+            )
+
+
+# Fitting ----------------------------------------------------------------------------------------------------
+
+
+def misfits(module: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> list[list[str]]:
+    """Lines on keys that are missing, unexpected and misshapen, of each kind; all empty when `state` fits.
+
+    Keys matching a pattern of `ignore` (training statistics) may be in only one of the two.
+    """
+    patterns, expected = tuple(ignore), module.state_dict()
+
+    def counts(key: str) -> bool:
+        return not any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
+
+    return [
+        [f"missing    {k} {list(v.shape)}" for k, v in expected.items() if k not in state and counts(k)],
+        [f"unexpected {k} {list(v.shape)}" for k, v in state.items() if k not in expected and counts(k)],
+        [
+            f"misshapen  {k}: checkpoint {list(state[k].shape)}, model {list(v.shape)}"
+            for k, v in expected.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    ]
 
 
 def load_strictly(
@@ -161,29 +319,43 @@ def load_strictly(
     ignore: Iterable[str] = (),
     source: str | Path = "the checkpoint",
 ) -> None:
-    """Put `state` into `module`, floating tensors cast to `dtype`; a ValueError lists every key that misfits.
+    """Put `state` into `module`, floating tensors cast to `dtype`.
 
-    Keys matching a pattern of `ignore` (training statistics) may be in only one of the two.
+    Raises:
+        ValueError: keys that misfit (as `misfits` has them: the first of each kind, and how many there are),
+            values as `check_values`, integers where the model has floats and the reverse, and values that
+            `dtype` cannot hold.
     """
-    patterns, wanted = tuple(ignore), module.state_dict()
-
-    def counts(key: str) -> bool:
-        return not any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
-
-    problems = [f"missing    {k} {list(v.shape)}" for k, v in wanted.items() if k not in state and counts(k)]
-    problems += [f"unexpected {k} {list(v.shape)}" for k, v in state.items() if k not in wanted and counts(k)]
-    problems += [
-        f"misshapen  {k}: checkpoint {list(state[k].shape)}, model {list(v.shape)}"
-        for k, v in wanted.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if problems:
+    kinds = misfits(module, state, ignore)
+    if any(kinds):
+        lines = [line for kind in kinds for line in kind[:_SHOWN]]
+        more = [f"… {len(kind) - _SHOWN} more {kind[0].split()[0]}" for kind in kinds if len(kind) > _SHOWN]
         raise ValueError(
-            f"{source} does not fit this {type(module).__name__} ({len(problems)} keys). Check that the name "
-            "or config is that of these weights.\n  " + "\n  ".join(problems)
+            f"{source} does not fit this {type(module).__name__} ({sum(map(len, kinds))} keys). Check that "
+            "the name or config is that of these weights.\n  " + "\n  ".join(lines + more)
         )
-    cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items() if k in wanted}
+    expected = module.state_dict()
+    check_values({key: value for key, value in state.items() if key in expected}, source)
+    cast = {}
+    for key, like in expected.items():
+        if key in state:
+            cast[key] = _cast(key, state[key], like, dtype, source)
     module.load_state_dict(cast, strict=False, assign=True)
+
+
+def _cast(key: str, value: Tensor, like: Tensor, dtype: torch.dtype | None, source: str | Path) -> Tensor:
+    if value.is_floating_point() != like.is_floating_point():
+        raise ValueError(
+            f"{source}: {key} has the dtype {value.dtype}, the model {like.dtype} there; quantized weights "
+            "are not read: give the original ones"
+        )
+    if not (dtype and value.is_floating_point()) or value.dtype == dtype:
+        return value
+    cast = value.to(dtype)
+    if not bool(cast.isfinite().all()):
+        largest = float(value.abs().max())
+        raise ValueError(f"{source}: {key} has values up to {largest:.4g}, too large for {dtype}")
+    return cast
 
 
 def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -207,3 +207,32 @@ def _is_stale(name: str) -> bool:
     except (OSError, OverflowError):
         return False
     return False
+
+
+# Names ------------------------------------------------------------------------------------------------------
+
+_FOLDERS = (
+    *("assets", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "dataset", "datasets", "exp", "images"),
+    *("experiments", "log", "logs", "models", "out", "output", "outputs", "photos", "results", "runs", "tmp"),
+    *("train", "val", "test", "weights", "work"),
+)
+_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv"),
+    *(".tar", ".tgz", ".gz", ".zip", ".npz", ".npy", ".parquet", ".vtok", ".png", ".jpg", ".jpeg", ".webp"),
+)
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether text names a file or folder here, there or not, rather than a registry name or hub repository.
+
+    It does if it exists, starts with `.`, `/` or `~`, has more than one separator, a file's ending, or a
+    first part that exists here as a folder or is a usual folder's name (runs/…, data/…).
+    """
+    if "://" in source:
+        return False
+    if source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1:
+        return True
+    if Path(source).suffix.lower() in _SUFFIXES or os.path.lexists(source):
+        return True
+    first, separator, _ = source.partition("/")
+    return bool(separator) and (first in _FOLDERS or Path(first).is_dir())

@@ -21,9 +21,10 @@ FAMILY_MODULES = ("mini", "karl", "titok", "maskgit_vqgan", "instella", "flextok
 class Entry:
     """A published (or shipped) checkpoint.
 
-    `repo` is the hub repository, `file` the weights in it; `license` is that of the weights; `figures` are
-    the paper's own numbers, `parameters` millions of them. `verified` says how far this configuration is from
-    recorded outputs of the original, as largest absolute errors; nothing was recorded where it is empty.
+    `repo` is the hub repository, `file` the weights in it, `sha256` their digest where they ship with vistok
+    (no `repo`); `license` is that of the weights; `figures` are the paper's own numbers, `parameters`
+    millions of them. `verified` has the largest absolute errors of this configuration against recorded
+    outputs of the original; nothing was recorded where it is empty.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Entry:
     figures: dict[str, float] = field(default_factory=dict)
     notes: str = ""
     verified: str = ""
+    sha256: str = ""
 
 
 _FAMILIES: dict[str, "type[Tokenizer]"] = {}
@@ -113,8 +115,8 @@ def unknown_name(name: str) -> str:
     close = difflib.get_close_matches(name, [*entries(), *families()], n=3, cutoff=0.5)
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     return (
-        f"unknown tokenizer {name!r}.{hint} `vistok list` shows the names; a hub repository (owner/name), "
-        "a folder or a weights file is also accepted."
+        f"unknown tokenizer {name!r}.{hint} `vistok list` shows the names; a hub repository "
+        "(hf://owner/name), a folder or a weights file is also accepted."
     )
 
 
@@ -128,13 +130,19 @@ def load(
 ) -> "Tokenizer":
     """Load a tokenizer with its weights, in eval mode.
 
-    `source`: a registry name (`vistok list`), a hub repository id, a folder with config.json and
-    model.safetensors, or one weights file (.safetensors, or a weights-only pickle .bin/.pt/.pth). `weights`
-    replaces the registry's hub file by a local file or folder. Further options: `config` (for a file without
-    one), `revision`, `cache_dir`, `local_files_only`.
+    `source`: a registry name (`vistok list`), a hub repository written `hf://owner/name`, a folder with
+    config.json and model.safetensors (or shards with their index), or one weights file (.safetensors, or a
+    weights-only pickle .bin/.pt/.pth). `weights` replaces the registry's hub file by a local file or folder.
+    `dtype` is a floating dtype or its name ("bfloat16"). Further options: `config` (for a file without one),
+    `revision`, `cache_dir`, `local_files_only`.
 
-    Raises FileNotFoundError when weights are neither local nor cached and the hub cannot be reached, and
-    ValueError listing every missing, unexpected or misshapen key.
+    Of a training checkpoint that also holds an average of the weights (EMA, SWA) the average is loaded, and
+    a log line reports it; so does one for every download.
+
+    Raises:
+        FileNotFoundError: weights are neither local nor cached and the hub cannot be reached.
+        ValueError: missing, unexpected or misshapen keys (the first of each and their number), weights with
+            NaN or infinity, a configuration that the file cannot fill.
     """
     from .tokenizer import Tokenizer
 

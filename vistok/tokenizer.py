@@ -1,14 +1,16 @@
 """The contract every tokenizer keeps: images → encoder → quantizer → decoder → images."""
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, registry
+from . import checkpoint, configuration, loading
 from .quantizers import Quantizer
 from .tokens import Tokens
 
@@ -84,7 +86,7 @@ class Tokenizer(nn.Module):
                 f"{cls.family} has no configuration field {', '.join(unknown)}; it has "
                 f"{', '.join(sorted(fields))}"
             )
-        return cls(cls.config_class(**config))
+        return cls(configuration.build(cls.config_class, config, cls.family))
 
     @classmethod
     def recognise(
@@ -127,7 +129,7 @@ class Tokenizer(nn.Module):
 
             return encode_to_quality(self, images, target_psnr, num_tokens=num_tokens)
         count = self.check_num_tokens(num_tokens)
-        codes = self.quantizer.encode(self.latents(self.check_images(images)))
+        codes = self.quantizer.encode(self.check_latents(self.latents(self.check_images(images))))
         tokens = self.as_tokens(codes)
         return tokens if count == tokens.num_tokens else tokens.prefix(count)
 
@@ -228,6 +230,20 @@ class Tokenizer(nn.Module):
                 )
         return images.to(self.device, self.dtype)
 
+    def check_latents(self, latents: Tensor) -> Tensor:
+        """Latents [B, …] as they are, or a ValueError that names the first image whose latents are not
+        finite."""
+        if latents.numel() and not torch.compiler.is_compiling():
+            finite = latents.isfinite().flatten(1).all(1)  # [B]
+            if not bool(finite.all()):
+                first = int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"the latents of image {first} of {len(latents)} hold NaN or infinity, so {self.label} "
+                    f"has no tokens for it; values may overflow in {self.dtype}: load with dtype='float32', "
+                    "or check the weights"
+                )
+        return latents
+
     def check_image_size(self, height: int, width: int, fix: str) -> None:
         """Raise ValueError unless the model takes images of this size."""
         if height != self.image_size or width != self.image_size:
@@ -268,6 +284,16 @@ class Tokenizer(nn.Module):
         """Floating dtype of the weights."""
         return next(self.parameters()).dtype
 
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """Move or convert as `torch.nn.Module.to`; a dtype may be given by name ("bfloat16").
+
+        Raises ValueError for a text that names neither a device nor a floating dtype.
+        """
+        converted = [loading.as_target(value) for value in arguments]
+        if isinstance(options.get("dtype"), str):
+            options["dtype"] = loading.as_dtype(options["dtype"])
+        return super().to(*converted, **options)
+
     def add_companion(self, name: str, module: nn.Module) -> None:
         """Take over a module, frozen: it moves with this one but is not in its checkpoint (a text tower)."""
         self._companions[name] = module.eval().requires_grad_(False).to(self.device, self.dtype)
@@ -289,48 +315,30 @@ class Tokenizer(nn.Module):
         source: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         weights: str | Path | None = None,
         config: Mapping[str, Any] | str | Path | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Load by registry name, hub repository, folder or file; see `vistok.load`.
+        """Load by registry name, hub repository (`hf://owner/name`), folder or file; see `vistok.load`.
 
-        Weights become float32 unless `dtype` says otherwise; a `config` given here wins over every other.
+        Weights become float32 unless `dtype` is given; a `config` given here wins over every other.
         """
-        hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        entry = registry.entries().get(str(source))
-        if weights is not None:
-            located = checkpoint.locate(weights)
-        elif entry is not None:
-            located = _published(entry, hub)
-        elif isinstance(source, Path) or _looks_local(source):
-            located = checkpoint.locate(source)
-        elif source.count("/") == 1:
-            located = checkpoint.fetch(str(source), **hub)
-        else:
-            raise ValueError(registry.unknown_name(str(source)))
-        if config is not None and not isinstance(config, Mapping):
-            config = checkpoint.read_config(Path(config))
-        state = checkpoint.read(located.weights)
-        family, fields = _identify(state, config, located, entry)
-        if not issubclass(family, cls):
-            raise ValueError(
-                f"{source} is a {family.family!r} checkpoint, not one of {cls.__name__}; use vistok.load"
-            )
-        family.check_variant({key: value.shape for key, value in state.items()}, fields)
-        from accelerate import init_empty_weights
-
-        with init_empty_weights(include_buffers=False):
-            model = family.create(**fields)
-        ignore = family.checkpoint_ignores
-        checkpoint.load_strictly(
-            model, state, dtype=dtype or torch.float32, ignore=ignore, source=located.weights
+        return loading.load_tokenizer(
+            cls,
+            source,
+            device=device,
+            dtype=dtype,
+            weights=weights,
+            config=config,
+            hub_options={
+                "revision": revision,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+            },
         )
-        model.name = entry.name if entry else (config or located.config or {}).get("name")
-        return model.requires_grad_(True).to(device=device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which `load(folder)` reads back exactly."""
@@ -339,57 +347,8 @@ class Tokenizer(nn.Module):
 
 
 def require_whole(num_tokens: Any) -> None:
-    """Raise ValueError for a number of tokens that is given and no integer."""
-    if num_tokens is not None and (isinstance(num_tokens, bool) or not isinstance(num_tokens, int)):
+    """Raise ValueError for a number of tokens that is given and is not a whole number, NumPy's included."""
+    if num_tokens is None:
+        return
+    if isinstance(num_tokens, (bool, np.bool_)) or not isinstance(num_tokens, numbers.Integral):
         raise ValueError(f"num_tokens is {num_tokens!r}; it is a whole number of tokens, such as 32")
-
-
-def _published(entry: registry.Entry, hub: dict[str, Any]) -> checkpoint.Located:
-    """The weights of a registry row: in this package or on the hub; FileNotFoundError for those on a page."""
-    from importlib.resources import files
-
-    if entry.repo is None:
-        return checkpoint.locate(Path(str(files("vistok.assets") / entry.file)))
-    if "://" in entry.repo:
-        raise FileNotFoundError(
-            f"the weights of {entry.name} are not on the hub; download {entry.file} as {entry.repo} says "
-            f"and pass its path: load({entry.name!r}, weights='path/to/{Path(entry.file).name}')"
-        )
-    return checkpoint.fetch(entry.repo, entry.file, **hub)
-
-
-def _looks_local(source: str) -> bool:
-    """Whether a string names a path rather than a hub repository (owner/name) or a registry name."""
-    path = Path(source).expanduser()
-    return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in checkpoint.SUFFIXES
-
-
-def _identify(
-    state: Mapping[str, Tensor],
-    given: Mapping[str, Any] | None,
-    located: checkpoint.Located,
-    entry: registry.Entry | None,
-) -> tuple[type[Tokenizer], dict[str, Any]]:
-    """Family and fields: by the `given` config, the registry row, a config.json, or the keys."""
-    known = registry.families()
-    config = given or located.config
-    named = (config or {}).get("family")
-    if named is not None:
-        if named not in known:
-            raise ValueError(
-                f"{located.weights}: unknown family {named!r}; this version has {', '.join(known)}"
-            )
-        if entry and named != entry.family:
-            raise ValueError(f"{located.weights} is of family {named!r}; {entry.name} is {entry.family!r}")
-        return known[named], dict(config.get("config", {}))
-    if entry and given is None:
-        return known[entry.family], dict(entry.config)
-    shapes = {key: value.shape for key, value in state.items()}
-    for family in known.values():
-        fields = family.recognise(shapes, dict(config) if config else None)
-        if fields is not None:
-            return family, fields
-    raise ValueError(
-        f"{located.weights} is of no known family ({', '.join(known)}); it has {len(state)} keys such as "
-        f"{', '.join(list(state)[:3])}. Give config={{'family': …, 'config': {{…}}}}"
-    )

@@ -53,6 +53,20 @@ class MiniConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple((count, tuple(row)) for count, row in self.levels))
+        for name in ("image_size", "patch_size", "thumbnail_size", "width", "heads"):
+            if not 1 <= getattr(self, name) <= 2**16:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is 1 to {2**16}")
+        for name in ("encoder_depth", "decoder_depth"):
+            if not 0 <= getattr(self, name) <= 1000:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is 0 to 1000 blocks")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if not self.levels or not all(
+            1 <= count <= 2**16 and 1 <= len(row) <= 64 for count, row in self.levels
+        ):
+            raise ValueError(
+                f"levels are {self.levels}; they are rows of 1 to {2**16} tokens of 1 to 64 channels"
+            )
         for name in ("patch_size", "thumbnail_size"):
             if self.image_size % getattr(self, name):
                 raise ValueError(
@@ -219,6 +233,7 @@ register(
         license="Apache-2.0",
         paper="vistok (recipe and log in vistok/assets)",
         parameters=7.5,
+        sha256="f781327d16f158df3479a57cf3b1efb59a41360d66c7975400511cee1337baa2",
         notes="128×128, any prefix of 64 tokens of 16 bits; trained on procedural scenes and 17 photographs",
     )
 )
