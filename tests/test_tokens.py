@@ -1,5 +1,7 @@
 """Tokens: the packed form loses nothing and notices everything; slicing, joining and shortening agree."""
 
+import dataclasses
+import os
 import zlib
 
 import numpy as np
@@ -242,8 +244,8 @@ def test_other_files_are_told_apart_by_their_magic_number(data):
 
 def test_a_newer_version_asks_for_an_upgrade():
     packed = bytearray(example().to_bytes())
-    packed[4] += 1
-    with pytest.raises(ValueError, match="version 2, newer than version 1 read here: upgrade vistok"):
+    packed[4] += 2
+    with pytest.raises(ValueError, match="version 3, newer than version 2 read here: upgrade vistok"):
         Tokens.from_bytes(packed)
 
 
@@ -260,8 +262,19 @@ FORGED = {
     "no header": (b"", "promises 1 bytes where 0 are left"),
     "endless number": (b"\x00" + b"\xff" * 12, "does not end"),
     "no such codebook": (b"\x00\x01\x01\x01\x00", r"codebook sizes \(0,\) are outside"),
-    "vast tensor in few bytes": (b"\x00\x01" + VAST + b"\x01\x01", "would unpack to 34359738367 numbers"),
-    "vast batch of no tokens": (b"\x08" + VAST + b"\x00\x01\x02", "would unpack to 34359738367 numbers"),
+    "vast tensor in few bytes": (
+        b"\x00\x01" + VAST + b"\x01\x01",
+        "would unpack to 274877906936 with padding",
+    ),
+    "vast batch of no tokens": (
+        b"\x08" + VAST + b"\x00\x01\x02",
+        "would unpack to 274877906936 with padding",
+    ),
+    "millions of words of no bits": (
+        b"\x00\x01\x80\x80\x80\x10\x01\x01",
+        "would unpack to 268435456 with padding",
+    ),
+    "a tokenizer's name of other bytes": (b"\x10\x01\x01\x01\x01\x01\xff", "name is not UTF-8"),
     "missing payload": (b"\x01\x01\x09\x01\xff", "promises 2 bytes where 1 are left"),
     "surplus payload": (b"\x01\x01\x08\x01\xff\xff", "1 bytes more than the header promises"),
     "index outside its codebook": (b"\x00\x01\x01\x01\x03\xc0", r"index 3 is outside 0\.\.2"),
@@ -335,6 +348,53 @@ def test_a_bad_file_is_named(tmp_path):
         Tokens.load(path)
     with pytest.raises(FileNotFoundError, match=r"none\.vtok"):
         Tokens.load(tmp_path / "none.vtok")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a.png", "b/c.jpg", "ü 🐈.png"), ("same", "same", "\udcff"), ("../x", "/etc/passwd", "n" * 5000)],
+)
+def test_names_of_images_come_back_from_a_file_and_follow_their_images(tmp_path, names):
+    tokens = dataclasses.replace(example(3), names=names)
+    tokens.save(tmp_path / "a.vtok")
+    loaded = Tokens.load(tmp_path / "a.vtok")
+    assert loaded.names == names and loaded == example(3)
+    assert loaded[1:].names == names[1:] and loaded[[2, 0]].names == (names[2], names[0])
+    assert loaded[torch.tensor([True, False, True])].names == (names[0], names[2])
+    assert loaded.prefix(1).names == names and loaded.to("cpu").names == names
+    assert Tokens.cat([loaded[:1], loaded[1:]]).names == names
+    assert Tokens.cat([loaded, example(1)]).names is None
+
+
+def test_files_without_names_are_of_version_1_and_those_with_names_of_2():
+    assert example(2).to_bytes()[4] == 1
+    named = dataclasses.replace(example(2), names=("a", "b")).to_bytes()
+    assert named[4] == 2
+    with pytest.raises(ValueError, match=r"unknown flags|checksum"):
+        Tokens.from_bytes(named[:4] + b"\x01" + named[5:])
+
+
+@pytest.mark.parametrize(
+    ("names", "error"),
+    [(("a",), ValueError), (("a", ""), ValueError), ("ab", TypeError), (("a", 3), TypeError)],
+)
+def test_names_are_one_text_per_image(names, error):
+    with pytest.raises(error, match="Tokens takes"):
+        dataclasses.replace(example(2), names=names)
+
+
+def test_pipes_and_sparse_files_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.vtok")
+    with pytest.raises(OSError, match=r"pipe.vtok is a named pipe"):
+        Tokens.load(tmp_path / "pipe.vtok")
+    example(2).save(tmp_path / "a.vtok")
+    os.truncate(tmp_path / "a.vtok", 2**40)
+    with pytest.raises(ValueError, match=r"a.vtok: .* trailing bytes"):
+        Tokens.load(tmp_path / "a.vtok")
+    with open(tmp_path / "b.vtok", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"b.vtok: not a vistok token file"):
+        Tokens.load(tmp_path / "b.vtok")
 
 
 # Slicing, joining, shortening -------------------------------------------------------------------------------

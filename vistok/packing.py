@@ -1,11 +1,13 @@
 """The packed form of tokens: bit packing, numbers, and a container with a checksum.
 
-The packed form, version 1 (integers are LEB128 varints unless a width is named):
+The packed form, versions 1 and 2 (integers are LEB128 varints unless a width is named):
 
     "VTOK" | version: 1 byte | bytes that follow | header | payload | CRC32 of all before it: 4 bytes
 
-    header   flags: 1 byte (bits 0-1 kind, 2 Q axis, 3 lengths, 4 tokenizer's name, 5-6 dtype of latents)
-             B | K | D, or Q and the Q codebook sizes | the name's byte count and UTF-8
+    header   flags: 1 byte (bits 0-1 kind, 2 Q axis, 3 lengths, 4 tokenizer's name, 5-6 dtype of latents,
+             7 names of the images: version 2, which is written only for files that have them)
+             B | K | D, or Q and the Q codebook sizes | the tokenizer's byte count and UTF-8
+             the names' byte count and UTF-8 of all, a zero byte between two
              lengths, each packed at K.bit_length() bits
     payload  the tokens of all images in order, padding left out; indices at ceil(log2(codebook size)) bits
              each, most significant bit first, one codebook after the other; bits at one bit each; latents as
@@ -18,9 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 
 MAGIC = b"VTOK"
-VERSION = 1
+VERSION = 2
 _CHUNK = 1 << 16  # tokens packed at a time; a multiple of 8, so that every chunk ends on a whole byte
-_FREE_ELEMENTS = 1 << 28  # a file may unpack to this many numbers whatever its size; see check_expansion
+_FREE_BYTES = 1 << 26  # a file may unpack to this many bytes whatever its size; see check_expansion
 
 
 def index_widths(codebook_sizes: Sequence[int]) -> list[int]:
@@ -105,51 +107,58 @@ class Reader:
             raise ValueError(f"corrupt vistok token file: {left} bytes more than the header promises")
 
 
-def seal(content: bytes) -> bytes:
+def seal(content: bytes, version: int) -> bytes:
     """A whole packed file around header and payload: magic, version and size before them, a CRC32 behind."""
-    body = b"".join([MAGIC, bytes([VERSION]), varint(len(content) + 4), content])
+    body = b"".join([MAGIC, bytes([version]), varint(len(content) + 4), content])
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def checked_body(data: np.ndarray) -> np.ndarray:
-    """Header and payload of a packed file [bytes], once its magic, version, length and checksum are right."""
+def check_start(data: np.ndarray, size: int) -> tuple[int, int]:
+    """Return version and offset of the header, once magic, version and length fit a file of `size` bytes.
+
+    `data` are its first 16 bytes or more.
+    """
     start = data[: len(MAGIC)].tobytes()
     if start != MAGIC[: len(start)]:
         raise ValueError(f"not a vistok token file: it starts with {start!r}, not {MAGIC!r}")
-    if len(data) < len(MAGIC) + 2:
-        raise ValueError(f"truncated vistok token file: got {len(data)} bytes, too few for a header")
+    if size < len(MAGIC) + 2:
+        raise ValueError(f"truncated vistok token file: got {size} bytes, too few for a header")
     version = int(data[len(MAGIC)])
     if version > VERSION:
         raise ValueError(
             f"vistok token file of version {version}, newer than version {VERSION} read here: upgrade vistok"
         )
-    if version < VERSION:
+    if version < 1:
         raise ValueError(f"corrupt vistok token file: there is no version {version}")
     reader = Reader(data, len(MAGIC) + 1)
     try:
         promised = reader.varint() + reader.offset
     except ValueError:
         raise ValueError(
-            f"truncated or corrupt vistok token file: got {len(data)} bytes, its size is unreadable"
+            f"truncated or corrupt vistok token file: got {size} bytes, its size is unreadable"
         ) from None
-    if len(data) < promised:
+    if size < promised:
+        raise ValueError(f"truncated vistok token file: got {size} bytes, the header promises {promised}")
+    if size > promised:
         raise ValueError(
-            f"truncated vistok token file: got {len(data)} bytes, the header promises {promised}"
+            f"{size - promised} trailing bytes after a vistok token file: "
+            f"got {size} bytes, the header promises {promised}"
         )
-    if len(data) > promised:
-        raise ValueError(
-            f"{len(data) - promised} trailing bytes after a vistok token file: "
-            f"got {len(data)} bytes, the header promises {promised}"
-        )
+    return version, reader.offset
+
+
+def checked_body(data: np.ndarray) -> tuple[int, np.ndarray]:
+    """Version, and header and payload [bytes], once magic, version, length and checksum are right."""
+    version, offset = check_start(data, len(data))
     checksum, body = int.from_bytes(data[-4:].tobytes(), "little"), data[:-4]
     if zlib.crc32(body) != checksum:
         raise ValueError("corrupt vistok token file: checksum mismatch, some of its bytes have changed")
-    return body[reader.offset :]
+    return version, body[offset:]
 
 
-def check_expansion(elements: int, file_bytes: int) -> None:
+def check_expansion(unpacked_bytes: int, file_bytes: int) -> None:
     """Refuse a tiny file that asks for vast tensors: padding and one-word codebooks cost no payload."""
-    if elements > max(_FREE_ELEMENTS, 1024 * file_bytes):
+    if unpacked_bytes > max(_FREE_BYTES, 1024 * file_bytes):
         raise ValueError(
-            f"corrupt vistok token file: {file_bytes} bytes would unpack to {elements} numbers with padding"
+            f"corrupt vistok token file: {file_bytes} bytes would unpack to {unpacked_bytes} with padding"
         )

@@ -5,19 +5,28 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .files import atomic_write
-from .packing import Reader, check_expansion, checked_body, index_widths, pack, seal, unpack, varint
+from .files import atomic_write, check_source
+from .packing import (
+    Reader,
+    check_expansion,
+    check_start,
+    checked_body,
+    index_widths,
+    pack,
+    seal,
+    unpack,
+    varint,
+)
 
 _KINDS = ("indices", "bits", "latents")
 _LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_HAS_CODEBOOK_AXIS, _HAS_LENGTHS, _HAS_TOKENIZER = 4, 8, 16
+_HAS_CODEBOOK_AXIS, _HAS_LENGTHS, _HAS_TOKENIZER, _HAS_NAMES = 4, 8, 16, 128
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,7 +36,8 @@ class Tokens:
     `indices` int64 [B, K] or [B, K, Q] (Q codebooks, each index in 0..codebook_sizes[q]-1); `bits` bool
     [B, K, D]; `latents` float16, bfloat16, float32 or float64 [B, K, D]. `lengths` int64 [B], each in 0..K,
     says how many tokens belong to each image; None means all K. Entries past an image's length are set to
-    zero. `codebook_sizes` has one size per codebook and goes with `indices` only.
+    zero. `codebook_sizes` has one size per codebook and goes with `indices` only. `names` has one text per
+    image, such as its file's, and does not count when tokens are compared.
 
     Construction checks dtypes, shapes and devices (ValueError, or TypeError for what is no tensor at all) but
     reads no values, so that it never waits for an accelerator; `validate` and `to_bytes` check the values.
@@ -43,6 +53,7 @@ class Tokens:
     lengths: Tensor | None = None
     tokenizer: str | None = None
     codebook_sizes: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes, shapes and devices, and set the padding to zero."""
@@ -62,6 +73,8 @@ class Tokens:
         self._check_data()
         if self.codebook_sizes is not None:
             object.__setattr__(self, "codebook_sizes", self._checked_codebook_sizes(self.codebook_sizes))
+        if self.names is not None:
+            object.__setattr__(self, "names", self._checked_names(self.names))
         if self.lengths is not None:
             self._check_lengths()
             padding = torch.arange(self.num_tokens, device=self.device) >= self.lengths[:, None]  # [B, K]
@@ -102,6 +115,17 @@ class Tokens:
                 f"Tokens takes a codebook size per codebook, {self._width} here, in 1..2**63; got {sizes}"
             )
         return sizes
+
+    def _checked_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"Tokens takes names as a tuple of texts, one per image; got {names!r}")
+        names = tuple(names)
+        if len(names) != len(self) or not all(names) or any("\0" in name for name in names):
+            raise ValueError(
+                f"Tokens takes one name per image, {len(self)} here, not empty and without zero bytes; got "
+                f"{len(names)}"
+            )
+        return names
 
     @property
     def _kind(self) -> str:
@@ -173,7 +197,14 @@ class Tokens:
     def __getitem__(self, index: int | slice | list[int] | list[bool] | Tensor | np.ndarray) -> "Tokens":
         """Pick images; the batch axis stays, so `tokens[3]` is a batch of one, and so does K."""
         rows = _batch_index(index, len(self))
-        return self._with(self._data[rows], None if self.lengths is None else self.lengths[rows])
+        names = self.names
+        if names is not None:
+            kept = np.arange(len(self))[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+            names = tuple(names[row] for row in kept)
+        picked = {self._kind: self._data[rows], "names": names}
+        return dataclasses.replace(
+            self, **picked, lengths=None if self.lengths is None else self.lengths[rows]
+        )
 
     def __iter__(self) -> Iterator["Tokens"]:
         """One image at a time, each a batch of one."""
@@ -209,8 +240,9 @@ class Tokens:
     def cat(parts: Iterable["Tokens"]) -> "Tokens":
         """Join batches, image after image.
 
-        Where K differs, the shorter are padded and lengths are set. ValueError for an empty list and for
-        parts that differ in kind, dtype, D or Q, codebook sizes, tokenizer or device.
+        Where K differs, the shorter are padded and lengths are set. Names stay if all parts have them.
+        ValueError for an empty list and for parts that differ in kind, dtype, D or Q, codebook sizes,
+        tokenizer or device.
         """
         parts = list(parts)
         if not parts:
@@ -227,7 +259,13 @@ class Tokens:
         num_tokens = max(part.num_tokens for part in parts)
         ragged = any(part.lengths is not None or part.num_tokens != num_tokens for part in parts)
         data = torch.cat([_pad_tokens(part._data, num_tokens) for part in parts])
-        return parts[0]._with(data, torch.cat([part._full_lengths() for part in parts]) if ragged else None)
+        named = all(part.names is not None for part in parts)
+        return dataclasses.replace(
+            parts[0],
+            **{parts[0]._kind: data},
+            lengths=torch.cat([part._full_lengths() for part in parts]) if ragged else None,
+            names=tuple(name for part in parts for name in part.names) if named else None,
+        )
 
     def prefix(self, k: int) -> "Tokens":
         """Keep the first k tokens of every image, k in 1..K; shorter images keep all of theirs."""
@@ -276,6 +314,10 @@ class Tokens:
             flags |= _HAS_TOKENIZER
             name = self.tokenizer.encode()
             header += varint(len(name)) + name
+        if self.names is not None:
+            flags |= _HAS_NAMES
+            names = "\0".join(self.names).encode(errors="surrogateescape")  # of files, may be no UTF-8
+            header += varint(len(names)) + names
         if self.lengths is None:
             data = data.flatten(0, 1)  # [N, ...], N tokens in all
         else:
@@ -290,7 +332,7 @@ class Tokens:
             payload = np.packbits(data.numpy()).tobytes()
         else:
             payload = _as_integers(data).numpy().astype(f"<i{data.itemsize}", copy=False).tobytes()
-        return seal(bytes(header) + payload)
+        return seal(bytes(header) + payload, version=1 if self.names is None else 2)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> "Tokens":
@@ -299,18 +341,21 @@ class Tokens:
         ValueError for anything else: no token file, a newer version, truncated, trailing bytes, a checksum
         that does not match. The checksum is verified before any size in the header is believed.
         """
-        reader = Reader(checked_body(np.frombuffer(bytes(data), np.uint8)))
+        version, body = checked_body(np.frombuffer(bytes(data), np.uint8))
+        reader = Reader(body)
         flags = reader.byte()
-        kind_number, dtype_number = flags & 3, flags >> 5
-        if kind_number >= len(_KINDS) or dtype_number >= len(_LATENT_DTYPES):
+        kind_number, dtype_number = flags & 3, flags >> 5 & 3
+        if kind_number >= len(_KINDS) or (version == 1 and flags & _HAS_NAMES):
             raise ValueError(f"corrupt vistok token file: unknown flags {flags:#04x}")
         kind, dtype = _KINDS[kind_number], _LATENT_DTYPES[dtype_number]
         batch, num_tokens, width = reader.varint(), reader.varint(), reader.varint()
         sizes = tuple(reader.varint() for _ in range(width)) if kind == "indices" else None
         if sizes is not None and not all(1 <= size <= 2**63 for size in sizes):
             raise ValueError(f"corrupt vistok token file: codebook sizes {sizes} are outside 1..2**63")
-        tokenizer = reader.take(reader.varint()).tobytes().decode() if flags & _HAS_TOKENIZER else None
-        check_expansion(max(batch, 1) * max(num_tokens, 1) * width, len(reader.data))
+        tokenizer = _unpack_text(reader) if flags & _HAS_TOKENIZER else None
+        item = {"indices": 8, "bits": 1, "latents": dtype.itemsize}[kind]
+        check_expansion(max(batch, 1) * max(num_tokens, 1) * width * item, len(reader.data))
+        names = _unpack_names(reader, batch) if flags & _HAS_NAMES else None
         lengths, count = None, batch * num_tokens
         if flags & _HAS_LENGTHS:
             lengths = unpack(reader, batch, [num_tokens.bit_length()])[:, 0]
@@ -338,6 +383,7 @@ class Tokens:
             lengths=None if lengths is None else torch.from_numpy(lengths),
             tokenizer=tokenizer,
             codebook_sizes=sizes,
+            names=names,
         )
         tokens.validate()
         return tokens
@@ -350,12 +396,35 @@ class Tokens:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokens":
-        """Read a file that `save` wrote, onto the CPU. FileNotFoundError, or ValueError as `from_bytes`."""
-        data = Path(path).read_bytes()
+        """Read a file that `save` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: it is not an ordinary file.
+            ValueError: as `from_bytes`.
+        """
+        path = check_source(path)
         try:
-            return cls.from_bytes(data)
+            with open(path, "rb") as file:
+                check_start(np.frombuffer(file.read(16), np.uint8), path.stat().st_size)
+            return cls.from_bytes(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _unpack_text(reader: Reader) -> str:
+    try:
+        return reader.take(reader.varint()).tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("corrupt vistok token file: the tokenizer's name is not UTF-8") from error
+
+
+def _unpack_names(reader: Reader, batch: int) -> tuple[str, ...]:
+    text = reader.take(reader.varint()).tobytes().decode(errors="surrogateescape")
+    names = tuple(text.split("\0")) if batch else ()
+    if len(names) != batch or not all(names) or (text and not batch):
+        raise ValueError(f"corrupt vistok token file: it has {len(names)} names for {batch} images")
+    return names
 
 
 def _batch_index(
