@@ -222,7 +222,7 @@ class Case:
         inputs = self.data.get("inputs")
         value = inputs.get(name) if isinstance(inputs, dict) else None
         if not isinstance(value, kind):
-            form = "a mapping" if kind is dict else "text"
+            form = {dict: "a mapping", list: "a list", str: "text"}[kind]
             raise self.refusal(
                 f"inputs has {name} as {shorten(value)}; this version takes its recipe as {form}"
             )

@@ -3,45 +3,58 @@
 import dataclasses
 import math
 import re
+from collections.abc import Generator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.karl import TARGETS, Karl, KarlConfig, TrainingPass
+from ...configuration import shorten
+from ...models.karl import TARGETS, Analysis, Karl, KarlConfig, TrainingPass
 from ...registry import create
-from .case import CannotBuild, Case, Outputs
+from .case import Case, Outputs
+from .fields import check_size, whole
 
 STAGE1 = "latent_distillation_pretrain"
 # What a recorded loss is called → what ours is called, the first that fits.
 LOSSES = (("halt_loss", "halted"), ("active_loss", "active"), ("nll", "nll"), ("code_loss", "code"))
 
 
+RUN = re.compile(r"im(\d+)\.T(\d+)\.e(\d+(?:\.\d+)?)\.(\w+)")
+
+
 def run(case: Case) -> Outputs:
     """Our outputs for every recorded tensor, in the order they were made."""
-    config = case.data["config"]
+    config = case.config
     if not config.get("factorize_latent", True):
-        raise CannotBuild(f"{case.path.name}: factorize_latent is false; only factorized latents are known")
+        raise case.refusal("factorize_latent is false; only factorized latents are known")
     fields = {field.name for field in dataclasses.fields(KarlConfig)} | {"model"}
-    model = case.build(lambda: create("karl", **{k: v for k, v in config.items() if k in fields}))
-    images = _images(case)
-    if "runs" in config:
-        for run in config["runs"]:
-            yield from _reconstruction(case, model, images, *run)
-    elif "stage" in config:
-        yield from _training_step(case, model, images)
-    else:
-        raise CannotBuild(f"{case.path.name}: the configuration has neither runs nor a training stage")
+    known = {name: value for name, value in config.items() if name in fields}
+    runs = dict.fromkeys(found.groups()[:3] for name in case.tensors if (found := RUN.fullmatch(name)))
+    if not runs and not case.records(r"(eic|ltc|grad)\..*"):
+        raise case.refusal("it records neither runs (im0.T256.e0.05.…) nor a training step (eic.…, ltc.…)")
+    model = case.build(lambda: create("karl", **known), part=_part)
+    for image, count, target in runs:
+        yield from _Run(case, model, int(image), int(count), target).outputs()
+    if case.records(r"(eic|ltc|grad)\..*"):
+        yield from _training_step(case, model, _images(case))
+
+
+def _part(key: str) -> str:
+    """The part of the model that a key belongs to; the base tokenizer has an encoder and a decoder."""
+    return ".".join(key.split(".")[: 3 if key.startswith("base_tokenizer.") else 1])
 
 
 def _images(case: Case) -> list[Tensor]:
     """The pictures of the recipe, each a batch of one: uniform noise, or uniform blocks."""
-    recipe = case.data["inputs"]["images"]
+    recipe = case.input("images")
     random, images = case.draw(recipe), []
     for text in re.findall(r"img\d+=([^;]+)", recipe):
         shapes = [tuple(map(int, found.split(","))) for found in re.findall(r"\((\d+(?:,\d+)+)\)", text)]
-        if not shapes:
-            raise CannotBuild(f"{case.path.name}: cannot read the image recipe {text!r}")
+        if not shapes or ("kron" in text and len(shapes) < 2):
+            raise case.refusal(f"cannot read the image recipe {text!r}")
+        sides = shapes[0] if "kron" not in text else tuple(map(math.prod, zip(*shapes[:2], strict=False)))
+        check_size(case.path.name, "an image", sides)
         picture = random.uniform(0, 1, shapes[0])
         if "kron" in text:
             picture = np.kron(picture, np.ones(shapes[1]))
@@ -54,56 +67,98 @@ def _noise(case: Case, model: Karl, images: Tensor) -> Tensor | None:
     if model.config.base != "vae":
         return None
     cells = [side // model.config.patch_size for side in images.shape[2:]]
-    shape = (len(images), model.config.base_channels, *cells)
-    drawn = case.draw(case.data["inputs"]["vae_noise"]).standard_normal(shape)
-    return case.place(torch.from_numpy(drawn.astype(np.float32)))
+    return case.place(case.normal(case.input("vae_noise"), (len(images), model.config.base_channels, *cells)))
 
 
-def _reconstruction(
-    case: Case, model: Karl, pictures: list[Tensor], image: int, count: int, target: float
-) -> Outputs:
-    prefix = f"im{image}.T{count}.e{target}"
-    images, base, quantizer = pictures[image], model.base, model.quantizer
+class _Run:
+    """One picture offered `count` tokens at a target error; its tensors begin with its name."""
 
-    def part(name: str, value: Tensor) -> tuple[str, Tensor]:
-        return f"{prefix}.{name}", case.subsample(f"{prefix}.{name}", value)
+    def __init__(self, case: Case, model: Karl, image: int, count: int, target: str) -> None:
+        self.case, self.model, self.image, self.count, self.target = case, model, image, count, float(target)
+        self.prefix = f"im{image}.T{count}.e{target}"
+        model.check_num_tokens(count)
 
-    features = base.features(images, _noise(case, model, images))
-    if model.config.base == "vae":
-        yield part("vae_moments", base.moments(images))
-    else:
-        yield part("vqgan_z", features)
-        yield part("vqgan_indices", base.quantize.encode(features.flatten(2).transpose(1, 2)))
-    found = model.analyse(images, model.target_bins(target, len(images)), count, features)
-    yield part("latent", found.hidden)
-    yield part("halt_logits", found.halt_logits)
-    yield part("factorized", found.values)
-    yield part("active", found.active)
-    yield part("kc", found.active.sum(1))
-    places = torch.arange(count, device=case.device).expand(len(images), -1)
-    values = found.values
-    if model.config.quantize_latent:
-        yield part("indices", model.quantize.encode(values))
-        # One index or one halted token that rounds otherwise would change everything after it.
-        values = model.quantize.decode(case.recorded(f"{prefix}.indices").long()).to(case.dtype)
-        yield part("quantized", values)
-    # Batches of one image: its active tokens are the whole batch, at their places.
-    active = case.recorded(f"{prefix}.active").bool()[0]
-    latents = quantizer.join(values, places)[:, active]
-    kept, places = quantizer.split(latents)
-    output = model.draw(kept, places)
-    yield part("decoder_out" if model.config.base == "vae" else "decoder_logits", output)
-    decoded = model.pixels(latents, active.sum()[None])
-    yield part("recon", decoded)
-    yield part("l1", (decoded - images).abs().mean((1, 2, 3)))
+    def has(self, *names: str) -> bool:
+        return any(f"{self.prefix}.{name}" in self.case.tensors for name in names)
+
+    def recorded(self, name: str) -> Tensor:
+        return self.case.recorded(f"{self.prefix}.{name}")
+
+    def part(self, name: str, value: Tensor) -> tuple[str, Tensor]:
+        return f"{self.prefix}.{name}", self.case.subsample(f"{self.prefix}.{name}", value)
+
+    def images(self) -> Tensor:
+        pictures = _images(self.case)
+        if self.image >= len(pictures):
+            raise self.case.refusal(f"{self.prefix} is of image {self.image}; the recipe has {len(pictures)}")
+        return pictures[self.image]
+
+    def outputs(self) -> Outputs:
+        """What is recorded of the encoder, then of the decoder on recorded codes."""
+        analysis = None
+        if "encoder" in {_part(key) for key in self.case.keys}:
+            analysis = yield from self._encoded(self.images())
+        if not self.has("decoder_out", "decoder_logits", "recon", "l1", "quantized"):
+            return
+        model = self.model
+        if model.config.quantize_latent and self.has("indices"):
+            # One index or one halted token that rounds otherwise would change everything after it.
+            values = model.quantize.decode(self.recorded("indices").long()).to(self.case.dtype)
+            yield self.part("quantized", values)
+        elif model.config.quantize_latent:
+            values = self.recorded("quantized")
+        else:
+            values = self.recorded("factorized") if analysis is None else analysis.values
+        yield from self._decoded(values)
+
+    def _encoded(self, images: Tensor) -> Generator[tuple[str, Tensor], None, Analysis]:
+        model, base = self.model, self.model.base
+        features = base.features(images, _noise(self.case, model, images))
+        if model.config.base == "vae":
+            yield self.part("vae_moments", base.moments(images))
+        else:
+            yield self.part("vqgan_z", features)
+            if self.has("vqgan_indices"):
+                indices = base.quantize.encode(features.flatten(2).transpose(1, 2))
+                yield self.part("vqgan_indices", indices)
+        analysis = model.analyse(images, model.target_bins(self.target, len(images)), self.count, features)
+        yield self.part("latent", analysis.hidden)
+        yield self.part("halt_logits", analysis.halt_logits)
+        yield self.part("factorized", analysis.values)
+        yield self.part("active", analysis.active)
+        yield self.part("kc", analysis.active.sum(1))
+        if model.config.quantize_latent and self.has("indices"):
+            yield self.part("indices", model.quantize.encode(analysis.values))
+        return analysis
+
+    def _decoded(self, values: Tensor) -> Outputs:
+        model, count = self.model, values.shape[1]
+        if not self.has("decoder_out", "decoder_logits", "recon", "l1"):
+            return
+        places = torch.arange(count, device=self.case.device).expand(len(values), -1)
+        # Batches of one image: its active tokens are the whole batch, at their places.
+        active = self.recorded("active").bool()[0]
+        latents = model.quantizer.join(values, places)[:, active]
+        output = model.draw(*model.quantizer.split(latents))
+        yield self.part("decoder_out" if model.config.base == "vae" else "decoder_logits", output)
+        if self.has("recon", "l1"):
+            decoded = model.pixels(latents, active.sum()[None])
+            yield self.part("recon", decoded)
+            if self.has("l1"):
+                yield self.part("l1", (decoded - self.images()).abs().mean((1, 2, 3)))
 
 
 # Training ---------------------------------------------------------------------------------------------------
 
 
 def _training_step(case: Case, model: Karl, pictures: list[Tensor]) -> Outputs:
-    config = case.data["config"]
-    chosen = re.search(r"image (\d+)\s*$", case.data["inputs"]["images"])
+    config = case.config
+    count = whole(case.path.name, config, "T", 1, model.config.max_latent_tokens)
+    if not isinstance(config.get("stage"), str):
+        raise case.refusal(f"stage is {shorten(config.get('stage'))}; it is text such as {STAGE1!r}")
+    chosen = re.search(r"image (\d+)\s*$", case.input("images"))
+    if chosen and int(chosen[1]) >= len(pictures):
+        raise case.refusal(f"image {chosen[1]} is not one of the recipe's {len(pictures)}")
     images = pictures[int(chosen[1])] if chosen else torch.cat(pictures)
     model.train()
     if config["stage"] == STAGE1:
@@ -111,9 +166,9 @@ def _training_step(case: Case, model: Karl, pictures: list[Tensor]) -> Outputs:
     with torch.enable_grad():
         with torch.set_grad_enabled(not model.distils):
             features = model.base.features(images, _noise(case, model, images))
-        first = model.training_pass(images, features, config["T"], config["epsilon"])
+        first = model.training_pass(images, features, count, config["epsilon"])
         model.update_targets(first.error)
-        needed = min(config["T"], model.num_tokens)
+        needed = min(count, model.num_tokens)
         second = model.training_pass(images, features, model.num_tokens, first.error, needed)
         total = sum(first.losses.values()) + sum(second.losses.values())
         total.backward()
@@ -128,10 +183,12 @@ def _training_step(case: Case, model: Karl, pictures: list[Tensor]) -> Outputs:
     for name in sorted(set(case.tensors) - computed):
         owner, _, term = name.partition(".")
         if owner == "grad":
-            gradient = dict(model.named_parameters())[term].grad
+            gradient = getattr(dict(model.named_parameters()).get(term), "grad", None)
             if gradient is None:
-                raise CannotBuild(f"{case.path.name}: no gradient reaches {term}")
+                raise case.refusal(f"no gradient reaches {term}")
             value = gradient.norm()
+        elif owner not in ("eic", "ltc"):
+            continue
         else:
             value = _loss(case, {"eic": first, "ltc": second}[owner], term)
         yield name, _recorded_shape(case, name, value)
@@ -147,10 +204,10 @@ def _loss(case: Case, passed: TrainingPass, term: str) -> Tensor:
     if ours is None:  # what is left is the reconstruction: of the base's features, or of pixels
         ours = "code" if "code" in losses else "reconstruction"
     if ours not in losses:
-        raise CannotBuild(f"{case.path.name}: this model has no loss for the recorded {term}")
+        raise case.refusal(f"this model has no loss for the recorded {term}")
     return losses[ours]
 
 
 def _recorded_shape(case: Case, name: str, value: Tensor) -> Tensor:
-    shape = case.tensors[name].shape
+    shape = case.tensors[name].shape if name in case.tensors else value.shape
     return value.reshape(shape) if value.numel() == math.prod(shape) else value

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ...configuration import shorten
 from ...images import adm_center_crop, to_tensor
 from ...models.maskgit_vqgan import MaskGITVQGAN
 from ...models.titok import TATiTok, TiTok
@@ -24,29 +25,66 @@ from ...train.losses import (
     proxy_code_loss,
 )
 from ...train.schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
-from .case import CannotBuild, Case, Outputs
+from .case import Case, Outputs
+from .fields import check_size, whole
 
 SEQUENCE = "[:, ::16, ::32]"
 PIXELS = "[..., 1::3, 1::3]"
+SYSTEMS = (
+    "TiTok",
+    "TATiTok",
+    "MaskGIT-VQGAN",
+    "CLIP text",
+    "preprocessing",
+    "training losses",
+    "training step",
+)
+ENCODED = (r"enc\..*", "z", "indices", "margin", "losses", "mean", "logvar", "kl", "sample")
+DECODED = (r"dec\..*", "code.*", "soft_codes", "recon.*")
+IMAGE_LOSSES = ("perceptual", "lpips", "disc_.*", "gen_.*", "gan_loss", "ema_after.*", "lecam.*")
+LOSSES = (r"vq_l2\..*", r"vq_plain\..*", r"(cvq|kl|tok|stage1|lr|ema)\..*", *IMAGE_LOSSES)
 
 
 def run(case: Case) -> Outputs:
     """Our outputs for every recorded tensor, in the order they were made."""
     system = case.data.get("system", "")
-    if system in ("TiTok", "TATiTok"):
-        yield from _tokenizer(case)
-    elif system.startswith("MaskGIT-VQGAN"):
-        yield from _vqgan(case)
-    elif system.startswith("CLIP text"):
-        yield from _text(case)
-    elif system == "preprocessing":
-        yield from _preprocessing(case)
-    elif system == "training losses":
-        yield from _losses(case)
-    elif "training step" in system:
-        yield from _training_step(case)
-    else:
-        raise CannotBuild(f"{case.path.name}: no adapter for the system {system!r}")
+    if system and not any(known in system for known in SYSTEMS):
+        raise case.refusal(f"no adapter for the system {system!r}; known are {', '.join(SYSTEMS)}")
+    for holds, outputs in (
+        (_holds_training_step, _training_step),
+        (_holds_tokenizer, _tokenizer),
+        (_holds_vqgan, _vqgan),
+        (lambda case: "token_embedding.weight" in case.keys, _text),
+        (lambda case: case.records(r"(eval|adm)_\d+"), _preprocessing),
+        (lambda case: case.records(*LOSSES), _losses),
+    ):
+        if holds(case):
+            yield from outputs(case)
+            return
+    raise case.refusal(f"it holds none of {', '.join(SYSTEMS)}")
+
+
+def _holds_training_step(case: Case) -> bool:
+    return "parameters_with_grad" in case.data
+
+
+def _holds_tokenizer(case: Case) -> bool:
+    """Whether weights of a one-dimensional tokenizer are named, or of its encoder or decoder alone."""
+    return any(key.endswith("latent_token_positional_embedding") for key in case.keys)
+
+
+def _holds_vqgan(case: Case) -> bool:
+    """Whether weights of the VQGAN are named, or of its encoder or decoder alone."""
+    return any(key.startswith(("encoder.down.", "decoder.up.")) for key in case.keys)
+
+
+def _part(key: str) -> str:
+    """The part of a model that a key belongs to: encoder, decoder, quantize, …"""
+    return key.split(".")[0]
+
+
+def _parts(case: Case) -> set[str]:
+    return {_part(key) for key in case.keys}
 
 
 def _column(latents: Tensor) -> Tensor:
@@ -63,8 +101,8 @@ def _rows(column: Tensor) -> Tensor:
 
 
 def _model(case: Case) -> TiTok:
-    family = "tatitok" if case.data["system"].startswith("TATiTok") else "titok"
-    return case.build(lambda: create(family, **case.data["config"]))
+    aware = "decoder.text_guidance_proj.weight" in case.keys or case.data.get("system") == "TATiTok"
+    return case.build(lambda: create("tatitok" if aware else "titok", **case.config), part=_part)
 
 
 class _Trunk:
@@ -93,33 +131,52 @@ class _Trunk:
 
 
 def _tokenizer(case: Case) -> Outputs:
-    model, images = _model(case), case.images()
-    trunk = _Trunk(model.encoder)
-    latents = model.latents(images)
-    yield from trunk.outputs(case, "enc")
-    yield "z", case.subsample("z", _column(latents))
-    if model.config.quantize_mode == "vq":
-        yield "indices", model.quantize.encode(latents).unsqueeze(1)
-        nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
-        yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
-        quantized = model.quantize(latents)
-        yield "losses", _three(quantized.losses)
-        # Where a margin let an index differ, everything after would: go on from the recorded ones.
-        decoder_input = model.quantize.decode(case.recorded("indices").long().squeeze(1)).to(case.dtype)
-        yield "z_q", _column(decoder_input)
-    else:
-        posterior = DiagonalGaussian(latents)
-        yield "mean", _column(posterior.mode())
-        yield "logvar", _column(posterior.logvar)
-        yield "kl", posterior.kl()
-        mean = case.tensors["mean"]
-        noise = case.draw(case.description("sample")).standard_normal(tuple(mean.shape)).astype(np.float32)
-        decoder_input = posterior.sample(noise=_rows(torch.from_numpy(noise)).to(latents))
-        yield "sample", _column(decoder_input)
+    model, parts, sample = _model(case), _parts(case), None
+    if {"encoder", "latent_tokens"} <= parts and case.records(*ENCODED):
+        trunk = _Trunk(model.encoder)
+        latents = model.latents(case.images())
+        yield from trunk.outputs(case, "enc")
+        yield "z", case.subsample("z", _column(latents))
+        if model.config.quantize_mode == "vae":
+            posterior = DiagonalGaussian(latents)
+            yield "mean", _column(posterior.mode())
+            yield "logvar", _column(posterior.logvar)
+            yield "kl", posterior.kl()
+            if "sample" in case.tensors:
+                noise = case.normal(case.description("sample"), tuple(_column(posterior.mean).shape))
+                sample = posterior.sample(noise=_rows(noise).to(latents))
+                yield "sample", _column(sample)
+        elif "quantize" in parts:
+            yield from _quantized(model, latents)
+    if "decoder" in parts and case.records(*DECODED):
+        if sample is None:
+            sample = _decoder_input(case, model, parts)
+        if "indices" in case.read:
+            yield "z_q", _column(sample)
+        yield from _decoded(case, model, parts, sample)
+    elif "quantize" in parts and "z_q" in case.tensors and model.config.quantize_mode == "vq":
+        yield "z_q", _column(_decoder_input(case, model, parts))
 
-    text = _text_guidance(case, model, len(images))
+
+def _quantized(model: TiTok, latents: Tensor) -> Outputs:
+    yield "indices", model.quantize.encode(latents).unsqueeze(1)
+    nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
+    yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
+    yield "losses", _three(model.quantize(latents).losses)
+
+
+def _decoder_input(case: Case, model: TiTok, parts: set[str]) -> Tensor:
+    """What the decoder takes, [B, K, C], of the recorded indices or, without a codebook, as recorded."""
+    if model.config.quantize_mode == "vq" and "quantize" in parts and "indices" in case.tensors:
+        # Where a margin let an index differ, everything after would: go on from the recorded ones.
+        return model.quantize.decode(case.recorded("indices").long().squeeze(1)).to(case.dtype)
+    return _rows(case.recorded("sample" if "sample" in case.tensors else "z_q"))
+
+
+def _decoded(case: Case, model: TiTok, parts: set[str], latents: Tensor) -> Outputs:
+    text = _text_guidance(case, model, len(latents))
     trunk = _Trunk(model.decoder)
-    output = model.decoder(decoder_input, text)
+    output = model.decoder(latents, text)
     yield from trunk.outputs(case, "dec")
     if model.config.is_legacy:
         yield "code_logits", case.subsample("code_logits", output, "[:, ::16]")
@@ -129,8 +186,8 @@ def _tokenizer(case: Case) -> Outputs:
     if "soft_codes" in case.tensors:
         mixture = output.softmax(1).movedim(1, -1) @ model.pixel_quantize.embedding.weight
         yield "soft_codes", case.subsample("soft_codes", mixture.movedim(-1, 1), "[:, ::4]")
-    if "recon" in case.tensors:
-        images = model.pixels(decoder_input, text=text)
+    if case.records("recon", "recon_stats"):
+        images = model.pixels(latents, text=text)
         yield "recon", case.subsample("recon", images, PIXELS)
         dims = (0, 2, 3)
         yield (
@@ -141,7 +198,7 @@ def _tokenizer(case: Case) -> Outputs:
         shape = (len(output), model.num_tokens)
         ids = case.draw(case.description("recon_from_ids")).randint(0, model.config.codebook_size, size=shape)
         latents = model.quantize.decode(torch.from_numpy(ids).to(case.device)).to(case.dtype)
-        if "recon" in case.tensors:
+        if not model.config.is_legacy or "pixel_decoder" in parts:
             decoded = model.pixels(latents, text=text)
             yield "recon_from_ids", case.subsample("recon", decoded, PIXELS)
         else:
@@ -157,13 +214,23 @@ def _text_guidance(case: Case, model: TiTok, batch: int) -> Tensor | None:
     if not isinstance(model, TATiTok):
         return None
     shape = (batch, model.config.text_context_length, model.config.text_embed_dim)
-    noise = case.draw(case.data["inputs"]["text_guidance"]).standard_normal(shape)
-    return case.place(torch.from_numpy(noise.astype(np.float32)))
+    if "text_guidance" in case.tensors:
+        return case.recorded("text_guidance")
+    return case.place(case.normal(case.input("text_guidance"), shape))
 
 
 def _vqgan(case: Case) -> Outputs:
-    model: MaskGITVQGAN = case.build(lambda: create("maskgit-vqgan", **case.data["config"]))
-    images = case.images()
+    model: MaskGITVQGAN = case.build(lambda: create("maskgit-vqgan", **case.config), part=_part)
+    parts, size = _parts(case), None
+    if "encoder" in parts and case.records(r"enc\..*", "z", "codes", "margin"):
+        images = case.images()
+        size = tuple(side // model.factor for side in images.shape[2:])
+        yield from _vqgan_encoded(case, model, images, "quantize" in parts)
+    if "decoder" in parts and case.records(r"dec\..*", "recon.*"):
+        yield from _vqgan_decoded(case, model, size, "quantize" in parts)
+
+
+def _vqgan_encoded(case: Case, model: MaskGITVQGAN, images: Tensor, quantize: bool) -> Outputs:
     levels: dict[str, Tensor] = {}
     last = len(model.encoder.down) - 1
     for depth, level in enumerate(model.encoder.down):
@@ -171,32 +238,47 @@ def _vqgan(case: Case) -> Outputs:
         level.register_forward_hook(
             lambda m, i, out, name=f"enc.down{depth}", pooled=pooled: levels.update({name: pooled(out)})
         )
-    latents = model.latents(images)
     z = model.encoder(images)
-    codes = model.quantize.encode(latents)
-    yield "codes", codes
-    nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
-    yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
+    if quantize:
+        latents = z.flatten(2).transpose(1, 2)
+        yield "codes", model.quantize.encode(latents)
+        nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
+        yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
     yield "z", case.subsample("z", z, "[:, ::4]")
+    for name, value in levels.items():
+        yield name, case.subsample(name, value, "[:, ::32, ::8, ::8]")
 
+
+def _vqgan_decoded(case: Case, model: MaskGITVQGAN, size: tuple[int, int] | None, quantize: bool) -> Outputs:
+    """Outputs of the decoder on the recorded codes, or without a codebook on recorded latents z_q."""
     parts: dict[str, list[Tensor]] = {}
     for depth, level in enumerate(model.decoder.up):
         level.register_forward_hook(
             lambda m, i, out, name=f"dec.up{depth}": parts.setdefault(name, []).append(out)
         )
-    grid = model.quantize.decode(case.recorded("codes").long()).transpose(1, 2).unflatten(2, z.shape[2:])
+    if quantize:
+        codes = case.recorded("codes").long()
+        if size is None:
+            size = codes.shape[1:] if codes.ndim == 3 else (math.isqrt(codes.shape[1]),) * 2
+        grid = model.quantize.decode(codes.flatten(1)).transpose(1, 2).unflatten(2, size)
+    else:
+        grid = case.recorded("z_q")
     raw = model.decoder(grid.to(case.dtype))
-    levels |= {name: torch.cat(pieces) for name, pieces in parts.items()}
-    for name, value in levels.items():
-        yield name, case.subsample(name, value, "[:, ::32, ::8, ::8]")
+    for name, pieces in parts.items():
+        yield name, case.subsample(name, torch.cat(pieces), "[:, ::32, ::8, ::8]")
     yield "recon_raw", case.subsample("recon_raw", raw, PIXELS)
-    yield "recon", case.subsample("recon_raw", raw.clamp(0, 1), PIXELS)
+    name = "recon_raw" if case.description("recon_raw") else "recon"
+    yield "recon", case.subsample(name, raw.clamp(0, 1), PIXELS)
 
 
 def _text(case: Case) -> Outputs:
-    captions = case.data["inputs"]
+    captions = case.data.get("inputs")
+    if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
+        raise case.refusal(f"inputs is {shorten(captions)}; a text tower takes a list of captions")
     for activation in ACTIVATIONS:
-        encoder = case.build(lambda activation=activation: _TextModel(case.data["config"], activation))
+        if not case.records("ids", rf"\w+_{activation}"):
+            continue
+        encoder = case.build(lambda activation=activation: _TextModel(case.config, activation))
         if activation == ACTIVATIONS[0]:
             yield "ids", encoder.owner[0].tokenize(captions)
         result = encoder.owner[0](captions)
@@ -219,8 +301,12 @@ def _TextModel(config: dict, activation: str) -> nn.Module:
 
 
 def _preprocessing(case: Case) -> Outputs:
-    size = int(case.data["config"]["size"])
-    for number, (height, width, seed) in enumerate(case.data["inputs"]["images [H,W,S]"]):
+    size = whole(case.path.name, case.config, "size", 1, 4096)
+    for number, entry in enumerate(case.input("images [H,W,S]", list)):
+        if not isinstance(entry, list) or not all(isinstance(each, int) for each in entry) or len(entry) != 3:
+            raise case.refusal(f"image {number} is {shorten(entry)}; it is a list [height, width, seed]")
+        height, width, seed = entry
+        check_size(case.path.name, f"image {number}", (height, width, 3))
         random = np.random.RandomState(seed)
         blocks = random.randint(0, 256, (math.ceil(height / 7), math.ceil(width / 7), 3))
         picture = np.kron(blocks, np.ones((7, 7, 1)))[:height, :width]
@@ -239,12 +325,12 @@ def _training_step(case: Case) -> Outputs:
     model = _model(case).train()
     images = case.images()
     # One generator, in this order: text states if text-aware, then targets or posterior noise.
-    random = case.draw(case.data["inputs"]["rest"])
+    random = case.draw(case.input("rest"))
     text = None
     if isinstance(model, TATiTok):
         shape = (len(images), model.config.text_context_length, model.config.text_embed_dim)
         text = case.place(torch.from_numpy(random.standard_normal(shape).astype(np.float32)))
-    weights = case.data["config"].get("losses", {})
+    weights = case.config.get("losses", {})
     with torch.enable_grad():
         latents = model.latents(images)
         if model.config.quantize_mode == "vae":
@@ -275,26 +361,32 @@ def _training_step(case: Case) -> Outputs:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     names = case.data["parameters_with_grad"]
     if set(gradients) != set(names):
-        raise CannotBuild(f"{case.path.name}: gradients reach other parameters than recorded")
+        raise case.refusal("gradients reach other parameters than recorded")
     yield "grad_norms", torch.stack([gradients[name].norm() for name in names])
     yield "grad_latent_tokens", case.subsample("grad_latent_tokens", gradients["latent_tokens"], "[:, ::16]")
     undecayed = [name for name in names if no_weight_decay(name, dict(model.named_parameters())[name])]
     if sorted(undecayed) != sorted(case.data["no_weight_decay"]):
-        raise CannotBuild(f"{case.path.name}: weight decay spares other parameters than recorded")
+        raise case.refusal("weight decay spares other parameters than recorded")
 
 
 def _losses(case: Case) -> Outputs:
     for owner in ("vq_l2", "vq_plain"):
-        yield from _vector_quantizer(case, owner)
-    yield from _clustering(case)
-    posterior = DiagonalGaussian(_rows(case.recorded("kl.params")))
-    yield "kl.mean", _column(posterior.mean)
-    yield "kl.logvar", _column(posterior.logvar)
-    yield "kl.std", _column(posterior.std)
-    yield "kl.kl", posterior.kl()
-    yield from _image_losses(case, posterior)
-    yield from _token_losses(case)
-    yield from _schedules(case)
+        if case.records(rf"{owner}\..*"):
+            yield from _vector_quantizer(case, owner)
+    if case.records(r"cvq\..*"):
+        yield from _clustering(case)
+    if case.records(r"kl\..*", *IMAGE_LOSSES):
+        posterior = DiagonalGaussian(_rows(case.recorded("kl.params")))
+        yield "kl.mean", _column(posterior.mean)
+        yield "kl.logvar", _column(posterior.logvar)
+        yield "kl.std", _column(posterior.std)
+        yield "kl.kl", posterior.kl()
+        if case.records(*IMAGE_LOSSES):
+            yield from _image_losses(case, posterior)
+    if case.records(r"tok\..*", r"stage1\..*"):
+        yield from _token_losses(case)
+    if case.records(r"lr\..*", r"ema\.decay"):
+        yield from _schedules(case)
 
 
 def _schedules(case: Case) -> Outputs:
@@ -343,7 +435,7 @@ def _clustering(case: Case) -> Outputs:
 
 
 def _image_losses(case: Case, posterior: DiagonalGaussian) -> Outputs:
-    settings = case.data["config"]["losses"]
+    settings = case.config["losses"]
     config = ReconstructionLossConfig(
         reconstruction=settings["reconstruction_loss"],
         reconstruction_weight=settings["reconstruction_weight"],
