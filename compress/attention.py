@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 Probe = Callable[[nn.Module, Tensor, Tensor, Tensor | None, float | None], None]
+MaskChange = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]  # query, key, value, mask
 
 _PROBES: ContextVar[dict[nn.Module, Probe] | None] = ContextVar("vistok_probes", default=None)
+_MASKS: ContextVar[dict[nn.Module, MaskChange] | None] = ContextVar("vistok_masks", default=None)
 _PREFIX = "vistok_"
 
 
@@ -114,31 +116,24 @@ def watch(probes: dict[nn.Module, Probe] | None) -> dict[nn.Module, Probe] | Non
     return before
 
 
+def change_masks(changes: dict[nn.Module, MaskChange] | None) -> None:
+    """Have watched attention modules use the masks that `changes` make of theirs, in this thread of
+    execution and until the next call of this function."""
+    _MASKS.set(changes)
+
+
 def watched(implementation: str) -> str:
     """The name of an attention implementation that computes as `implementation` and reports to probes.
 
     Registers it (and the same mask function under the same name: without it no mask would be built).
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from .hosts.versions import attention_function, register_attention
 
     if implementation.startswith(_PREFIX):
         return implementation
     # Names with a slash would be looked for on the hub.
     name = _PREFIX + re.sub(r"[/:|@]", "_", implementation)
-    if implementation != "eager" and implementation not in ALL_ATTENTION_FUNCTIONS:
-        raise ValueError(
-            f"the attention implementation {implementation!r} is not registered with transformers, so it "
-            "cannot be "
-            'observed; load the model with attn_implementation="sdpa", or use a reducer that reads no '
-            "attention"
-        )
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        stock = None if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        AttentionInterface.register(name, _reporting(stock))
-        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    register_attention(name, _reporting(attention_function(implementation)), like=implementation)
     return name
 
 
@@ -147,6 +142,9 @@ def _reporting(stock: Callable[..., Any] | None) -> Callable[..., Any]:
         probes = _PROBES.get()
         if probes and (probe := probes.get(module)) is not None:
             probe(module, query, key, attention_mask, scaling)
+        masks = _MASKS.get()
+        if masks and (mask := masks.get(module)) is not None:
+            attention_mask = mask(query, key, value, attention_mask)
         # Each model file has an eager function of its own.
         function = stock or sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import physical
 from .call import Call, past_columns, read_prompt
 from .hosts.families import Host
 from .hosts.shrink import encoder
-from .hosts.versions import cache_in
+from .hosts.versions import at_tokens, cache_given, entries
 from .layout import Layout, Span, compact, gather
 from .masks import shrunk, slide
 from .reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count
@@ -68,7 +67,7 @@ def choose(
     Images that stand in several rows (beams) are decided once. `renumbered` tells whether positions will be.
     """
     stay = call.start.valid.clone()
-    text_mask = call.start.valid & (call.prompt.image < 0)
+    text_mask = call.start.valid & (call.prompt.image < 0) & ~call.answered
     changed = embeds
     kept: list[Tensor] = []
     decided: dict[tuple[int, int, int], tuple[Selection, Tensor]] = {}
@@ -82,8 +81,8 @@ def choose(
                 image.renumbered = renumbered
                 decided[key] = decide(image, reducer, keep, groups(span))
         selection, numbers = decided[key]
-        if numbers[-1] != len(places) - 1 and places[-1] == embeds.shape[1] - 1:
-            # The last token's output predicts the next: it stays even if it is visual.
+        if numbers[-1] != len(places) - 1 and places[-1] == call.last[span.row]:
+            # The last token's output predicts the answer: it stays even if it is visual.
             numbers = torch.cat([numbers[:-1], numbers.new_tensor([len(places) - 1])])
         if selection.values is not None:
             if changed is embeds:
@@ -142,7 +141,13 @@ def decide(
     return selection, numbers[selection.kept.to(numbers.device)]
 
 
-_SHORTENED = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks")
+_SHORTENED = (
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
 
 
 def shorten(
@@ -168,9 +173,11 @@ def shorten(
             x[remaining.to(x.device)] for x in _deepstack(call, shown, kwargs["deepstack_visual_embeds"])
         ]
     for key, value in kwargs.items():  # such as Gemma's inputs for each layer
-        if key not in _SHORTENED and isinstance(value, Tensor) and value.shape[:2] == stay.shape:
-            kwargs[key] = gather(value, index)
+        if key not in _SHORTENED:
+            kwargs[key] = at_tokens(key, value, index, stay.shape[1])
     kwargs["attention_mask"] = _mask(host, call, kwargs.get("attention_mask"))
+    if "logits_to_keep" in kwargs:  # Gemma 4: the caller takes its part of the restored states
+        kwargs["logits_to_keep"] = 0
     return kwargs
 
 
@@ -204,18 +211,23 @@ def _positions(position_ids: Tensor, layout: Layout, positions: str) -> Tensor:
 
 
 def _mask(host: Host, call: Call, mask: Any) -> Any:
-    layout, entries = call.layout, call.entries[0]
-    valid = torch.cat([past_columns(call, 0), layout.valid], 1) if entries else layout.valid
+    layout, past = call.layout, call.entries[0]
+    valid = torch.cat([past_columns(call, 0), layout.valid], 1) if past else layout.valid
     if isinstance(mask, dict):
         if mask["full_attention"] is None:  # nothing was masked; the model makes its own from two dimensions
             return valid.long()
-        full = shrunk(mask["full_attention"], layout, valid, entries)
+        full = shrunk(mask["full_attention"], layout, valid, past)
         shorter = {"full_attention": full}
-        if "sliding_attention" in mask:
-            shorter["sliding_attention"] = slide(full, host.lm.config.sliding_window)
+        for i, kind in enumerate(host.layer_type(i) for i in range(len(host.layers))):
+            if kind == "sliding_attention" and kind not in shorter:
+                shorter[kind] = slide(full, host.window(i))
+        if set(mask) - set(shorter):
+            raise TypeError(
+                f"{host.name} makes masks for {', '.join(mask)}, of which reducers know full and sliding ones"
+            )
         return shorter
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        return shrunk(mask, layout, valid, entries)
+        return shrunk(mask, layout, valid, past)
     return valid.long()
 
 
@@ -230,10 +242,11 @@ def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:
 
 def enter(host: Host, call: Call, kwargs: dict[str, Any]) -> None:
     """Note what the language model is given and what its cache holds, before it runs."""
-    call.cache = cache_in(kwargs)
-    call.entries = [physical(call.cache, i) for i in range(len(host.layers))]
+    call.cache = cache_given(host.lm, kwargs)
+    call.entries = [entries(call.cache, i) for i in range(len(host.layers))]
     call.length = 0 if call.cache is None else call.cache.get_seq_length()
     embeds = kwargs.get("inputs_embeds")
     call.positions = None if embeds is None else explicit_positions(kwargs, call.length)
+    call.full = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
     if call.prefill:
         read_prompt(host, call, embeds.shape[1])

@@ -1,12 +1,28 @@
 """A key-value cache whose layers hold fewer tokens than the model has read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+
+FUNCTIONAL = (
+    "use the functional mode, which needs no hooks in the language model: prepared = "
+    "session.prepare(inputs); model.generate(**prepared.inputs, ...)"
+)
+
+
+class Lease:
+    """Whether the session that shortened a cache is still attached; copies of a cache share it."""
+
+    def __init__(self) -> None:
+        self.runs = True
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Lease":
+        return self
 
 
 @dataclass
@@ -17,7 +33,10 @@ class CacheState:
     `columns[i]` [B, physical] says which entries of layer i are real, as of `length`; None stands for the
     caller's own mask. `ragged[i]`: some entry is not real. `next` [B] is the position id after the last
     token, `planes` how many position planes the model takes (0: one-dimensional); `compact`: positions are
-    renumbered, and `removed[i]` [B] is what layer i subtracts on top.
+    renumbered, and `removed[i]` [B] is what layer i subtracts on top; `tail` counts the text tokens at the
+    end, `lease` says whether the session still corrects masks and positions. `numbers[i]` [B, physical] are
+    the places that the entries of a layer with a window had before some were evicted, out of `read[i]`: the
+    window goes on counting those.
     """
 
     length: int
@@ -29,6 +48,18 @@ class CacheState:
     planes: int = 0
     compact: bool = False
     tail: int = 0
+    lease: Lease = field(default_factory=Lease)
+    numbers: dict[int, Tensor] = field(default_factory=dict)
+    read: dict[int, int] = field(default_factory=dict)
+
+    def numbered(self, layer: int, entries: int) -> Tensor | None:
+        """The places [B, entries] that a layer's entries count as, those that came since included; None where
+        they count as they stand."""
+        if layer not in self.numbers:
+            return None
+        numbers = self.numbers[layer]
+        later = torch.arange(entries - numbers.shape[1], device=numbers.device) + self.read[layer]
+        return torch.cat([numbers, later.expand(len(numbers), -1)], 1)
 
 
 class ReducedDynamicCache(DynamicCache):
@@ -40,6 +71,16 @@ class ReducedDynamicCache(DynamicCache):
         """Tokens that the layer has read, dropped ones included."""
         gap = self.reduction.gap
         return super().get_seq_length(layer_idx) + (gap[layer_idx] if layer_idx < len(gap) else 0)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of one layer. Raises RuntimeError once the session is detached."""
+        if not self.reduction.lease.runs:
+            raise RuntimeError(
+                "this cache was shortened by a reducer that has been detached since, and the model alone "
+                "would go on with wrong masks and positions; start from the prompt, or detach when "
+                "generation has ended"
+            )
+        return super().update(*args, **kwargs)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Entries that the layer holds."""
@@ -66,6 +107,8 @@ class ReducedDynamicCache(DynamicCache):
                 state.next - within,
             )
             state.columns = [None if c is None else c[:, : c.shape[1] - within] for c in state.columns]
+            state.numbers = {i: n[:, : n.shape[1] - within] for i, n in state.numbers.items()}
+            state.read = {i: count - within for i, count in state.read.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
@@ -81,6 +124,7 @@ class ReducedDynamicCache(DynamicCache):
         state = self.reduction
         for name in ("columns", "removed"):
             setattr(state, name, [x if x is None else change(x) for x in getattr(state, name)])
+        state.numbers = {i: change(numbers) for i, numbers in state.numbers.items()}
         state.next = change(state.next)
 
 
@@ -89,17 +133,19 @@ def state_of(cache: Cache | None) -> CacheState | None:
     return cache.reduction if isinstance(cache, ReducedDynamicCache) else None
 
 
+def check_kind(cache: Cache) -> None:
+    """Raise NotImplementedError unless reducers can shorten a cache of this class."""
+    if type(cache) not in (DynamicCache, ReducedDynamicCache):
+        raise NotImplementedError(
+            f"reducers shorten a DynamicCache, and this call brings a {type(cache).__name__}; {FUNCTIONAL}"
+        )
+
+
 def adopt(cache: DynamicCache, state: CacheState) -> None:
-    """Turn the caller's own cache object into a reduced one."""
+    """Turn the caller's own cache object into a reduced one. Raises NotImplementedError for other caches."""
+    check_kind(cache)
     cache.__class__ = ReducedDynamicCache
     cache.reduction = state
-
-
-def physical(cache: Cache | None, layer: int) -> int:
-    """Entries that a layer of the cache holds."""
-    if cache is None:
-        return 0
-    return Cache.get_seq_length(cache, layer)
 
 
 def extended(state: CacheState, layer: int, entries: int, mask: Tensor | None) -> Tensor | None:

@@ -10,21 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .cache import CacheState, ReducedDynamicCache, adopt, extended, physical, state_of
+from .cache import FUNCTIONAL, CacheState, Lease, adopt, check_kind, extended, state_of
+from .features_made import MadeFeatures, record_of
 from .hosts.families import Host, Record
-from .hosts.versions import cache_in
+from .hosts.versions import cache_given, entries, keywords
 from .layout import Layout, Prompt, find_spans
+from .prompt_end import Generation, Hints, PromptLength, last_of_prompt
 from .reducer import Stage
 
 CURRENT: ContextVar["Call | None"] = ContextVar("vistok_call", default=None)
-
-FUNCTIONAL = (
-    "use the functional mode, which needs no hooks in the language model: prepared = "
-    "session.prepare(inputs); model.generate(**prepared.inputs, ...)"
-)
 
 
 @dataclass
@@ -39,12 +35,19 @@ class Call:
     ids: Tensor | None = None
     mask: Tensor | None = None  # the caller's 2-D mask
     outputs: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)  # of outputs that have lost theirs on the way
     state: CacheState | None = None
     cache: Cache | None = None
     entries: list[int] = field(default_factory=list)  # physical lengths before the call
     length: int = 0  # logical length before the call
     full: int = 0  # tokens of this call before reduction
     prompt: Prompt | None = None
+    generation: Generation | None = None  # the running `generate` of this model
+    hints: Hints = field(default_factory=Hints)
+    prompt_length: PromptLength = None  # the user's own word
+    last: Tensor | None = None  # [B] places of the last prompt tokens; what follows are answers or drafts
+    unsettled: int | None = None  # a row whose prompt would end before its images
+    evicted: dict[int, Tensor] = field(default_factory=dict)  # by layer, chosen while attention ran
     start: Layout | None = None  # of the whole prompt
     entering: Layout | None = None  # of the language model's input
     layout: Layout | None = None  # of the layer that runs now
@@ -69,9 +72,26 @@ class Call:
         self.columns = None if state is None else state.columns
         self.cache = self.state = self.positions = self.measured = self.deepstack = self.relative = None
         self.full_mask = None
-        self.outputs, self.scores, self.derived = {}, {}, {}
+        self.outputs, self.records, self.scores, self.derived, self.evicted = {}, {}, {}, {}, {}
+        self.hints, self.last = Hints(), None
         for span in self.prompt.spans:
             span.record = span.deepstack = None
+
+    @property
+    def answered(self) -> Tensor:
+        """Which tokens of the whole call [B, L] follow the prompt, as answers or drafts do."""
+        places = torch.arange(self.start.valid.shape[1], device=self.start.valid.device)
+        return self.start.valid & (places > self.last[:, None])
+
+    def check_prompt_end(self, reducer: str) -> None:
+        """Raise ValueError unless the prompt of every row ends after its images: a reducer that looks at the
+        prompt could otherwise only look at the answer."""
+        if self.unsettled is not None:
+            raise ValueError(
+                f"{reducer} ranks visual tokens by the prompt, and it is not known where the prompt of row "
+                f"{self.unsettled} ends: the labels (or logits_to_keep) reach back to its images. Set labels "
+                "of prompt tokens to -100, or set session.prompt_length to the number of prompt tokens"
+            )
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -89,23 +109,21 @@ def current(host: Host | None) -> Call | None:
     return call if call is not None and call.host is host else None
 
 
-def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str | None) -> tuple[Call, dict]:
+def begin(
+    host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], made: MadeFeatures
+) -> tuple[Call, dict[str, Any]]:
     """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
 
-    `source` says what features without a record are: pieces of features just "made" (a chunked prefill),
-    pieces of "prepared" ones, or the caller's own (None). Raises NotImplementedError for static caches, masks
-    that are already 4-D and chunked prefill, ValueError for images without placeholders.
+    `made` knows the features that this thread has made or prepared and that no forward has met yet. Raises
+    NotImplementedError for static caches, masks that are already 4-D and chunked prefill, ValueError for
+    images without placeholders.
     """
-    bound = host.signature.bind(*args, **kwargs).arguments
-    arguments = {**bound.pop("kwargs", {}), **bound}
-    cache = cache_in(arguments)
+    arguments = keywords(host.core, args, kwargs)
+    cache = cache_given(host.core, arguments)
     call = Call(host, cache=cache, state=state_of(cache))
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = any(arguments.get(f"pixel_values{suffix}") is not None for suffix in ("", "_videos"))
-    records = [_record_of(output) for output in outputs.values()]
-    if any(
-        (record is None and source == "prepared") or getattr(record, "reduced", False) for record in records
-    ):
+    if outputs and made.are_prepared(outputs):
         call.passed = True
         return call, arguments
     mask = arguments.get("attention_mask")
@@ -118,25 +136,16 @@ def begin(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], source: str
         )
     call.mask = mask
     if outputs or pixels:
-        _begin_prefill(host, call, arguments, outputs, source)
+        call.records = made.records_of(outputs)
+        _begin_prefill(host, call, arguments, outputs)
     if call.state is not None:
         _correct(call, arguments)
     return call, arguments
 
 
-def _begin_prefill(
-    host: Host, call: Call, arguments: dict, outputs: dict[str, Any], source: str | None
-) -> None:
-    cache = call.cache
-    if cache is not None and type(cache) not in (DynamicCache, ReducedDynamicCache):
-        raise NotImplementedError(
-            f"reducers shorten a DynamicCache, and this call brings a {type(cache).__name__}; {FUNCTIONAL}"
-        )
-    if source == "made" and any(_record_of(output) is None for output in outputs.values()):
-        raise NotImplementedError(
-            "this prefill is cut into chunks (prefill_chunk_size), so a reducer would see pieces of an "
-            f"image; leave prefill_chunk_size unset, or {FUNCTIONAL}"
-        )
+def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, Any]) -> None:
+    if call.cache is not None:
+        check_kind(call.cache)
     call.ids = arguments.get("input_ids")
     if call.ids is None:
         call.ids = _ids_of(host, arguments["inputs_embeds"])
@@ -154,7 +163,7 @@ def _ids_of(host: Host, embeds: Tensor) -> Tensor:
     table = host.model.get_input_embeddings()
     ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
     for token in host.media_ids.values():
-        vector = table(torch.tensor(token, device=table.weight.device)).to(embeds)
+        vector = table(torch.tensor([[token]], device=embeds.device))[0, 0].to(embeds)
         ids[(embeds == vector).all(-1)] = token
     return ids
 
@@ -166,7 +175,7 @@ def _correct(call: Call, arguments: dict[str, Any]) -> None:
     tokens = arguments["input_ids"] if embeds is None else embeds
     batch, new = tokens.shape[:2]
     logical = cache.get_seq_length()
-    columns = extended(state, 0, physical(cache, 0), mask)
+    columns = extended(state, 0, entries(cache, 0), mask)
     if columns is not None and (mask is not None or state.ragged[0]):
         latest = columns.new_ones(batch, new) if mask is None else mask[:, logical : logical + new].bool()
         arguments["attention_mask"] = torch.cat([columns, latest.to(columns.device)], 1).long()
@@ -181,16 +190,12 @@ def _correct(call: Call, arguments: dict[str, Any]) -> None:
         arguments["position_ids"] = positions
 
 
-def _record_of(output: Any) -> Record | None:
-    return getattr(output, "vistok_record", None)
-
-
 def read_prompt(host: Host, call: Call, length: int) -> None:
     """Find the images of the prompt once the core has merged their features."""
     records = {}
     for modality, output in call.outputs.items():
         lengths = [len(item) for item in output.pooler_output]
-        record = _record_of(output) or Record(modality, lengths)
+        record = record_of(output) or call.records.get(modality) or Record(modality, lengths)
         records[modality] = (record, lengths)
     call.full = length
     for modality, token in host.media_ids.items():
@@ -209,14 +214,19 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
     index = torch.arange(length, device=real.device).expand(real.shape[0], -1)
     call.start = call.layout = Layout(index, real, ragged=call.mask is not None)
     call.prompt.image = call.prompt.image.to(real.device)
+    call.last = last_of_prompt(real, call.length, call.prompt_length, call.generation, call.hints)
+    everything = (real * torch.arange(length, device=real.device)).amax(1)
+    if call.prompt.spans and not torch.equal(call.last, everything):
+        for span in call.prompt.spans:
+            if int(span.places[-1]) > int(call.last[span.row]):
+                call.unsettled, call.last[span.row] = span.row, everything[span.row]
     for span in call.prompt.spans:
         span.places = span.places.to(real.device)
 
 
-def finish(call: Call, cache: Cache | None, compact: bool) -> None:
-    """Write into the cache what its layers hold after a prefill that dropped tokens."""
-    if cache is None or physical(cache, 0) == 0:  # no cache, or gradient checkpointing emptied it
-        return
+def finish(call: Call, cache: Cache, compact: bool, lease: Lease) -> None:
+    """Write into the cache what its layers hold after a prefill that dropped tokens, for as long as the
+    session's `lease` runs."""
     state, length = call.state, call.length + call.full
     columns, ragged, gap, removed = [], [], [], []
     shared: dict[tuple[int, int], tuple[Tensor, bool]] = {}
@@ -232,7 +242,8 @@ def finish(call: Call, cache: Cache | None, compact: bool) -> None:
                 shared[key] = (real, not bool(real.all()))
             columns.append(shared[key][0])
             ragged.append(shared[key][1])
-        gap.append(length - physical(cache, i) if physical(cache, i) else 0)
+        held = entries(cache, i)
+        gap.append(length - held if held else 0)
         before, now = None if state is None else state.removed[i], call.removed[i]
         removed.append(before if now is None else now if before is None else before + now)
     positions, planes = call.positions, 0
@@ -243,14 +254,18 @@ def finish(call: Call, cache: Cache | None, compact: bool) -> None:
     last = positions.expand(valid.shape).masked_fill(~valid, -1).amax(1)
     text = (call.start.valid & (call.prompt.image < 0)).all(0)
     tail = int(text.flip(0).long().cumprod(0).sum())
-    adopt(cache, CacheState(length, columns, ragged, removed, gap, last + 1, planes, compact, tail))
+    fresh = CacheState(length, columns, ragged, removed, gap, last + 1, planes, compact, tail, lease)
+    for i in () if state is None else state.numbers:
+        fresh.numbers[i] = state.numbered(i, call.entries[i] + call.layouts[i].valid.shape[1])
+        fresh.read[i] = int(fresh.numbers[i][0, -1]) + 1
+    adopt(cache, fresh)
 
 
 def past_columns(call: Call, layer: int) -> Tensor:
     """Which entries that a layer held before this call are real [B, entries]."""
-    entries, valid = call.entries[layer], call.start.valid
+    before, valid = call.entries[layer], call.start.valid
     if call.state is not None and call.state.columns[layer] is not None:
-        return extended(call.state, layer, entries, call.mask)
+        return extended(call.state, layer, before, call.mask)
     if call.mask is None:
-        return valid.new_ones(valid.shape[0], entries)
-    return call.mask[:, :entries].bool()
+        return valid.new_ones(valid.shape[0], before)
+    return call.mask[:, :before].bool()

@@ -11,10 +11,11 @@ from .attention import Probe, Seen, attention_rows, mask_rows, probing
 from .cache import extended
 from .call import Call, current, past_columns
 from .hosts.families import Host
-from .hosts.versions import without_cache
+from .hosts.versions import at_tokens, keywords, without_cache, writes_cache
 from .layout import Layout, compact, gather
-from .masks import build, shrunk, slide
+from .masks import build, check, shrunk, slide, windowed
 from .reducer import LayerReducer, LayerTokens, Stage, count_of
+from .undo import Undo
 
 Trace = Callable[[str, Tensor], None]
 
@@ -29,9 +30,11 @@ class LayerCuts:
         reducer: LayerReducer | None,
         compact_positions: bool,
         trace: Trace,
+        evicting: bool,
     ) -> None:
         self.host, self.reducer, self.compact = host, reducer, compact_positions
         self.trace = trace
+        self._checked: set[str] = set()  # kinds of layers whose masks were compared with the host's
         count = len(host.layers)
         self.cuts = sorted(reducer.cuts(count)) if reducer is not None else []
         outside = [k for k in self.cuts if not 0 <= k < count]
@@ -47,8 +50,13 @@ class LayerCuts:
             )
         if reducer is not None:
             self._check(count)
+        if evicting and not all(writes_cache(attention) for attention in host.attentions):
+            raise TypeError(
+                f"some layers of {host.name} use the keys of others, so nothing can be evicted from its "
+                "cache; use a reducer of features"
+            )
         self.measured = reducer.measured_layers(count) if reducer is not None else ()
-        self.first = self.cuts[0] if self.cuts else 0  # without cuts: layers whose cache is evicted
+        self.first = self.cuts[0] if self.cuts and not evicting else 0
 
     def _check(self, count: int) -> None:
         """Refuse schedules that cannot be met, and layers that cannot be cut."""
@@ -66,19 +74,17 @@ class LayerCuts:
                 "cannot drop tokens inside it; use a reducer of features"
             )
 
-    def attach(self) -> list[Any]:
-        """Register the hooks; returns their handles."""
-        handles = []
+    def attach(self, undo: Undo) -> None:
+        """Register the hooks."""
         deepstack = hasattr(self.host.lm, "_deepstack_process")
         for i, layer in enumerate(self.host.layers):
             if i >= self.first:
-                handles.append(layer.register_forward_pre_hook(self._before(i), with_kwargs=True))
+                undo.pre_hook(layer, self._before(i))
             if deepstack:
-                handles.append(layer.register_forward_hook(self._after(i)))
+                undo.hook(layer, self._after(i))
             if i in self.measured:
-                for name, module in (("attention", self.host.attention(i)), ("mlp", layer.mlp)):
-                    handles.append(module.register_forward_hook(self._measure(i, name), with_kwargs=True))
-        return handles
+                for name, module in (("attention", self.host.attentions[i]), ("mlp", layer.mlp)):
+                    undo.hook(module, self._measure(i, name))
 
     def probes(self, call: Call) -> dict[nn.Module, Probe]:
         """What the attention of the layers before the cuts must report during this call."""
@@ -89,7 +95,7 @@ class LayerCuts:
             or self.reducer.rows_of != "previous"
         ):
             return {}
-        return {self.host.attention(k - 1): self._row_probe(call, k) for k in self.cuts}
+        return {self.host.attentions[k - 1]: self._row_probe(call, k) for k in self.cuts}
 
     # Scores -------------------------------------------------------------------------------------------------
 
@@ -119,13 +125,13 @@ class LayerCuts:
         """Places [B, R] of the rows to read, and which of them exist."""
         layout = call.layout
         places = torch.arange(layout.valid.shape[1], device=layout.valid.device)
-        last = (layout.valid * places).amax(1, keepdim=True)
+        last = (self._in_prompt(call) * places).amax(1, keepdim=True)
         one = torch.ones_like(last, dtype=torch.float32)
         if self.reducer.rows == "last":
             return last, one
         visual = call.prompt.image.gather(1, layout.index) >= 0
         end = torch.where(visual, places, -1).amax(1, keepdim=True)
-        after = (places > end) & layout.valid
+        after = (places > end) & self._in_prompt(call)
         count = max(1, int(after.sum(1).max()))
         index = after.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
         real = after.gather(1, index)
@@ -134,10 +140,15 @@ class LayerCuts:
         real = real | (nothing & (torch.arange(count, device=index.device) == 0))
         return index, real.float()
 
+    @staticmethod
+    def _in_prompt(call: Call) -> Tensor:
+        """Which real tokens of the current layout [B, L'] belong to the prompt, and not to an answer."""
+        return call.layout.valid & (call.layout.index <= call.last[:, None])
+
     def _next_rows(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The rows of layer i on the states that are about to enter it: its attention is called and left as
         soon as queries and keys are there."""
-        layer, attention, found = self.host.layers[i], self.host.attention(i), []
+        layer, attention, found = self.host.layers[i], self.host.attentions[i], []
 
         def probe(
             module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
@@ -149,7 +160,7 @@ class LayerCuts:
 
         with torch.no_grad(), probing({attention: probe}):
             try:
-                attention(hidden_states=layer.input_layernorm(hidden), **without_cache(kwargs))
+                attention(**{**without_cache(kwargs), "hidden_states": layer.input_layernorm(hidden)})
             except Seen:
                 return found[0]
         return None
@@ -162,8 +173,9 @@ class LayerCuts:
             inputs = args[0] if args else kwargs["hidden_states"]
             outputs = output[0] if isinstance(output, tuple) else output
             with torch.no_grad(), call.timed():
-                visual = (call.prompt.image.gather(1, call.layout.index) >= 0) & call.layout.valid
-                valid, visual = call.layout.valid.to(outputs.device), visual.to(outputs.device)
+                valid = self._in_prompt(call)
+                visual = (call.prompt.image.gather(1, call.layout.index) >= 0) & valid
+                valid, visual = valid.to(outputs.device), visual.to(outputs.device)
                 vector = self.reducer.measure(name, inputs, outputs, valid, visual)
                 self.trace(f"{name}.{i}", vector)
                 call.measured = vector if call.measured is None else call.measured.to(vector.device) + vector
@@ -175,14 +187,13 @@ class LayerCuts:
     def _before(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             call = current(self.host)
-            if call is None:
+            if call is None or not (call.prefill or call.state is not None):
                 return None
+            kwargs = keywords(module, args, kwargs)
+            hidden = kwargs["hidden_states"]
             if not call.prefill:
-                if call.state is None:
-                    return None
-                changed = self._continue(call, i, args, kwargs)
-                return None if changed is None else (args, changed)
-            hidden = args[0] if args else kwargs["hidden_states"]
+                changed = self._continue(call, i, hidden, kwargs)
+                return None if changed is None else ((), changed)
             adjusted = self._adjusted(call, i, hidden, kwargs)
             if i in self.cuts:
                 # Row probes saw this layer's or the previous one's queries with today's layout.
@@ -193,16 +204,12 @@ class LayerCuts:
                     adjusted = self._adjusted(call, i, hidden, kwargs)
             call.layouts.append(call.layout)
             call.removed.append(call.derived.get("removed"))
-            if adjusted is kwargs:
-                return None
-            if args:
-                return (hidden, *args[1:]), adjusted
-            return args, {**adjusted, "hidden_states": hidden}
+            return None if adjusted is kwargs else ((), {**adjusted, "hidden_states": hidden})
 
         return hook
 
     def _after(self, i: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             call = current(self.host)
             if call is None or not call.deepstack or i >= len(call.deepstack):
                 return None
@@ -230,7 +237,7 @@ class LayerCuts:
         stay, dropped = layout.valid.clone(), False
         for number, span in enumerate(call.prompt.spans):
             places = (image[span.row] == number).nonzero().squeeze(1)
-            original = call.derived.setdefault(("tokens", number), len(places))
+            original = call.derived.setdefault(("entered", number), len(places))
             count = self._count(call, number, i, original)
             if count >= len(places) or not len(places):
                 continue
@@ -247,7 +254,7 @@ class LayerCuts:
                 score = reducer.score(tokens)
             self.trace(f"score.{i}", score)
             order = score.sort(descending=True, stable=True).indices
-            if places[-1] == layout.valid.shape[1] - 1:  # the last token's output predicts the next
+            if layout.index[span.row, places[-1]] == call.last[span.row]:  # its output predicts the answer
                 order = torch.cat([order[order == len(places) - 1], order[order != len(places) - 1]])
             kept = order[:count].sort().values
             self.trace(f"kept.{i}", kept)
@@ -283,7 +290,7 @@ class LayerCuts:
             full, start = self._numbered(call)
             last = full.masked_fill(~call.entering.valid, -1).amax(1)
             call.derived["removed"] = last - (start[:, 0] + valid.sum(1) - 1)
-        for key in [k for k in call.derived if isinstance(k, tuple) and k[0] in ("mask", "rotary")]:
+        for key in [k for k in call.derived if isinstance(k, tuple) and k[0] in ("mask", "rotary", "tokens")]:
             del call.derived[key]
         return gather(hidden, index)
 
@@ -293,24 +300,24 @@ class LayerCuts:
         """A layer's arguments at prefill, for the tokens that are left."""
         state = call.state
         shifted = None if state is None else state.removed[i]
-        own_columns = state is not None and state.columns[i] is not state.columns[0]
+        own_columns = state is not None and (state.columns[i] is not state.columns[0] or i in state.numbers)
         if call.relative is None and shifted is None and not own_columns:
             return kwargs
         changed = {**kwargs, "attention_mask": self._mask(call, i, hidden, kwargs.get("attention_mask"))}
-        if shifted is not None or (self.compact and call.relative is not None):
+        renumbered = shifted is not None or (self.compact and call.relative is not None)
+        if call.relative is not None:
+            left = {"hidden_states", "attention_mask"}
+            left |= {"position_ids", "position_embeddings"} if renumbered else set()
+            length = call.entering.valid.shape[1]
+            for name, value in kwargs.items():
+                key = ("tokens", name, id(value))  # the same rotations go to many layers
+                if name not in left and key not in call.derived:
+                    call.derived[key] = value, at_tokens(name, value, call.relative, length)
+                if name not in left:
+                    changed[name] = call.derived[key][1]
+        if renumbered:
             positions, embeddings = self._renumbered(call, i, hidden, shifted)
-            return {**changed, "position_embeddings": embeddings, "position_ids": positions}
-        if call.relative is None:
-            return changed
-        embeddings = kwargs.get("position_embeddings")
-        if embeddings is not None:
-            key = ("rotary", id(embeddings))
-            if key not in call.derived:
-                call.derived[key] = _gather_rotary(embeddings, call.relative)
-            changed["position_embeddings"] = call.derived[key]
-        positions = kwargs.get("position_ids")
-        if positions is not None:
-            changed["position_ids"] = gather(positions.expand(len(call.relative), -1), call.relative)
+            changed |= {"position_embeddings": embeddings, "position_ids": positions}
         return changed
 
     def _numbered(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -334,7 +341,8 @@ class LayerCuts:
     def _mask(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
         layout = call.layout
         columns = None if call.state is None else call.state.columns[i]
-        key = ("mask", self.host.layer_type(i), id(columns))
+        numbers = None if call.state is None else call.state.numbers.get(i)
+        key = ("mask", self.host.layer_type(i), id(columns), id(numbers))
         if key in call.derived:
             return call.derived[key]
         if not call.entries[i]:
@@ -342,38 +350,39 @@ class LayerCuts:
         elif mask is None and not layout.ragged and call.mask is None and hidden.shape[1] == 1:
             made = None
         else:
-            real = torch.cat([past_columns(call, i), layout.valid], 1)
-            made = build(self.host, i, hidden, real, call.cache)
+            made = self._on_cache(call, i, hidden, torch.cat([past_columns(call, i), layout.valid], 1))
         call.derived[key] = made
         return made
 
     def _first_mask(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
         layout = call.layout
+        if self.host.layer_type(i) not in self._checked and call.entering.valid.shape[1] > 1:
+            check(self.host, i, mask, call.entering.valid)
+            self._checked.add(self.host.layer_type(i))
         if self.host.layer_type(i) == "sliding_attention":
             # A window counts the tokens that are left, as the cache will.
             if call.full_mask is None:
                 return build(self.host, i, hidden, layout.valid, None)
             full = shrunk(call.full_mask, Layout(call.relative, layout.valid, layout.ragged), layout.valid, 0)
-            return slide(full, self.host.lm.config.sliding_window)
+            return slide(full, self.host.window(i))
         if mask is None:
             return build(self.host, i, hidden, layout.valid, None) if layout.ragged else None
         if mask.ndim == 2:
             return gather(mask, call.relative) * layout.valid.to(mask)
         return shrunk(mask, Layout(call.relative, layout.valid, layout.ragged), layout.valid, 0)
 
-    def _continue(self, call: Call, i: int, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _continue(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """A layer's arguments in a later call on a cache whose layers hold different tokens."""
         state, changed = call.state, None
-        if i and state.columns[i] is not state.columns[0]:
+        numbers = state.numbers.get(i)
+        if numbers is not None or (i and state.columns[i] is not state.columns[0]):
             mask = kwargs.get("attention_mask")
-            if mask is not None or state.ragged[i]:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                key = ("mask", self.host.layer_type(i), id(state.columns[i]))
+            if mask is not None or state.ragged[i] or numbers is not None:
+                key = ("mask", self.host.layer_type(i), id(state.columns[i]), id(numbers))
                 if key not in call.derived:
                     call.derived[key] = self._later_mask(call, i, hidden)
                 changed = {**kwargs, "attention_mask": call.derived[key]}
         if state.removed[i] is not None:
-            hidden = args[0] if args else kwargs["hidden_states"]
             key = ("rotary", self.host.layer_type(i), id(state.removed[i]))
             if key not in call.derived:
                 positions = call.positions.to(hidden.device) - state.removed[i].to(hidden.device)[:, None]
@@ -385,7 +394,7 @@ class LayerCuts:
     def _later_mask(self, call: Call, i: int, hidden: Tensor) -> Tensor | None:
         state, new = call.state, hidden.shape[1]
         real = None
-        if state.ragged[i] or call.mask is not None:
+        if state.ragged[i] or call.mask is not None or i in state.numbers:
             entries = call.entries[i]
             past = extended(state, i, entries, call.mask)
             if past is None and call.mask is not None:
@@ -396,10 +405,11 @@ class LayerCuts:
             if call.mask is not None:
                 latest = call.mask[:, call.length : call.length + new].bool().to(past.device)
             real = torch.cat([past, latest], 1)
-        return build(self.host, i, hidden, real, call.cache)
+        return self._on_cache(call, i, hidden, real)
 
-
-def _gather_rotary(embeddings: Any, index: Tensor) -> Any:
-    if isinstance(embeddings, tuple):
-        return tuple(_gather_rotary(part, index) for part in embeddings)
-    return gather(embeddings.expand(len(index), *embeddings.shape[1:]), index)
+    def _on_cache(self, call: Call, i: int, hidden: Tensor, real: Tensor | None) -> Tensor | None:
+        """The mask of layer i for new states on top of its cache; `real` [B, entries + q]."""
+        numbers = None if real is None or call.state is None else call.state.numbered(i, real.shape[1])
+        if numbers is None:
+            return build(self.host, i, hidden, real, call.cache)
+        return windowed(self.host, i, hidden, real, numbers, call.cache)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .accounting import llm_block_macs
+from .hosts.versions import writes_cache
 
 if TYPE_CHECKING:
     from .call import Call
@@ -112,15 +113,18 @@ def _lengths(valid: torch.Tensor) -> list[int]:
 
 def _flops(host: Host, lengths: list[list[int]]) -> int:
     config = host.lm.config
-    width, heads = config.hidden_size, config.num_attention_heads
-    kv = (config.num_key_value_heads or heads) * (getattr(config, "head_dim", None) or width // heads)
-    return 2 * sum(llm_block_macs(n, width, config.intermediate_size, kv) for rows in lengths for n in rows)
+    return 2 * sum(
+        llm_block_macs(n, config.hidden_size, config.intermediate_size, host.key_width(i))
+        for i, rows in enumerate(lengths)
+        for n in rows
+    )
 
 
 def _cache_bytes(host: Host, lengths: list[list[int]]) -> int:
-    config = host.lm.config
-    heads = config.num_attention_heads
-    kv = (config.num_key_value_heads or heads) * (
-        getattr(config, "head_dim", None) or config.hidden_size // heads
+    """Bytes of keys and values; layers that use another's keys hold none."""
+    held = sum(
+        host.key_width(i) * sum(rows)
+        for i, (rows, attention) in enumerate(zip(lengths, host.attentions, strict=True))
+        if writes_cache(attention)
     )
-    return 2 * kv * host.lm.dtype.itemsize * sum(n for rows in lengths for n in rows)
+    return 2 * held * host.lm.dtype.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -11,22 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from . import report
-from .attention import watch, watched
+from .attention import change_masks, watch, watched
 from .boundary import budget_of, choose, enter, shorten, view
+from .cache import Lease
 from .call import CURRENT, Call, begin, current, finish
-from .eviction import evict
+from .earlier import EarlierCalls
+from .eviction import evict, hide_from_answers
 from .explain import Explanation, explain
+from .features_made import MadeFeatures
 from .functional import Prepared, prepare
 from .hosts import cutpoints, standalone, tower
 from .hosts.families import Record, resolve
-from .hosts.features import FeatureRecorder
+from .hosts.features import FeatureRecorder, check_groups
 from .hosts.merging import VisionMerging
-from .hosts.versions import cache_in
+from .hosts.versions import cache_in, check_growth, keywords, wants_cache
 from .layers import LayerCuts
 from .layout import Span, flat
+from .prompt_end import GENERATION, Hints, PromptLength, generating, length_of_prompts
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
 from .report import Report
+from .undo import Undo
 
 # A core knows its session; its hooks keep the session alive, and nothing here does.
 _ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Session]] = WeakKeyDictionary()
@@ -70,17 +76,13 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r}; give a transformers VLM or a timm VisionTransformer")
     model = _unwrapped(model)
-    with _LOCK:
-        other = _attached(model)
-        if other is not None:
-            raise ValueError(
-                f"this {type(model).__name__} already has a session with "
-                f"{', '.join(type(r).__name__ for r in other.reducers)}; detach it first, change "
-                "session.keep between calls, or attach one list of reducers"
-            )
-        session = Session(model, stages, keep, positions)
-        _ATTACHED[_anchor(model)] = ref(session)
-    return session
+    session = Session(model, stages, keep, positions)
+    try:
+        session._attach()
+        return session
+    except BaseException:
+        session.detach()
+        raise
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -107,17 +109,15 @@ class Session:
     ) -> None:
         self.model, self.reducers = model, list(stages.values())
         self.trace: dict[str, list[Tensor]] | None = None
+        self.host, self._elsewhere = None, None
         self._stages, self._positions = stages, positions
-        self._undo: list[Callable[[], Any]] = []
+        self._undo, self._lease = Undo(), Lease()
         self._last: Call | None = None
-        self._waiting = threading.local()  # where features came from that no forward has met yet
+        self._made_features = MadeFeatures([])
+        self._hints = threading.local()  # what this thread's call of the whole model says of its prompt
+        self._prompt_length: PromptLength = None
         self.merging: VisionMerging | None = None
         self.keep = keep
-        try:
-            self._attach()
-        except BaseException:
-            self.detach()
-            raise
 
     @property
     def keep(self) -> Budget:
@@ -132,7 +132,32 @@ class Session:
         if self.merging is not None:
             self.merging.keep = keep
 
+    @property
+    def prompt_length(self) -> PromptLength:
+        """How many tokens of `input_ids` are the prompt, for reducers that rank by it: a count, or one per
+        row, padding on the left included. None: as `generate`, the labels (-100 up to the answer) or
+        `logits_to_keep` say, else everything. Answers that follow the prompt in the same forward have no say
+        in what is kept."""
+        return self._prompt_length
+
+    @prompt_length.setter
+    def prompt_length(self, length: PromptLength) -> None:
+        if length is not None:
+            counts = torch.as_tensor(length).reshape(-1)
+            if (
+                counts.is_floating_point()
+                or counts.dtype == torch.bool
+                or not len(counts)
+                or counts.min() < 1
+            ):
+                raise ValueError(
+                    f"prompt_length is {length!r}; it takes a number of tokens from 1, one per row, or None"
+                )
+        self._prompt_length = length
+
     def __enter__(self) -> Session:
+        if not self._lease.runs:
+            raise RuntimeError("this session has been detached and does nothing any more; attach again")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,13 +166,12 @@ class Session:
     def detach(self) -> None:
         """Take everything out of the model again. Doing so twice is harmless.
 
-        Caches made while attached cannot be continued afterwards.
+        Caches made while attached cannot be continued afterwards: they raise when they are.
         """
-        while self._undo:
-            self._undo.pop()()
-        self._leave(current(self.host))
-        if _attached(self.model) is self:
-            del _ATTACHED[_anchor(self.model)]
+        self._lease.runs = False
+        self._undo.run()
+        if self.host is not None:
+            self._leave(current(self.host))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         raise TypeError(
@@ -190,7 +214,7 @@ class Session:
         See `Prepared`. Raises NotImplementedError for reducers that act inside the language model.
         """
         prepared = prepare(self, inputs)
-        self._waiting.source = "prepared"
+        self._made_features.add_prepared(prepared.inputs.get("mm_encoder_outputs") or {})
         return prepared
 
     def _call(self) -> Call:
@@ -205,14 +229,19 @@ class Session:
     # Attaching ----------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        self.host, self._elsewhere = None, None
+        self._register()
+        self._earlier = EarlierCalls(())
         for place in (standalone, cutpoints):
-            self._elsewhere = place.attach(self.model, self._stages, self._budget_of(self.reducers[0]))
+            self._elsewhere = place.attach(
+                self.model, self._stages, self._budget_of(self.reducers[0]), self._undo
+            )
             if self._elsewhere is not None:
                 self.merging = getattr(self._elsewhere, "merging", None)
-                self._undo.append(self._elsewhere.remove)
+                if self.merging is not None:
+                    self.merging.earlier = EarlierCalls([self.model])
                 return
         host = self.host = resolve(self.model)
+        self._earlier = EarlierCalls([self.model, host.core, host.lm, host.tower])
         vision, features = self._stages.get(Stage.VISION), self._stages.get(Stage.FEATURES)
         layer, cache = self._stages.get(Stage.LAYER), self._stages.get(Stage.CACHE)
         wanted = {} if features is None else features.tower_layers()
@@ -226,28 +255,61 @@ class Session:
         pixels = features is not None and features.wants_pixels
         self._features = FeatureRecorder(host, wanted, states, self._made, pixels=pixels)
         if vision is not None:
-            merging = tower.install(host.tower, vision, keep=self._keep, depth=self._features.depth)
-            self._undo.append(merging.remove)
+            check_groups(host, vision)
+            merging = tower.install(
+                host.tower, vision, self._undo, keep=self._keep, depth=self._features.depth
+            )
+            merging.earlier = self._earlier
             self._features.merging = self.merging = merging
-        self._features.attach()
-        self._undo.append(self._features.remove)
-        watch_text = layer is not None and layer.rows is not None
+        self._features.attach(self._undo)
+        watch_text = cache is not None or (layer is not None and layer.rows is not None)
         watch_tower = bool(wanted) or states is not None
         if watch_text or watch_tower:
             self._watch(text=watch_text, vision=watch_tower)
         self._cuts = None
         if layer is not None or cache is not None:
-            self._cuts = LayerCuts(host, layer, self._compact(layer), self._note)
-        core, lm = host.core, host.lm
-        hooks = [
-            core.register_forward_pre_hook(self._core_before, with_kwargs=True, prepend=True),
-            core.register_forward_hook(self._core_after, with_kwargs=True, always_call=True),
-            lm.register_forward_pre_hook(self._lm_before, with_kwargs=True),
-            lm.register_forward_hook(self._lm_after, with_kwargs=True),
-        ]
-        self._undo += [hook.remove for hook in hooks]
+            self._cuts = LayerCuts(host, layer, self._compact(layer), self._note, cache is not None)
+        core, lm, undo = host.core, host.lm, self._undo
+        if self.model is not core:
+            undo.pre_hook(self.model, self._model_before)
+        if hasattr(self.model, "generate"):
+            undo.attribute(self.model, "generate", self._generate(self.model.generate))
+        undo.pre_hook(core, self._core_before, prepend=True)
+        undo.hook(core, self._core_after, always=True)
+        undo.pre_hook(lm, self._lm_before)
+        undo.hook(lm, self._lm_after)
         if self._cuts is not None:
-            self._undo += [hook.remove for hook in self._cuts.attach()]
+            self._cuts.attach(undo)
+
+    def _register(self) -> None:
+        """Note that the model has a session. Raises ValueError when it has another one."""
+        anchor = _anchor(self.model)
+
+        def forget() -> None:
+            if _attached(self.model) is self:
+                del _ATTACHED[anchor]
+
+        with _LOCK:
+            other = _attached(self.model)
+            if other is not None:
+                raise ValueError(
+                    f"this {type(self.model).__name__} already has a session with "
+                    f"{', '.join(type(r).__name__ for r in other.reducers)}; detach it first, change "
+                    "session.keep between calls, or attach one list of reducers"
+                )
+            self._undo.step(forget)
+            _ATTACHED[anchor] = ref(self)
+
+    def _generate(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` of the model, with the length of its prompts noted while it runs."""
+        model = ref(self.model)
+
+        @wraps(stock)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            with generating(model(), length_of_prompts(args, kwargs)):
+                return stock(*args, **kwargs)
+
+        return generate
 
     def _watch(self, *, text: bool, vision: bool) -> None:
         """Have the attention of the language model or the tower report to probes; the kernels stay."""
@@ -264,14 +326,14 @@ class Session:
                 )
             stock[name] = module.config._attn_implementation
             names[name] = watched(stock[name])
-        self.model.set_attn_implementation(names)
 
         def restore() -> None:  # what the user has set since stays
             ours = {n: stock[n] for n in names if getattr(config, n)._attn_implementation == names[n]}
             if ours:
                 self.model.set_attn_implementation(ours)
 
-        self._undo.append(restore)
+        self._undo.step(restore)
+        self.model.set_attn_implementation(names)
 
     def _budget_of(self, reducer: Reducer | None) -> Callable[[], Budget]:
         return lambda: None if reducer is None else reducer.keep if self._keep is None else self._keep
@@ -293,23 +355,29 @@ class Session:
     # Hooks --------------------------------------------------------------------------------------------------
 
     def _made(self, modality: str, output: Any, record: Record) -> None:
-        output.vistok_record = record
+        self._made_features.add(modality, output, record)
         call = current(self.host)
-        if call is None:  # generate makes features before its first forward
-            self._waiting.source = "made"
-        else:
+        if call is not None:  # else generate makes features before its first forward
             call.outputs[modality] = output
 
+    def _model_before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = keywords(model, args, kwargs)
+        self._hints.of_call = Hints(arguments.get("labels"), arguments.get("logits_to_keep", 0))
+
     def _core_before(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._earlier.include_this_one():
+            return None
         stale = current(self.host)
         if stale is not None:  # an interrupt has left it behind
             self._leave(stale)
-        source, self._waiting.source = getattr(self._waiting, "source", None), None
-        call, arguments = begin(self.host, args, kwargs, source)
-        if call.passed:
-            self._waiting.source = "prepared"
+        hints, self._hints.of_call = getattr(self._hints, "of_call", None), None
+        call, arguments = begin(self.host, args, kwargs, self._made_features)
         if not call.prefill and call.state is None:
             return None
+        generation = GENERATION.get()
+        if generation is not None and generation.model is self.model:
+            call.generation = generation
+        call.hints, call.prompt_length = hints or Hints(), self._prompt_length
         call.outer, call.outer_probes = CURRENT.get(), watch(None)  # another model's, if this runs inside it
         CURRENT.set(call)
         return (), arguments
@@ -327,12 +395,32 @@ class Session:
         call = current(self.host)
         if call is None:
             return None
+        kwargs = keywords(lm, args, kwargs)
         enter(self.host, call, kwargs)
         if call.prefill:
             kwargs = self._reduce(call, kwargs)
-            if self._cuts is not None:
-                watch(self._cuts.probes(call))
-        return args, kwargs
+            self._observe(call)
+        return (), kwargs
+
+    def _observe(self, call: Call) -> None:
+        """Have the attention of the language model report to the reducers inside it."""
+        layer, eviction = self._stages.get(Stage.LAYER), self._stages.get(Stage.CACHE)
+        if layer is not None and layer.rows is not None:
+            call.check_prompt_end(type(layer).__name__)
+        if self._cuts is not None:
+            watch(self._cuts.probes(call))
+        if eviction is None or not bool(call.answered.any()):
+            return
+        if self.host.kernel not in ("sdpa", "eager"):
+            raise NotImplementedError(
+                f"{type(eviction).__name__} must hide what it evicts from the answers in this forward, and "
+                f"{self.host.kernel} takes no such mask; load the model with attn_implementation='sdpa', or "
+                "give the prompt alone"
+            )
+        attentions = self.host.attentions
+        change_masks(
+            {attention: hide_from_answers(call, eviction, i) for i, attention in enumerate(attentions)}
+        )
 
     def _reduce(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         features = self._stages.get(Stage.FEATURES)
@@ -393,17 +481,23 @@ class Session:
 
     def _lm_after(self, lm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         call = current(self.host)
-        if call is None or not call.prefill:
+        if call is None:
+            return None
+        cache, kept = cache_in(output), wants_cache(lm, keywords(lm, args, kwargs))
+        if kept:
+            planned = [layout.valid.shape[1] for layout in call.layouts] or [call.full] * len(call.entries)
+            check_growth(self.host.name, self.host.attentions, cache, call.entries, planned)
+        if not call.prefill:
             return None
         watch(None)
-        cache = cache_in(output)
-        call.cache = cache
+        change_masks(None)
+        call.cache = cache if kept else None
         dropped = any(layout is not call.start for layout in call.layouts)
         eviction = self._stages.get(Stage.CACHE)
-        if dropped or call.state is not None or eviction is not None:
+        if kept and (dropped or call.state is not None or eviction is not None):
             features = self._stages.get(Stage.FEATURES)
-            finish(call, cache, self._compact(features))
-            if eviction is not None and cache is not None and hasattr(cache, "reduction"):
+            finish(call, cache, self._compact(features), self._lease)
+            if eviction is not None:
                 evict(call, eviction)
         if call.layouts[-1] is not call.start:
             output.last_hidden_state = _restored(output.last_hidden_state, call)

@@ -20,6 +20,7 @@ from ..grid import Grid
 from ..layout import compact, gather
 from ..reducer import Budget, FeatureReducer, Image, Reducer, Stage
 from ..report import ImageReport, Report
+from ..undo import Undo
 from .versions import cache_in
 
 KINDS = {"mllama": "mllama", "blip-2": "qformer", "instructblip": "qformer"}
@@ -27,19 +28,14 @@ KINDS = {"mllama": "mllama", "blip-2": "qformer", "instructblip": "qformer"}
 
 @dataclass
 class CutPoint:
-    """A reducer at a model's own cut point. `remove` restores the model."""
+    """A reducer at a model's own cut point."""
 
     model: nn.Module
     reducer: FeatureReducer
     keep: Callable[[], Budget]
+    undo: Undo
     images: list[ImageReport] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
     _local: threading.local = field(default_factory=threading.local)
-
-    def remove(self) -> None:
-        """Take the hooks out."""
-        while self.handles:
-            self.handles.pop().remove()
 
     def report(self, reducers: list[str]) -> Report:
         """Tokens kept; operations are not counted for these models. Raises RuntimeError before an image."""
@@ -86,7 +82,7 @@ class CutPoint:
                 "encoder_attention_mask": mask,
             }
 
-        self.handles.append(self.model.qformer.register_forward_pre_hook(before, with_kwargs=True))
+        self.undo.pre_hook(self.model.qformer, before)
 
     # Cross-attention ----------------------------------------------------------------------------------------
 
@@ -120,8 +116,8 @@ class CutPoint:
                 cache.vistok_cross_index = index
 
         language_model = self.model.base_model.language_model
-        self.handles.append(language_model.register_forward_pre_hook(before, with_kwargs=True))
-        self.handles.append(language_model.register_forward_hook(after))
+        self.undo.pre_hook(language_model, before)
+        self.undo.hook(language_model, after, with_kwargs=False)
 
     def _stay(self, states: Tensor, patches: int, mask: Tensor | None) -> Tensor:
         """Which of each row's states [B, images · tiles · n, D] stay; tiles that no text may attend to go."""
@@ -152,7 +148,9 @@ def _columns(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return mask.gather(3, columns).masked_fill(~valid[:, None, None], torch.finfo(mask.dtype).min)
 
 
-def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget]) -> CutPoint | None:
+def attach(
+    model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget], undo: Undo
+) -> CutPoint | None:
     """Reduce at the model's own cut point; None for models without one.
 
     Raises TypeError for reducers of other stages than FEATURES, and for those that read the tower's
@@ -180,6 +178,6 @@ def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Bu
             f"{type(reducer).__name__} reads the attention of the vision tower, which is not recorded for "
             f"{name}; use a method that reads features alone, as DivPrune"
         )
-    point = CutPoint(model, reducer, keep)
+    point = CutPoint(model, reducer, keep, undo)
     point.attach_qformer() if kind == "qformer" else point.attach_mllama()
     return point

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import Grid
+from .versions import ENCODES_BEFORE_FORWARD, check_parts, pattern_of
 
 MEDIA = ("image", "video")
 
@@ -74,15 +75,15 @@ class Host:
     family: Family
     name: str
 
-    @cached_property
-    def signature(self) -> inspect.Signature:
-        """What the core's forward takes; reading it anew would cost more than all else in a decode step."""
-        return inspect.signature(self.core.forward)
-
     @property
     def config(self) -> Any:
         """The core's configuration."""
         return self.core.config
+
+    @property
+    def kernel(self) -> str:
+        """The attention implementation of the language model: "sdpa", "eager", …"""
+        return self.lm.config._attn_implementation.removeprefix("vistok_")
 
     @property
     def pool(self) -> int:
@@ -93,14 +94,32 @@ class Host:
             return vision.image_size // vision.patch_size // math.isqrt(self.config.mm_tokens_per_image)
         return pool if isinstance(pool, int) else int(getattr(self.config, pool))
 
-    def attention(self, layer: int) -> nn.Module:
-        """The attention module of a decoder layer."""
-        return self.layers[layer].self_attn
-
     def layer_type(self, layer: int) -> str:
         """ "full_attention", "sliding_attention", … of a decoder layer."""
-        types = getattr(self.lm.config, "layer_types", None)
-        return types[layer] if types else "full_attention"
+        return self._patterns[layer][0]
+
+    def window(self, layer: int) -> int:
+        """How many tokens a layer of sliding attention sees, itself included."""
+        return self._patterns[layer][1]
+
+    @cached_property
+    def attentions(self) -> list[nn.Module]:
+        """The attention modules of the decoder layers."""
+        return [layer.self_attn for layer in self.layers]
+
+    def key_width(self, layer: int) -> int:
+        """Width of a layer's keys, heads times head width; that of values is the same."""
+        projection = getattr(self.attentions[layer], "k_proj", None)
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        config, attention = self.lm.config, self.attentions[layer]
+        heads = config.num_attention_heads
+        width = getattr(attention, "head_dim", None) or config.hidden_size // heads
+        return (config.num_key_value_heads or heads) * width
+
+    @cached_property
+    def _patterns(self) -> list[tuple[str, int | None]]:
+        return [pattern_of(self.lm.config, attention, i) for i, attention in enumerate(self.attentions)]
 
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         """Position embeddings [B, L, D] of a layer for new one-dimensional positions [B, L]."""
@@ -124,8 +143,10 @@ class Host:
 
 
 def _square(host: Host, record: Record) -> list[Grid | None]:
+    sides = [math.isqrt(n) for n in record.lengths]
     return [
-        Grid.single(math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in record.lengths
+        Grid.single(side, side) if side * side == n and record.modality == "image" else None
+        for side, n in zip(sides, record.lengths, strict=True)
     ]
 
 
@@ -197,6 +218,8 @@ def tiled(lengths: list[int], columns: int | None, thumbnail_last: bool) -> Grid
 FAMILIES: dict[str, Family] = {
     "llava": Family(_square),
     "vipllava": Family(_square),
+    "video_llava": Family(_square),
+    "deepseek_vl": Family(_square),
     "llava_next": Family(_anyres),
     "llava_next_video": Family(_anyres),
     "llava_onevision": Family(_anyres),
@@ -210,6 +233,7 @@ FAMILIES: dict[str, Family] = {
     "paligemma": Family(_square, bidirectional=True, first_position=1),
     "gemma3": Family(_square, pool=None, bidirectional=True),
     "mistral3": Family(_mistral3, pool="spatial_merge_size", order="images"),
+    "lighton_ocr": Family(_mistral3, pool="spatial_merge_size", order="images"),
 }
 
 _ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -218,8 +242,7 @@ _OTHER_CUTS = {"mllama", "blip-2", "instructblip"}
 
 _REFUSED = {
     "llama4": "its vision features are projected inside the model's own forward, out of reach of hooks",
-    "phi4_multimodal": "it has no boundary between features and language model; use a reducer inside the "
-    "layers",
+    "phi4_multimodal": "it merges features inside its own embedding layer, out of reach of hooks",
 }
 
 
@@ -258,6 +281,12 @@ def resolve(model: nn.Module) -> Host:
             f"reducers cannot attach to {name}: its language model mixes attention with {what}, whose state "
             "cannot be shortened"
         )
+    tower = core.get_encoder(modality="image")
+    if not isinstance(tower, nn.Module) or tower is core:
+        raise TypeError(f"reducers cannot attach to {name}: it has no vision tower (vision_config is None?)")
+    parts = {"core": core, "language model": lm}
+    for layer in {type(layer): layer for layer in lm.layers}.values():
+        check_parts(name, {**parts, "decoder layer": layer, "attention": layer.self_attn})
     ids = {
         modality: int(token)
         for modality in MEDIA
@@ -268,7 +297,7 @@ def resolve(model: nn.Module) -> Host:
         core=core,
         lm=lm,
         layers=lm.layers,
-        tower=core.get_encoder(modality="image"),
+        tower=tower,
         media_ids=ids,
         family=FAMILIES.get(kind, Family()),
         name=name,
@@ -282,13 +311,14 @@ def _check_unknown(model: nn.Module, core: nn.Module) -> None:
     reasons = []
     if core.get_decoder() is core:
         reasons.append("no separate language model (get_decoder)")
-    if core.get_encoder(modality="image") is core:
+    tower = core.get_encoder(modality="image")
+    if tower is core or not isinstance(tower, nn.Module):
         reasons.append("no vision tower (get_encoder)")
     if not hasattr(core, "get_image_features"):
         reasons.append("no get_image_features")
     if getattr(model.config, "image_token_id", None) is None:
         reasons.append("no image_token_id in its config")
-    if "mm_encoder_outputs" not in parameters:
+    if ENCODES_BEFORE_FORWARD and "mm_encoder_outputs" not in parameters:
         reasons.append("its core takes no mm_encoder_outputs")
     if reasons:
         known = ", ".join(sorted({*FAMILIES, *_OTHER_CUTS}))

@@ -3,6 +3,7 @@ for."""
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from ..attention import attention_rows, column_sums, probing
 from ..layout import Span
-from ..reducer import TowerLayer
+from ..reducer import TowerLayer, VisionReducer
+from ..undo import Undo
 from . import shrink
-from .families import MEDIA, Host, Record
+from .families import FAMILIES, MEDIA, Host, Record
 from .packed import PackedMerging
+from .versions import takes
 
+_PACKED = ("grid_thw", "cu_seqlens", "image_sizes", "spatial_shapes", "pixel_position_ids")
 _ENCODING: ContextVar[bool] = ContextVar("vistok_encoding", default=False)
 
 
@@ -57,10 +61,10 @@ class FeatureRecorder:
         merging: Any = None,
         pixels: bool = False,
     ) -> None:
-        self._ours: dict[str, Callable[..., Any]] = {}
-        self._own: dict[str, Any] = {}
         self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, merging
         self.pixels = pixels
+        if layers or states:
+            _check_readable(host)
         if pixels:
             shrink.check(host)
         self.attentions = tower_attentions(host.tower) if layers or states else []
@@ -71,25 +75,13 @@ class FeatureRecorder:
                     f"has {len(self.attentions)} layers"
                 )
 
-    def attach(self) -> None:
-        """Put the wrappers in place."""
+    def attach(self, undo: Undo) -> None:
+        """Put the wrappers in place; what a user may have put there comes back."""
         for modality in MEDIA:
             name = f"get_{modality}_features"
             stock = getattr(self.host.core, name, None)
             if stock is not None:
-                self._own[name] = vars(self.host.core).get(name)  # what a user may have put there
-                self._ours[name] = self._wrapper(modality, stock)
-                setattr(self.host.core, name, self._ours[name])
-
-    def remove(self) -> None:
-        """Restore the core."""
-        attributes = vars(self.host.core)
-        for name, ours in self._ours.items():
-            if attributes.get(name) is ours:
-                del attributes[name]
-                if self._own[name] is not None:
-                    attributes[name] = self._own[name]
-        self._ours, self._own = {}, {}
+                undo.attribute(self.host.core, name, self._wrapper(modality, stock))
 
     def _wrapper(self, modality: str, stock: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(stock)
@@ -100,6 +92,8 @@ class FeatureRecorder:
                 return stock(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             arguments = {**arguments.pop("kwargs", {}), **arguments}
+            if self.merging is not None:
+                self.merging.reset()
             with _encoding(), self._watching() as seen:
                 output = stock(*args, **{**kwargs, "return_dict": True})
             if not self.pixels:  # or the record would keep pictures alive
@@ -152,9 +146,9 @@ class FeatureRecorder:
         grid, record = span.grid, span.record
         if isinstance(self.merging, PackedMerging):
             patches = self._packed_patches(span)
-            return None if patches is None else record.groups.cpu()[0, patches]
+            return self._unknown(span) if patches is None else record.groups.cpu()[0, patches]
         if grid is None:
-            return None
+            return self._unknown(span)
         first = self._tiles(record)[span.item][0]
         if self.host.family.segment == "tiles":
             first += span.offset // grid.tokens_per_tile
@@ -169,6 +163,13 @@ class FeatureRecorder:
         separators = grid.tile < 0
         groups[separators] = -1 - torch.arange(int(separators.sum()))[:, None]  # none is like another
         return groups
+
+    def _unknown(self, span: Span) -> None:
+        warnings.warn(
+            f"which patches stand behind the {len(span.places)} tokens of this {span.record.modality} is not "
+            f"known for {self.host.name}, so all stay in the prompt although patches merged in the tower",
+            stacklevel=2,
+        )
 
     def _packed_patches(self, span: Span) -> Tensor | None:
         """The places [N, pool²], among all that entered a packed tower, of the patches behind an image's
@@ -202,6 +203,12 @@ class FeatureRecorder:
         if self.merging is not None:
             first, last = self.used_layers[0], self.used_layers[-1]
             trace = self.merging.trace
+            if trace is None:
+                raise TypeError(
+                    f"{type(self.merging.reducer).__name__} merges in the {type(self.host.tower).__name__}, "
+                    f"which took no part in the {modality} features of {self.host.name}; use a reducer of "
+                    "features, such as divprune"
+                )
             record.groups = trace.patch_groups(first) if first < last else trace.exit_groups()
         return record
 
@@ -287,3 +294,33 @@ def _class_rows(
 def mask_of_first(mask: Tensor | None) -> Tensor | None:
     """The part of a 4-D mask that belongs to the first query."""
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., :1, :]
+
+
+def check_groups(host: Host, reducer: VisionReducer) -> None:
+    """Raise TypeError where what merges in the tower cannot be followed to the language model's tokens, so
+    that its prompt would stay as long as it was."""
+    if host.family.grids is None and host.family.segment == "items":
+        raise TypeError(
+            f"{type(reducer).__name__} merges patches inside the tower, and for {host.name} "
+            f"({host.model.config.model_type}) it is not known which patches stand behind a visual token, so "
+            "no budget could be met; use a reducer of features, such as divprune"
+        )
+    if host.pool > 1:
+        warnings.warn(
+            f"{host.name} makes one visual token of {host.pool} × {host.pool} patches: keep is met by the "
+            "patches in the tower, and the prompt gets shorter only where the patches of two tokens have "
+            "merged entirely; attach a reducer of features beside it for a shorter prompt",
+            stacklevel=5,
+        )
+
+
+def _check_readable(host: Host) -> None:
+    """Raise TypeError for towers outside the table that pack pictures of any size into one sequence: which
+    rows of their attention belong to which image is not known."""
+    packed = [name for name in _PACKED if takes(host.tower, name)]
+    if host.model.config.model_type not in FAMILIES and packed:
+        raise TypeError(
+            f"the tower of {host.name} ({host.model.config.model_type}) packs pictures of any size into one "
+            f"sequence ({packed[0]}), and how its attention is divided among the visual tokens is not known; "
+            "use a reducer that needs the features alone, such as divprune"
+        )

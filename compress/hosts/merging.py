@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..earlier import EarlierCalls
 from ..merge import Matching, compose
 from ..reducer import Budget, VisionReducer, count_of
+from ..undo import Undo
+from .versions import forward_slot
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,11 @@ class VisionMerging:
         *,
         keep: Budget = None,
         depth: int | None = None,
+        undo: Undo | None = None,
     ) -> None:
         self.reducer, self.prefix = reducer, prefix
+        self.undo = Undo() if undo is None else undo
+        self.earlier = EarlierCalls(())
         self._plans: dict[int, list[int]] = {}
         self.keep = keep
         self.num_blocks = len(blocks)
@@ -110,16 +116,14 @@ class VisionMerging:
             raise ValueError(f"depth is {depth}; the tower has {self.num_blocks} blocks")
         self._parts = parts
         self._local = threading.local()
-        self._undo: list[Callable[[], Any]] = []
         for block in blocks:
             refuse_replaced(block)
-        vars(blocks[0])["vistok_merging"] = self  # so that copies of the model are refused
-        self.undo(lambda: vars(blocks[0]).pop("vistok_merging", None))
+        self.undo.attribute(blocks[0], "vistok_merging", self)  # so that copies of the model are refused
         keys = [getattr(block, parts.attention).get_submodule(parts.keys) for block in blocks]
         for index, block in enumerate(blocks):
-            self.replace(block, "forward", self._block_forward(index))
+            self.replace(block, forward_slot(block), self._block_forward(index))
             if reducer.metric == "keys":
-                self.undo(keys[index].register_forward_hook(self._keep_keys()).remove)
+                self.undo.hook(keys[index], self._keep_keys(), with_kwargs=False)
 
     @property
     def keep(self) -> float | int | None:
@@ -159,19 +163,13 @@ class VisionMerging:
 
     def remove(self) -> None:
         """Take everything out again. Doing so twice is harmless."""
-        while self._undo:
-            self._undo.pop()()
+        self.undo.run()
 
     # For hosts ----------------------------------------------------------------------------------------------
 
     def replace(self, module: nn.Module, name: str, method: Callable) -> None:
         """Give `module` a method of its own until `remove`; `method` takes the module first."""
-        setattr(module, name, MethodType(method, module))
-        self.undo(lambda: vars(module).pop(name, None))
-
-    def undo(self, action: Callable[[], Any]) -> None:
-        """Have `remove` call `action`, the latest first."""
-        self._undo.append(action)
+        self.undo.attribute(module, name, MethodType(method, module))
 
     def start(self, tower: nn.Module, *args: Any, **kwargs: Any) -> tuple[MergeTrace, tuple, dict[str, Any]]:
         """An empty trace for a forward of a tower with these arguments, and the arguments to call it with."""
@@ -231,6 +229,8 @@ class VisionMerging:
         reducer, parts = self.reducer, self._parts
 
         def forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.running is None and self.earlier.include_this_one():
+                return type(block).forward(block, x, *args, **kwargs)
             trace = self._enter(index, x)
             r, merged = trace.plan[index], x.shape[-2] != trace.num_tokens
             sized = reducer.prop_attn and merged
@@ -278,11 +278,13 @@ class VisionMerging:
 
 
 def refuse_replaced(module: nn.Module) -> None:
-    """Raises ValueError if `module` carries a `forward` of its own, which ours would hide."""
-    if "forward" in vars(module):
+    """Raises ValueError if `module` carries a `forward` of its own, other than accelerate's, which ours would
+    hide."""
+    slot = forward_slot(module)
+    own = vars(module).get(slot)
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         raise ValueError(
-            f"a {type(module).__name__} already has a forward of its own: detach what was attached before, "
-            "or load the model on one device"
+            f"a {type(module).__name__} already has a forward of its own: detach what was attached before"
         )
 
 

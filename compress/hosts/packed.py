@@ -171,8 +171,8 @@ class QwenMerging(PackedMerging):
         super().__init__(reducer, blocks, *args, **kwargs)
         for block in blocks if reducer.prop_attn else ():
             attention = block.attn
-            self.undo(attention.qkv.register_forward_hook(self._widen(attention)).remove)
-            self.undo(attention.proj.register_forward_pre_hook(self._narrow(attention)).remove)
+            self.undo.hook(attention.qkv, self._widen(attention), with_kwargs=False)
+            self.undo.pre_hook(attention.proj, self._narrow(attention), with_kwargs=False)
 
     def start(
         self, tower: nn.Module, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any

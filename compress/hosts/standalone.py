@@ -10,20 +10,17 @@ from torch import nn
 from ..accounting import vit_block_macs
 from ..reducer import Budget, Reducer, Stage, VisionReducer
 from ..report import ImageReport, Report
+from ..undo import Undo
 from . import timm, tower
 from .merging import VisionMerging
 
 
 @dataclass
 class Standalone:
-    """Merging in a vision transformer without a language model. `remove` restores the model."""
+    """Merging in a vision transformer without a language model."""
 
     model: nn.Module
     merging: VisionMerging
-
-    def remove(self) -> None:
-        """Take the merging out."""
-        self.merging.remove()
 
     def report(self, reducers: list[str]) -> Report:
         """Patches after each block, and operations of the blocks. Raises RuntimeError before an image."""
@@ -43,7 +40,9 @@ class Standalone:
         )
 
 
-def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget]) -> Standalone | None:
+def attach(
+    model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget], undo: Undo
+) -> Standalone | None:
     """Merge inside a timm VisionTransformer, a CLIP or a SigLIP tower; None for any other model.
 
     Merged tokens leave the tower merged. Raises TypeError for reducers of other stages.
@@ -57,12 +56,14 @@ def attach(model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Bu
             f"{type(model).__name__} is a vision transformer without a language model; "
             f"{' and '.join(others)} acts elsewhere. Attach ToMe or PiToMe"
         )
-    return Standalone(model, install(model, stages[Stage.VISION], keep()))
+    return Standalone(model, install(model, stages[Stage.VISION], keep(), undo))
 
 
-def _installer(model: nn.Module) -> Callable[[nn.Module, VisionReducer, Budget], VisionMerging] | None:
+def _installer(model: nn.Module) -> Callable[[nn.Module, VisionReducer, Budget, Undo], VisionMerging] | None:
     if type(model).__name__ in tower.TOWERS:
-        return lambda model, reducer, keep: tower.install(model, reducer, keep=keep, unmerge=False)
+        return lambda model, reducer, keep, undo: tower.install(
+            model, reducer, undo, keep=keep, unmerge=False
+        )
     if type(model).__module__.startswith("timm."):
-        return lambda model, reducer, keep: timm.install(model, reducer, keep=keep)
+        return lambda model, reducer, keep, undo: timm.install(model, reducer, undo, keep=keep)
     return None

@@ -7,6 +7,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, is_grad_enabled, nn
 
 from ..reducer import Budget, VisionReducer
+from ..undo import Undo
 from .merging import BlockParts, MergeTrace, VisionMerging
 
 PARTS = BlockParts(
@@ -21,7 +22,9 @@ PARTS = BlockParts(
 )
 
 
-def install(model: nn.Module, reducer: VisionReducer, *, keep: Budget = None) -> VisionMerging:
+def install(
+    model: nn.Module, reducer: VisionReducer, undo: Undo | None = None, *, keep: Budget = None
+) -> VisionMerging:
     """Have `model` merge tokens in every forward, until `remove` of what is returned.
 
     Class, distillation and register tokens never merge. `forward_features` returns the tokens that are left,
@@ -38,11 +41,13 @@ def install(model: nn.Module, reducer: VisionReducer, *, keep: Budget = None) ->
             )
         if type(block.attn).forward is not Attention.forward:
             raise TypeError(f"attention of class {type(block.attn).__name__} does not tell its keys")
-    merging = VisionMerging(reducer, list(model.blocks), PARTS, model.num_prefix_tokens, keep=keep)
+    merging = VisionMerging(reducer, list(model.blocks), PARTS, model.num_prefix_tokens, keep=keep, undo=undo)
 
     def forward_features(model: VisionTransformer, *args: Any, **kwargs: Any) -> Tensor:
         if model.grad_checkpointing and is_grad_enabled():
             raise ValueError("merging cannot recompute blocks: call model.set_grad_checkpointing(False)")
+        if merging.earlier.include_this_one():
+            return type(model).forward_features(model, *args, **kwargs)
         with merging.run() as trace:
             x = type(model).forward_features(model, *args, **kwargs)
         x.merge_trace = trace  # for pool, whichever forward its features come from

@@ -6,8 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..reducer import Budget, VisionReducer
+from ..undo import Undo
 from .merging import BlockParts, VisionMerging, refuse_replaced
 from .packed import PixtralMerging, QwenMerging
+from .versions import forward_slot
 
 _CLIP = BlockParts("layer_norm1", "self_attn", "layer_norm2", "mlp", keys="k_proj")
 _INTERNVL = BlockParts(
@@ -60,6 +62,7 @@ TOWERS = {
 def install(
     tower: nn.Module,
     reducer: VisionReducer,
+    undo: Undo | None = None,
     *,
     keep: Budget = None,
     depth: int | None = None,
@@ -76,9 +79,11 @@ def install(
     kind = supported(tower)
     refuse_replaced(tower)
     blocks = list(tower.get_submodule(kind.blocks))
-    merging = kind.merging(reducer, blocks, kind.parts, kind.prefix, keep=keep, depth=depth)
+    merging = kind.merging(reducer, blocks, kind.parts, kind.prefix, keep=keep, depth=depth, undo=undo)
 
     def forward(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if merging.earlier.include_this_one():
+            return type(tower).forward(tower, *args, **kwargs)
         as_tuple = kwargs.pop("return_dict", getattr(tower.config, "return_dict", True)) is False
         if tower.training and getattr(blocks[0], "gradient_checkpointing", False):
             raise ValueError("merging cannot recompute layers: call model.gradient_checkpointing_disable()")
@@ -100,12 +105,12 @@ def install(
         trace = merging.running
         return args if trace is None else (trace.unmerge(args[0]), *args[1:])
 
-    merging.replace(tower, "forward", forward)
+    merging.replace(tower, forward_slot(tower), forward)
     for name in kind.outlets:
         found = getattr(tower, name, None)
         for outlet in found if isinstance(found, nn.ModuleList) else [found]:
             if isinstance(outlet, nn.Module):
-                merging.undo(outlet.register_forward_pre_hook(spread).remove)
+                merging.undo.pre_hook(outlet, spread, with_kwargs=False)
     return merging
 
 

@@ -1,17 +1,113 @@
-"""What a release of transformers may rename: every argument and field that the session needs is looked up
-here, by type or from a signature, and nowhere else by a name of ours."""
+"""What a release of transformers or accelerate may change, in one file.
+
+Arguments and fields are found by type or from a signature, never by a name that nobody has checked:
+`check_parts` reads the signatures of a model's parts when a session attaches, and refuses what it does not
+know. What a signature cannot show is compared with the facts while the model runs (`check_growth`).
+"""
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+TESTED = "5.17 to 5.24"
+ENCODES_BEFORE_FORWARD = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")  # since 5.18
+CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
 _CACHE_TYPE = re.compile(r"\b(?:Dynamic|Static|EncoderDecoder)?Cache\b")
+
+# Arguments that hooks read by name. `check_parts` finds each of them in the signature of the part.
+READ = {
+    "core": ("input_ids", "inputs_embeds", "attention_mask", "position_ids"),
+    "language model": ("inputs_embeds", "attention_mask", "position_ids"),
+    "decoder layer": ("hidden_states", "attention_mask"),
+    "attention": ("hidden_states",),
+}
+
+
+def release() -> str:
+    """The installed release and those that were tested, for error messages."""
+    return f"transformers {transformers.__version__} (tested: {TESTED})"
+
+
+# Signatures -------------------------------------------------------------------------------------------------
+
+
+_PARAMETERS: WeakKeyDictionary[Callable[..., Any], dict[str, inspect.Parameter]] = WeakKeyDictionary()
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """The function that runs when `module` is called, under what accelerate wraps around it."""
+    own = vars(module).get("forward")
+    function = type(module).forward if own is None else inspect.unwrap(own)
+    return getattr(function, "__func__", function)
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    if function not in _PARAMETERS:
+        parameters = inspect.signature(function).parameters.items()
+        _PARAMETERS[function] = {name: parameter for name, parameter in parameters if name != "self"}
+    return _PARAMETERS[function]
+
+
+def cache_parameter(function: Callable[..., Any]) -> str:
+    """The name of the one parameter of `function` that takes a key-value cache, by annotation or known name.
+
+    Raises TypeError when there is none or more than one.
+    """
+    names = [
+        name
+        for name, parameter in _parameters(function).items()
+        if name in CACHE_NAMES or _CACHE_TYPE.search(str(parameter.annotation))
+    ]
+    if len(names) != 1:
+        which = f" ({', '.join(names)})" if names else ""
+        raise TypeError(f"{function.__qualname__} takes {len(names)} key-value caches{which}, not one")
+    return names[0]
+
+
+def check_parts(name: str, parts: Mapping[str, nn.Module]) -> None:
+    """Check by signature that each part ("core", "language model", …) takes one key-value cache and the
+    arguments that hooks read.
+
+    Raises TypeError naming the model `name`, the part, its class and the release.
+    """
+    for part, module in parts.items():
+        function = _forward(module)
+        missing = [argument for argument in READ[part] if argument not in _parameters(function)]
+        try:
+            cache_parameter(function)
+            problem = f"{function.__qualname__} takes no {' and no '.join(missing)}" if missing else None
+        except TypeError as error:
+            problem = str(error)
+        if problem is not None:
+            raise TypeError(
+                f"reducers cannot attach to {name}: the {part} {type(module).__name__} of {release()} is not "
+                f"called as expected: {problem}"
+            )
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the forward of `module` has an argument of that name."""
+    return name in _parameters(_forward(module))
+
+
+def keywords(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module` by name, those given by position included."""
+    if not args:
+        return dict(kwargs)
+    return {**dict(zip(_parameters(_forward(module)), args, strict=False)), **kwargs}
+
+
+# Caches -----------------------------------------------------------------------------------------------------
 
 
 def cache_in(values: Mapping[str, Any]) -> Cache | None:
@@ -22,8 +118,25 @@ def cache_in(values: Mapping[str, Any]) -> Cache | None:
     caches = {id(value): value for value in values.values() if isinstance(value, Cache)}
     if len(caches) > 1:
         names = ", ".join(name for name, value in values.items() if isinstance(value, Cache))
-        raise TypeError(f"one key-value cache was expected, and {len(caches)} came as {names}")
+        raise TypeError(f"one key-value cache was expected, and {len(caches)} came as {names}; {release()}")
     return next(iter(caches.values()), None)
+
+
+def cache_given(module: nn.Module, kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache that `module` is called with.
+
+    Raises TypeError when it comes under a name that is not in the signature of the module.
+    """
+    cache = cache_in(kwargs)
+    if cache is not None:
+        name = next(name for name, value in kwargs.items() if value is cache)
+        expected = cache_parameter(_forward(module))
+        if name != expected and name not in CACHE_NAMES:
+            raise TypeError(
+                f"{type(module).__name__} of {release()} was given its cache as {name!r}, while its "
+                f"signature says {expected!r}; reducers cannot work in it"
+            )
+    return cache
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,28 +145,134 @@ def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**left, "use_cache": False} if "use_cache" in left else left
 
 
-@lru_cache(maxsize=256)
-def cache_parameter(function: Callable[..., Any]) -> str:
-    """The name of the one parameter of `function` whose annotation is a key-value cache.
-
-    Raises TypeError when there is none or more than one.
-    """
-    names = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if _CACHE_TYPE.search(str(parameter.annotation))
-    ]
-    if len(names) != 1:
-        raise TypeError(
-            f"{function.__qualname__} takes {len(names)} key-value caches"
-            f"{' (' + ', '.join(names) + ')' if names else ''}; one was expected"
-        )
-    return names[0]
-
-
 def with_cache(model: nn.Module, cache: Cache) -> dict[str, Cache]:
     """The argument that has `model` go on from a cache, under the name that this release gives it."""
     return {cache_parameter(type(model).forward): cache}
+
+
+def wants_cache(lm: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the language model `lm` keeps keys and values."""
+    asked = kwargs.get("use_cache")
+    asked = getattr(lm.config, "use_cache", False) if asked is None else asked
+    return bool(asked) and not _recomputes(lm)
+
+
+def _recomputes(lm: nn.Module) -> bool:
+    return lm.training and getattr(lm, "is_gradient_checkpointing", False)
+
+
+def entries(cache: Cache | None, layer: int) -> int:
+    """Tokens in a layer of the cache, those that a window has let go of included."""
+    return Cache.get_seq_length(cache, layer) if holds_keys(cache, layer) else 0
+
+
+def holds_keys(cache: Cache | None, layer: int) -> bool:
+    """Whether a layer of the cache holds keys; those of layers that use another's keys do not."""
+    return (
+        cache is not None and layer < len(cache.layers) and isinstance(cache.layers[layer], CacheLayerMixin)
+    )
+
+
+def writes_cache(attention: nn.Module) -> bool:
+    """Whether an attention module has keys of its own; some layers of Gemma 3n and 4 use another's."""
+    return not getattr(attention, "is_kv_shared_layer", False)
+
+
+def has_window(cache: Cache, layer: int) -> bool:
+    """Whether a layer of the cache lets go of tokens that a window has passed."""
+    return bool(cache.layers[layer].is_sliding)
+
+
+def visible_entries(cache: Cache | None, layer: int, new: int) -> int:
+    """How many keys a layer's attention gets when `new` tokens come."""
+    return new if cache is None else cache.get_mask_sizes(new, layer)[0]
+
+
+def replace_entries(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> None:
+    """Have a layer of a dynamic cache hold these keys and values [B, H, S, D] and no others.
+
+    Raises RuntimeError when the layer then counts other entries than S.
+    """
+    held = cache.layers[layer]
+    held.keys, held.values = keys, values
+    if has_window(cache, layer):  # counts what it has read; it goes on with what it holds
+        held.cumulative_length = keys.shape[-2]
+    if entries(cache, layer) != keys.shape[-2]:
+        raise RuntimeError(
+            f"layer {layer} of a {type(cache).__name__} counts {entries(cache, layer)} entries after it was "
+            f"shortened to {keys.shape[-2]}; {release()} keeps its cache in a way that reducers do not know"
+        )
+
+
+def check_growth(
+    name: str,
+    attentions: Sequence[nn.Module],
+    cache: Cache | None,
+    before: Sequence[int],
+    planned: Sequence[int],
+) -> None:
+    """Compare what each layer's cache holds after a call with what it held `before` and the `planned` tokens.
+
+    Raises RuntimeError naming the model, the release and the first layer where they differ.
+    """
+    if cache is None:
+        raise RuntimeError(
+            f"{name} was to keep keys and values (use_cache), but its language model returned no cache that "
+            f"{release()} is known to use; nothing was answered. Detach the reducer, or generate with "
+            "use_cache=False"
+        )
+    for layer, (attention, old, new) in enumerate(zip(attentions, before, planned, strict=True)):
+        held, expected = entries(cache, layer), old + new if writes_cache(attention) else old
+        if held != expected:
+            raise RuntimeError(
+                f"the cache of {name} holds {held} tokens in layer {layer} where {expected} were planned "
+                f"({old} before and {new} new ones); {release()} keeps its cache in a way that reducers do "
+                "not know, so nothing was answered. Detach the reducer"
+            )
+
+
+# Per-token arguments ----------------------------------------------------------------------------------------
+
+
+def at_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
+    """An argument of a call on L = `length` tokens, for those at `index` [B, L'].
+
+    Tensors of one entry per token, [B or 1, L, …] or [planes, B or 1, L, …], are gathered, also inside
+    tuples, lists and dictionaries; what has nothing of length L stays as it is. Raises TypeError, by name,
+    for a tensor that has a dimension of length L elsewhere.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(at_tokens(name, part, index, length) for part in value)
+    if isinstance(value, dict):
+        return {key: at_tokens(f"{name}[{key!r}]", part, index, length) for key, part in value.items()}
+    if not isinstance(value, Tensor) or length not in value.shape:
+        return value
+    shape, batch = value.shape, len(index)
+    square = value.ndim > 3 and shape[-1] == shape[-2] == length  # a mask, whose columns would stay
+    if value.ndim > 1 and shape[0] in (1, batch) and shape[1] == length and not square:
+        rows = index.to(value.device)
+        return value.expand(batch, *shape[1:])[torch.arange(batch, device=rows.device)[:, None], rows]
+    if value.ndim > 2 and shape[1] in (1, batch) and shape[2] == length and not square:
+        planes = [at_tokens(name, plane, index, length) for plane in value]
+        return torch.stack(planes)
+    if value.ndim == 1 and value.is_floating_point():
+        return value  # a parameter that happens to be as long
+    raise TypeError(
+        f"the argument {name} has the shape {tuple(shape)} on {length} tokens, and which of its entries "
+        f"belong to which token is not known; a reducer cannot shorten it ({release()})"
+    )
+
+
+# Dispatched models ------------------------------------------------------------------------------------------
+
+
+def forward_slot(module: nn.Module) -> str:
+    """The attribute of `module` that holds its forward: where accelerate has wrapped one, the inner one, so
+    that weights are still brought in around it."""
+    return "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
+
+
+# Masks and attention ----------------------------------------------------------------------------------------
 
 
 def causal_mask(
@@ -61,7 +280,7 @@ def causal_mask(
 ) -> Any:
     """The mask that transformers makes for `layer`, whose attention is of `pattern` ("full_attention", …).
 
-    `hidden` [B, q, D] are the new states, `real` [B, entries + q] says which entries are no padding.
+    `hidden` [B, q, D] are the new states, `real` [B, entries + q] says which entries are not padding.
     """
     make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[pattern]
     return make(
@@ -72,3 +291,43 @@ def causal_mask(
         layer_idx=layer,
         **{cache_parameter(make): cache},
     )
+
+
+def pattern_of(config: Any, attention: nn.Module, layer: int) -> tuple[str, int | None]:
+    """The kind of a layer's attention ("full_attention", "sliding_attention", "chunked_attention") and the
+    size of its window or chunk, as the host builds its masks: by `layer_types` where the configuration has
+    them, else one kind for all layers."""
+    types = getattr(config, "layer_types", None)
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    if types:
+        kind = types[layer]
+    else:
+        kind = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
+    if kind == "sliding_attention":
+        return kind, getattr(attention, "sliding_window", None) or window
+    return kind, chunk if kind == "chunked_attention" else None
+
+
+def attention_function(implementation: str) -> Callable[..., Any] | None:
+    """The registered attention function of a name; None for "eager", of which each model file has its own.
+
+    Raises ValueError for names that are not registered.
+    """
+    if implementation == "eager":
+        return None
+    if implementation not in ALL_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"the attention implementation {implementation!r} is not registered with transformers, so it "
+            'cannot be observed; load the model with attn_implementation="sdpa", or use a reducer that reads '
+            "no attention"
+        )
+    return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def register_attention(name: str, function: Callable[..., Any], like: str) -> None:
+    """Register an attention function under a name of its own, with the masks that the implementation `like`
+    takes; a name that is registered already stays."""
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, function)
+        if like in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])

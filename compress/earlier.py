@@ -1,0 +1,34 @@
+"""Calls of a model that began before a session was attached to it, in whatever thread."""
+
+import sys
+import threading
+from collections.abc import Iterable
+from types import FrameType
+
+from torch import nn
+
+_CALLS = {"generate", "forward", "forward_features", "__call__", "_call_impl", "_wrapped_call_impl"}
+
+
+class EarlierCalls:
+    """The calls of some modules that are running now in other threads. They go on as they began: a reducer
+    that comes in the midst of a call would find half of what it needs."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        known, here = {id(module) for module in modules}, threading.get_ident()
+        self._frames = {
+            frame
+            for thread, top in (sys._current_frames().items() if known else ())
+            for frame in _stack(top)
+            if thread != here and frame.f_code.co_name in _CALLS and id(frame.f_locals.get("self")) in known
+        }
+
+    def include_this_one(self) -> bool:
+        """Whether the caller runs inside one of them."""
+        return bool(self._frames) and any(frame in self._frames for frame in _stack(sys._getframe(1)))
+
+
+def _stack(frame: FrameType | None) -> Iterable[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,0 +1,86 @@
+"""Where the prompt of a forward ends, when answers or drafts follow it in the same forward.
+
+Reducers that rank by the last row must rank by the last token of the prompt: whatever follows it is not there
+when the same answer is generated token by token.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PromptLength = int | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A `generate` that is under way: its model, and the length of the prompts that it was given."""
+
+    model: nn.Module
+    length: int
+
+
+GENERATION: ContextVar[Generation | None] = ContextVar("vistok_generation", default=None)
+
+
+@contextmanager
+def generating(model: nn.Module, length: int | None):
+    """Note that `model` generates from prompts of `length` tokens (None: not known) while inside."""
+    token = GENERATION.set(None if length is None else Generation(model, length))
+    try:
+        yield
+    finally:
+        GENERATION.reset(token)
+
+
+def length_of_prompts(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+    """The length L of the prompts that `generate` is called with, [B, L] or as embeddings [B, L, D]."""
+    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    return next((value.shape[1] for value in given if isinstance(value, Tensor) and value.ndim > 1), None)
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the call of a whole model says of its prompt: `labels` [B, L] (-100: no target), and the
+    `logits_to_keep` (how many at the end, or at which places)."""
+
+    labels: Tensor | None = None
+    logits_to_keep: int | Tensor = 0
+
+
+def last_of_prompt(
+    real: Tensor, before: int, given: PromptLength, generation: Generation | None, hints: Hints
+) -> Tensor:
+    """The place [B] of the last prompt token among the tokens of a forward; `real` [B, L] is not padding.
+
+    `before` counts the tokens read by earlier calls. The prompt ends where the first of these says: `given`
+    (tokens of the prompt, those read before and padding on the left included), the running generation, the
+    first label, the first logits that are kept. Without any, everything is prompt. Raises ValueError for a
+    `given` that does not end in this forward.
+    """
+    batch, length = real.shape
+    places = torch.arange(length, device=real.device)
+    if given is not None:
+        ends = torch.as_tensor(given, device=real.device).reshape(-1)
+        if batch % len(ends):
+            raise ValueError(f"prompt_length has {len(ends)} entries; this forward has {batch} rows")
+        ends = ends.repeat_interleave(batch // len(ends)) - before
+        if int(ends.min()) < 1 or int(ends.max()) > length:
+            raise ValueError(
+                f"prompt_length is {given}, but this forward holds tokens {before + 1} to {before + length}; "
+                "give the number of prompt tokens up to the answer, padding on the left included, or None"
+            )
+    elif generation is not None:
+        ends = torch.full((batch,), min(length, max(1, generation.length - before)), device=real.device)
+    elif hints.labels is not None and hints.labels.shape == real.shape:
+        target = (hints.labels.to(real.device) != -100) & real
+        ends = torch.where(target.any(1), target.to(torch.uint8).argmax(1), length)
+    else:
+        kept = hints.logits_to_keep
+        first = int(kept.min()) if isinstance(kept, Tensor) else length - (kept or 1)
+        ends = torch.full((batch,), min(length, max(0, first) + 1), device=real.device)
+    return ((places < ends[:, None]) & real).mul(places).amax(1)
