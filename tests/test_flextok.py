@@ -442,7 +442,7 @@ def test_images_of_another_size_are_refused(model):
         ({"latent_size": 7}, "latent_size 7"),
         ({"num_tokens": 0}, "num_tokens 0"),
         ({"kept_tokens": "all"}, "kept_tokens is 'all'"),
-        ({"depth": 3}, "no configuration field depth"),
+        ({"depth": 3}, "unknown key depth"),
     ],
 )
 def test_impossible_configurations_are_refused(change, said):
@@ -766,7 +766,7 @@ def test_cases_of_the_generator_are_refused_by_name(tmp_path):
         "reference": "search",
     }
     (tmp_path / "case.json").write_text(json.dumps(case))
-    with pytest.raises(CannotBuild, match=r"autoregressive generator \(search\)"):
+    with pytest.raises(CannotBuild, match="autoregressive generator"):
         verify(tmp_path / "case.json")
 
 

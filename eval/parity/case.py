@@ -4,6 +4,7 @@ A case stores no weights. Every tensor of the checkpoint is a function of its ke
 (`fill`), so `<case>.json` with `<case>.safetensors` pins a model of any published size in a small file.
 """
 
+import ast
 import hashlib
 import json
 import math
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from ...configuration import shorten
 from .fields import CannotBuild, check_fields, check_size, is_numbered, whole
-from .meta import build_within
+from .meta import build_within, remove_unfilled
 
 __all__ = ["CannotBuild", "Case", "Outputs", "fill"]
 
 M = TypeVar("M", bound=nn.Module)
 
+DRAWS = ("uniform", "standard_normal", "random_sample", "normal", "randint")
 Outputs = Iterator[tuple[str, Tensor]]
 
 
@@ -129,8 +131,8 @@ class Case:
         device.
 
         `prefix` selects the part of the case's `state_dict` that belongs to this module (`owner:`). `part`
-        gives the part of the module that a key belongs to: a case may leave out whole parts, whose weights
-        then stay without values (on the meta device). Raises CannotBuild when keys or shapes differ from the
+        gives the part of the module that a key belongs to: a case may leave out whole parts, which the module
+        then does not have. Raises CannotBuild when keys or shapes differ from the
         published ones; nothing is allocated before that is known.
         """
         published = self._published(prefix)
@@ -150,11 +152,8 @@ class Case:
         except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
             raise self.refusal(f"this configuration cannot be built: {error}") from error
         module.load_state_dict(self.filled(own), strict=False, assign=True)
-        module._apply(self._placed)
-        return module.eval()
-
-    def _placed(self, value: Tensor) -> Tensor:
-        return value if value.is_meta else self.place(value)
+        remove_unfilled(module)
+        return module._apply(self.place).eval()
 
     def _is_kept(self, key: str) -> bool:
         keep = self.data.get("keep", ())
@@ -254,6 +253,21 @@ class Case:
             raise self.refusal("the image recipe gave another picture than was recorded")
         return self.place(torch.from_numpy(picture))
 
+    def array(self, name: str) -> Tensor:
+        """A stored tensor, or the one of the recipe "np.random.RandomState(seed).method(arguments)"."""
+        if name in self.tensors:
+            return self.recorded(name)
+        recipe = self.input(name)
+        found = re.search(rf"RandomState\(\d+\)\.({'|'.join(DRAWS)})\((.*?)\)(\.|,|;|\s|$)", recipe)
+        if not found:
+            raise self.refusal(f"cannot read the recipe {shorten(recipe)} of input {name!r}")
+        arguments = ast.literal_eval(f"({found[2]},)")
+        shape = next((each for each in arguments if isinstance(each, tuple)), ())
+        check_size(self.path.name, f"input {name}", shape)
+        drawn = np.asarray(getattr(self.draw(recipe), found[1])(*arguments))
+        whole_numbers = found[1] == "randint"
+        return self.place(torch.from_numpy(drawn.astype(np.int64 if whole_numbers else np.float32)))
+
     def draw(self, text: str) -> "np.random.RandomState":
         """The NumPy generator that a description names, as `RandomState(103)`."""
         found = re.search(r"RandomState\((\d+)\)", text)
@@ -297,7 +311,10 @@ class Case:
         return name in table or any(is_numbered(key, name) for key in table)
 
     def subsample(self, name: str, value: Tensor, default: str = "") -> Tensor:
-        """The part of `value` that was recorded: the first [slices] in the description, or in `default`."""
+        """The part of `value` that was recorded: all, if that has its shape; else the first [slices] in the
+        description, or in `default`."""
+        if name in self.tensors and self.tensors[name].shape == value.shape:
+            return value
         for text in (self.description(name), default):
             for found in re.findall(r"\[([-:.,\d\s]*:[-:.,\d\s]*)\]", text):
                 return value[tuple(_axis(part.strip()) for part in found.split(","))]

@@ -1,53 +1,42 @@
 """Parity of the FlexTok family: whole tokenizers, and the parts they are made of."""
 
+import dataclasses
 import re
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...configuration import shorten
 from ...models.flextok import (
     FlexTok,
-    Layout,
+    FlexTokConfig,
     patchify,
-    powers_of_two,
-    register_mask,
-    round_up_to_power,
-    sincos_table,
-    timestep_features,
 )
-from ...nn import flow
-from ...quantizers import FiniteScalarQuantizer
-from ...registry import create
-from ..plain_flextok import attention_mask
-from .case import CannotBuild, Case, Outputs
+from .case import Case, Outputs
+from .descriptions import number_after, numbers
+from .fields import check_size, whole
+from .flextok_components import RECORDED, components
+from .meta import remove_unfilled
 
+MOST_STEPS = 1000
 GRID, ROWS, MAP = "[:, ::4, ::4, ::8]", "[:, ::32, ::16]", "[:, :, ::2, ::2]"
 
 
 def run(case: Case) -> Outputs:
     """Our outputs for every recorded tensor."""
-    config = case.data.get("config", {})
-    if "vae" in config or "encoder" in config:
-        yield from _tokenizer(case)
-    elif "fsq_a_z" in case.tensors or any(name.startswith(("fsq_", "rf_", "guid_")) for name in case.tensors):
-        yield from _components(case)
-    else:
-        raise CannotBuild(
-            f"{case.path.name} is a case of FlexTok's autoregressive generator "
-            f"({case.data.get('reference')}), which this version does not have; it has the tokenizers"
+    if any(key.startswith(("vae.", "module_dict.")) or ".module_dict." in key for key in case.keys):
+        yield from _Tokenizer(case).outputs()
+    elif case.records(*RECORDED):
+        yield from components(case)
+    elif case.records("(c2i|t2i|filter)_.*"):
+        raise case.refusal(
+            "it holds FlexTok's autoregressive generator, which this version does not have; it has the "
+            "tokenizers"
         )
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in re.findall(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?", text)]
-
-
-def _after(text: str, word: str) -> float | None:
-    """The number that follows a word in a description."""
-    found = re.search(rf"{word}\s*=?\s*([-+]?\d*\.?\d+)", text)
-    return float(found[1]) if found else None
+    else:
+        raise case.refusal("it holds neither weights of a FlexTok nor components that this version knows")
 
 
 # Tokenizers -------------------------------------------------------------------------------------------------
@@ -74,82 +63,312 @@ class _Blocks:
         return self.seen[depth]
 
 
-def _depths(case: Case, prefix: str) -> list[tuple[str, int]]:
-    found = [(name, re.fullmatch(rf"{prefix}_block(\d+)", name)) for name in case.tensors]
-    return [(name, int(match[1])) for name, match in found if match]
+def _part(key: str) -> str:
+    """The part of the model that a key belongs to: half of the VAE, or a module of encoder or decoder."""
+    return ".".join(key.split(".")[:3])
 
 
-def _images(case: Case) -> Tensor:
-    """Uniform noise in [-1, 1] with cells of 8×8 pixels, as [0, 1]."""
-    recipe = case.data["inputs"]["images"]
-    batch, size = int(recipe["B"]), int(recipe["N"])
-    random = np.random.RandomState(int(recipe["S"]))
-    cells = random.uniform(-1, 1, (batch, 3, size // 8, size // 8)).astype(np.float32)
-    return (case.place(torch.from_numpy(cells.repeat(8, 2).repeat(8, 3))) + 1) / 2
+class _Tokenizer:
+    """A case of the tokenizer, or of its VAE, encoder or decoder.
 
+    Its images have one size and go as one batch, whose tensors have plain names, or several sizes and go one
+    by one: then a tensor of image i is `name_i`, and those of one shape may be recorded together as `name`.
+    """
 
-def _noise(case: Case) -> Tensor:
-    text = case.data["inputs"]["noise"]
-    shape = re.search(r"standard_normal\(\(([\d, ]+)\)\)", text)
-    if not shape:
-        raise CannotBuild(f"{case.path.name}: no standard_normal((shape)) in {text!r}")
-    drawn = case.draw(text).standard_normal([int(side) for side in shape[1].split(",")])
-    return torch.from_numpy(drawn.astype(np.float32)).to(case.device)
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        config = dict(case.config)
+        modules = config.get("module_dict")
+        alone = None
+        if isinstance(modules, dict):  # one side by itself, whose keys do not name it
+            alone = "encoder" if any(name.startswith("enc_") for name in modules) else "decoder"
+            config = {alone: config, **{name: config[name] for name in ("regularizer",) if name in config}}
+        parsed = FlexTokConfig.parse(config, whole=False)
+        self.has_levels = "regularizer" in config or "levels" in config
+        sides = ("vae", "encoder", "decoder")
+        self.sides = {alone} if alone else {side for side in sides if self._names(f"{side}.")}
+        parsed = dataclasses.replace(parsed, vae="vae" in self.sides)
+        if alone:
+            with torch.device("meta"):
+                self.model = FlexTok(parsed)
+            remove_unfilled(self.model)
+            setattr(self.model, alone, case.build(lambda: getattr(FlexTok(parsed), alone), part=_part_alone))
+        else:
+            self.model = case.build(lambda: FlexTok(parsed), part=_part)
 
+    def _names(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self.case.keys)
 
-def _tokenizer(case: Case) -> Outputs:
-    model: FlexTok = case.build(lambda: create("flextok", **case.data["config"]))
-    yield from _encoding(case, model, _images(case))
-    indices, noise = case.recorded("indices").long(), _noise(case)
-    quantized = model.quantizer.decode(indices).to(case.dtype)
-    yield from _velocities(case, model, quantized, noise)
-    yield from _decoding(case, model, indices, noise)
+    def outputs(self) -> Outputs:
+        """The encoder's side, then the decoder's."""
+        case = self.case
+        if self.sides & {"vae", "encoder"} and case.records("vae_.*", "enc_.*", "latents.*", "indices.*"):
+            batches = self._images() if "vae" in self.sides else self._stored("vae_latents")
+            yield from self._by_image([dict(self._encoding(batch)) for batch in batches])
+            yield from self._moments(batches)
+        if "decoder" not in self.sides or not case.records("dec_.*", "velocity_.*", "decode_.*", "recon_.*"):
+            if self.has_levels and not self.sides & {"encoder"} and case.records("quantized", "indices"):
+                yield "quantized", self.model.quantizer.decode(case.recorded("indices").long())
+            return
+        registers, noise = self._registers(), self._noise()
+        if case.records("dec_.*", "velocity_.*"):
+            yield from self._velocities(registers, noise)
+        yield from self._decoding(registers, noise)
 
+    def _by_image(self, outputs: list[dict[str, Tensor]]) -> Outputs:
+        if len(outputs) == 1:
+            yield from outputs[0].items()
+            return
+        for name in outputs[0]:
+            values = [output[name] for output in outputs]
+            for number, value in enumerate(values):
+                recorded = self.case.tensors.get(f"{name}_{number}")
+                squeezed = recorded is not None and recorded.ndim == value.ndim - 1
+                yield f"{name}_{number}", value[0] if squeezed else value
+            if len({value.shape for value in values}) == 1:
+                yield name, torch.cat(values)
 
-def _encoding(case: Case, model: FlexTok, images: Tensor) -> Outputs:
-    if "vae_moments_0" in case.tensors:
-        moments = model.autoencoder.posterior(2 * images[:1] - 1).parameters
-        yield "vae_moments_0", case.subsample("vae_moments_0", moments)
-    encoded = model.autoencoder.encode(2 * images - 1)
-    yield "vae_latents", case.subsample("vae_latents", encoded)
-    parts = model.encoder.module_dict
-    if "enc_patches" in case.tensors:
+    # Inputs -------------------------------------------------------------------------------------------------
+
+    def _images(self) -> list[Tensor]:
+        """Uniform noise in [-1, 1] with cells of 8×8 pixels, as stored or drawn: [B, 3, H, W], as [0, 1]."""
+        case = self.case
+        if case.records(r"images?(_\d+)?"):
+            return [
+                (batch + 1) / 2 for batch in self._stored("images" if case.records("images.*") else "image")
+            ]
+        recipe = case.input("images", dict)
+        random = np.random.RandomState(whole(case.path.name, recipe, "S", 0, 2**32 - 1))
+        sizes = self._sizes(recipe)
+        same = len(set(sizes)) == 1
+        groups = [(len(sizes), sizes[0])] if same else [(1, size) for size in sizes]
+        images = []
+        for batch, (height, width) in groups:
+            check_size(case.path.name, "images", (batch, 3, height, width))
+            cells = random.uniform(-1, 1, (batch, 3, height // 8, width // 8)).astype(np.float32)
+            images.append((case.place(torch.from_numpy(cells.repeat(8, 2).repeat(8, 3))) + 1) / 2)
+        for batch in images:
+            self.model.check_image_size(*batch.shape[2:], "the case draws them")
+        return images
+
+    def _sizes(self, recipe: dict[str, Any]) -> list[tuple[int, int]]:
+        """Height and width of each image: B of N, of [H, W] or of H and W, or a list with one [H, W] each."""
+        listed = recipe.get("sizes", recipe.get("N"))
+        if listed is None:
+            listed = [recipe.get("H"), recipe.get("W")]
+        if not isinstance(listed, list):
+            listed = [listed, listed]
+        if not any(isinstance(each, list) for each in listed):
+            listed = [listed] * whole(self.case.path.name, recipe, "B", 1, 4096)
+        for size in listed:
+            pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+            if not pair or any(not 8 <= side <= 2**16 or side % 8 for side in size):
+                raise self.case.refusal(f"an image has size {shorten(size)}; it takes multiples of 8 pixels")
+        return [tuple(size) for size in listed]
+
+    def _stored(self, name: str) -> list[Tensor]:
+        """A recorded batch, or the recorded `name_0`, `name_1`, … as batches of one."""
+        case = self.case
+        if name in case.tensors or f"{name}_0" not in case.tensors:
+            return [case.array(name)]
+        numbers = sorted(
+            int(found[1]) for key in case.tensors if (found := re.fullmatch(rf"{name}_(\d+)", key))
+        )
+        values = [case.recorded(f"{name}_{number}") for number in numbers]
+        return [value if value.ndim == 4 else value[None] for value in values]
+
+    def _noise(self) -> list[Tensor]:
+        """Initial noise: one batch, or one image each."""
+        case = self.case
+        if case.records(r"noise(_\d+)?"):
+            return self._stored("noise")
+        text = case.input("noise")
+        shapes = [
+            tuple(int(side) for side in re.findall(r"\d+", found))
+            for found in re.findall(r"standard_normal\(\(([\d, ]+)\)\)", text)
+        ]
+        if not shapes or any(len(shape) not in (3, 4) for shape in shapes):
+            raise case.refusal(f"no standard_normal((shape)) of images [B, C, h, w] in {shorten(text)}")
+        random, noise = case.draw(text), []
+        for shape in shapes:
+            check_size(case.path.name, "noise", shape)
+            drawn = torch.from_numpy(random.standard_normal(shape).astype(np.float32)).to(case.device)
+            noise.append(drawn if drawn.ndim == 4 else drawn[None])
+        return noise
+
+    def _registers(self) -> Tensor:
+        """Quantized latents [B, K, D]: of the recorded indices, or as recorded or drawn."""
+        case, inputs = self.case, self.case.data.get("inputs", {})
+        if self.has_levels and ("indices" in case.tensors or "indices" in inputs):
+            return self.model.quantizer.decode(case.array("indices").long()).to(case.dtype)
+        return case.array("quantized")
+
+    def _times(self, batch: int) -> Tensor:
+        """The time of every image, stored, stated, or in descriptions ("t = 0.75 and 0.3")."""
+        case = self.case
+        for name in ("timesteps", "times", "t"):
+            if name in case.tensors:
+                return case.recorded(name).flatten()
+            values = case.data["inputs"].get(name) if isinstance(case.data.get("inputs"), dict) else None
+            if isinstance(values, list) and all(isinstance(each, int | float) for each in values):
+                return torch.tensor(values, dtype=torch.float32, device=case.device)
+        values = numbers(case.description("dec_temb").split("[")[0])
+        for name in case.data["tensors"] if not values else ():
+            found = re.findall(r"\bt ?= ?(\d*\.?\d+)", case.description(name))
+            values = values or [float(number) for number in found]
+        if len(values) < batch:
+            raise case.refusal(f"its descriptions state {len(values)} times for {batch} images")
+        return torch.tensor(values[-batch:], device=case.device)
+
+    # Outputs ------------------------------------------------------------------------------------------------
+
+    def _encoding(self, batch: Tensor) -> Outputs:
+        """Of images [B, 3, H, W] in [0, 1], or without a VAE of its latents [B, C, h, w]."""
+        case, model = self.case, self.model
+        encoded = batch
+        if "vae" in self.sides:
+            encoded = model.autoencoder.encode(2 * batch - 1)
+            yield "vae_latents", case.subsample("vae_latents", encoded)
+        if "encoder" not in self.sides:
+            return
+        parts = model.encoder.module_dict
         grid = tuple(side // model.config.patch_size for side in encoded.shape[2:])
-        embedded = parts["enc_patch_emb"](patchify(encoded, model.config.patch_size))
-        patches = parts["enc_posemb_module"](embedded, *grid)
-        yield "enc_patches", case.subsample("enc_patches", patches.unflatten(1, grid), GRID)
-    blocks = _Blocks(parts["enc_transformer"].blocks)
-    latents = model.encoder(encoded, model.num_tokens)
-    for name, depth in _depths(case, "enc"):
-        yield name, case.subsample(name, blocks[depth], ROWS)
-    yield "latents", case.subsample("latents", latents)
-    # Where half precision lets a latent cross a boundary, everything after would differ: go on as recorded.
-    recorded = latents if case.dtype.itemsize >= 4 else case.recorded("latents")
-    yield "quantized", model.quantizer(recorded).latents
-    yield "indices", model.quantizer.encode(latents)
+        if case.records(r"enc_patches(_\d+)?"):
+            embedded = parts["enc_patch_emb"](patchify(encoded, model.config.patch_size))
+            patches = parts["enc_posemb_module"](embedded, *grid)
+            yield "enc_patches", case.subsample("enc_patches", patches.unflatten(1, grid), GRID)
+        blocks = _Blocks(parts["enc_transformer"].blocks)
+        latents = model.encoder(encoded, model.num_tokens)
+        for name, depth in _depths(case, "enc"):
+            yield name, case.subsample(name, blocks[depth], ROWS)
+        yield "latents", case.subsample("latents", latents)
+        if self.has_levels:
+            # Where half precision lets a latent cross a boundary, all after it differs: go on as recorded.
+            recorded = latents if case.dtype.itemsize >= 4 else case.recorded("latents")
+            yield "quantized", model.quantizer(recorded).latents
+            yield "indices", model.quantizer.encode(latents)
+
+    def _moments(self, batches: list[Tensor]) -> Outputs:
+        """The VAE's moments of single images, `vae_moments_i`."""
+        images = [image[None] for batch in batches for image in batch]
+        for name in self.case.tensors:
+            found = re.fullmatch(r"vae_moments_(\d+)", name)
+            if found and "vae" in self.sides and int(found[1]) < len(images):
+                moments = self.model.autoencoder.posterior(2 * images[int(found[1])] - 1).parameters
+                yield name, self.case.subsample(name, moments)
+
+    def _velocities(self, registers: Tensor, noise: list[Tensor]) -> Outputs:
+        """The decoder's blocks and outputs, at one time per image."""
+        batch = len(registers)
+        times = self._times(batch)
+        embedder = self.model.decoder.module_dict
+        if "dec_temb" in self.case.tensors:
+            yield "dec_temb", self.case.subsample("dec_temb", embedder["dec_time_embedder"](times))
+        if len(noise) == 1:
+            yield from self._velocity(registers, noise[0][:batch], times, slice(0, batch), batch)
+            return
+        if len(noise) < batch:
+            raise self.case.refusal(f"noise is of {len(noise)} images; there are {batch}")
+        rows = [slice(row, row + 1) for row in range(batch)]
+        yield from self._by_image(
+            [dict(self._velocity(registers[row], noise[row.start], times[row], row, batch)) for row in rows]
+        )
+
+    def _velocity(self, registers: Tensor, x: Tensor, times: Tensor, rows: slice, batch: int) -> Outputs:
+        case, decoder = self.case, self.model.decoder
+        modulations = decoder.modulations(times)
+        blocks = _Blocks(decoder.module_dict["dec_transformer"].blocks)
+        (velocity,) = decoder(x, modulations, [decoder.conditions(registers)])
+        for name, depth in _depths(case, "dec"):
+            yield name, case.subsample(name, blocks[depth][0].unflatten(0, (len(x), -1)), ROWS)
+        if case.records(r"dec_repa_patches(_\d+)?"):
+            depth = int(number_after(case.description("dec_repa_patches"), "block"))
+            grid = tuple(side // self.model.config.patch_size for side in x.shape[2:])
+            output = blocks[depth][0].unflatten(0, (len(x), -1))
+            patches = output[:, : grid[0] * grid[1]].unflatten(1, grid)
+            yield "dec_repa_patches", case.subsample("dec_repa_patches", patches, GRID)
+        for name in self._bases("velocity_", batch):
+            said = case.description(name) or case.description(f"{name}_{rows.start}")
+            lengths, null = _told(case, said, batch)
+            result = velocity
+            if lengths is not None or null is not None:
+                chosen = (None if each is None else each[rows] for each in (lengths, null))
+                (result,) = decoder(x, modulations, [decoder.conditions(registers, *chosen)])
+            yield name, case.subsample(name, result, MAP)
+
+    def _bases(self, prefix: str, batch: int) -> list[str]:
+        """Recorded names with a prefix, without the number of an image."""
+        names = [name for name in self.case.tensors if name.startswith(prefix)]
+        numbered = {f"_{number}" for number in range(batch)}
+        bases = {
+            name: name[: -len(end)]
+            for name in names
+            if (end := "_" + name.rpartition("_")[2]) in numbered and name.count("_") > 1
+        }
+        return list(dict.fromkeys(bases.get(name, name) for name in names))
+
+    def _decoding(self, registers: Tensor, noise: list[Tensor]) -> Outputs:
+        """Whole samplings, "decode_<guidance><scale>_T<steps>": of one image at several lengths, or with the
+        number of an image at its end of that image."""
+        case = self.case
+        names = [name for name in case.tensors if name.startswith("decode_")]
+        for name in names:
+            found = re.fullmatch(r"decode_(plain|cfg|apg)([\d.]*)_T(\d+)(?:_(\d+))?", name)
+            if not found:
+                raise case.refusal(f"cannot tell guidance and steps from the name {name!r}")
+            kind, scale, steps, image = found.groups()
+            if int(steps) > MOST_STEPS:
+                raise case.refusal(f"{name} takes {steps} steps; this version runs up to {MOST_STEPS}")
+            latents, lengths, start = self._start(registers, noise, names, image)
+            sampled = self.model.sample(
+                latents,
+                lengths,
+                size=tuple(self._pixels(side) for side in start.shape[2:]),
+                steps=int(steps),
+                guidance=float(scale or 1),
+                normalized=kind == "apg",
+                noise=start,
+            )
+            yield name, case.subsample(name, sampled, MAP)
+            recon = name.replace("decode_", "recon_", 1)
+            if recon in case.tensors:
+                images = self.model.autoencoder.decode(sampled)
+                yield recon, case.subsample(recon, images, "[:, :, ::4, ::4]")
+
+    def _pixels(self, side: int) -> int:
+        return side * self.model.config.size_multiple // self.model.config.patch_size
+
+    def _start(
+        self, registers: Tensor, noise: list[Tensor], names: list[str], image: str | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, lengths and noise that a sampling starts from."""
+        case = self.case
+        texts = [case.description(name) for name in names]
+        told = " ".join(texts)
+        if image is not None:
+            row, kept = int(image), None
+            if row >= len(registers) or (len(noise) > 1 and row >= len(noise)):
+                raise case.refusal(f"there is no image {row} to decode")
+            start = noise[row] if len(noise) > 1 else noise[0][row : row + 1]
+        else:
+            row, kept = int(number_after(told, "image") or 0), re.search(r"k=([\d,]+\d|\d)", told)
+            start = noise[0]
+        counts = [int(k) for k in kept[1].split(",")] if kept else [registers.shape[1]]
+        if row >= len(registers) or len(start) < len(counts):
+            raise case.refusal(f"noise or tokens are missing for image {row} at {len(counts)} lengths")
+        lengths = torch.tensor(counts, device=case.device)
+        return registers[row].expand(len(counts), -1, -1), lengths, start[: len(counts)]
 
 
-def _velocities(case: Case, model: FlexTok, quantized: Tensor, noise: Tensor) -> Outputs:
-    """The decoder's blocks and outputs, at one time an image."""
-    batch, decoder = len(quantized), model.decoder
-    times = torch.tensor(_numbers(case.description("dec_temb").split("[")[0])[-batch:], device=case.device)
-    yield "dec_temb", case.subsample("dec_temb", decoder.module_dict["dec_time_embedder"](times))
-    modulations = decoder.modulations(times)
-    blocks = _Blocks(decoder.module_dict["dec_transformer"].blocks)
-    (velocity,) = decoder(noise[:batch], modulations, [decoder.conditions(quantized)])
-    for name, depth in _depths(case, "dec"):
-        yield name, case.subsample(name, blocks[depth][0].unflatten(0, (batch, -1)), ROWS)
-    if "dec_repa_patches" in case.tensors:
-        depth = int(_after(case.description("dec_repa_patches"), "block"))
-        grid = model.config.latent_size // model.config.patch_size
-        patches = blocks[depth][0].unflatten(0, (batch, -1))[:, : grid**2].unflatten(1, (grid, grid))
-        yield "dec_repa_patches", case.subsample("dec_repa_patches", patches, GRID)
-    for name in [name for name in case.tensors if name.startswith("velocity_")]:
-        if name != "velocity_full":
-            lengths, null = _told(case, case.description(name), batch)
-            conditions = decoder.conditions(quantized, lengths, null)
-            (velocity,) = decoder(noise[:batch], modulations, [conditions])
-        yield name, case.subsample(name, velocity, MAP)
+def _part_alone(key: str) -> str:
+    """The module that a key of an encoder or a decoder alone belongs to."""
+    return ".".join(key.split(".")[:2])
+
+
+def _depths(case: Case, prefix: str) -> list[tuple[str, int]]:
+    """Recorded outputs of blocks, and the depth of each."""
+    found = [re.fullmatch(rf"({prefix}_block(\d+))(_\d+)?", name) for name in case.tensors]
+    return list(dict.fromkeys((match[1], int(match[2])) for match in found if match))
 
 
 def _told(case: Case, text: str, batch: int) -> tuple[Tensor | None, Tensor | None]:
@@ -157,141 +376,10 @@ def _told(case: Case, text: str, batch: int) -> tuple[Tensor | None, Tensor | No
     only"."""
     kept, null = re.search(r"eval_keep_k=\[([\d, ]+)\]", text), None
     lengths = torch.tensor([int(k) for k in kept[1].split(",")], device=case.device) if kept else None
+    if lengths is not None and len(lengths) != batch:
+        raise case.refusal(f"eval_keep_k has {len(lengths)} numbers for {batch} images")
     if "null condition" in text:
-        only = _after(text, "sample")
+        only = number_after(text, "sample")
         images = torch.arange(batch, device=case.device)
         null = images >= 0 if only is None else images == int(only)
     return lengths, null
-
-
-def _decoding(case: Case, model: FlexTok, indices: Tensor, noise: Tensor) -> Outputs:
-    """Whole samplings, "decode_<guidance><scale>_T<steps>", of one image at several lengths."""
-    names = [name for name in case.tensors if name.startswith("decode_")]
-    told = " ".join(case.description(name) for name in names)
-    kept = re.search(r"k=([\d,]+\d)", told)
-    if not names or not kept:
-        return
-    row = int(_after(told, "image") or 0)
-    lengths = torch.tensor([int(k) for k in kept[1].split(",")], device=case.device)
-    latents = model.quantizer.decode(indices[row]).expand(len(lengths), -1, -1)
-    for name in names:
-        found = re.fullmatch(r"decode_(plain|cfg|apg)([\d.]*)_T(\d+)", name)
-        if not found:
-            raise CannotBuild(f"{case.path.name}: cannot tell guidance and steps from the name {name!r}")
-        kind, scale, steps = found.groups()
-        sampled = model.sample(
-            latents,
-            lengths,
-            steps=int(steps),
-            guidance=float(scale or 1),
-            normalized=kind == "apg",
-            noise=noise[: len(lengths)],
-        )
-        yield name, case.subsample(name, sampled, MAP)
-        recon = name.replace("decode_", "recon_", 1)
-        if recon in case.tensors:
-            images = model.autoencoder.decode(sampled)
-            yield recon, case.subsample(recon, images, "[:, :, ::4, ::4]")
-
-
-# Components -------------------------------------------------------------------------------------------------
-
-
-def _components(case: Case) -> Outputs:
-    for part in (_quantizers, _masks, _tables, _guidance, _training):
-        yield from part(case)
-
-
-def _quantizers(case: Case) -> Outputs:
-    for name in [name for name in case.tensors if re.fullmatch(r"fsq_\w+_z", name)]:
-        owner = name.removesuffix("_z")
-        levels = re.search(r"levels \[([\d, ]+)\]", case.description(name))[1]
-        quantizer = FiniteScalarQuantizer([int(level) for level in levels.split(",")]).to(case.device)
-        latents = case.recorded(name)
-        yield f"{owner}_bounded", quantizer.bound(latents)
-        yield f"{owner}_quant", quantizer(latents).latents
-        yield f"{owner}_ids", quantizer.encode(latents)
-        ids = case.recorded(f"{owner}_lookup_ids").long()
-        yield f"{owner}_lookup", quantizer.decode(ids)
-
-
-def _masks(case: Case) -> Outputs:
-    for name in [name for name in case.tensors if name.startswith("mask_")]:
-        samples = [(int(p), int(n)) for p, n in re.findall(r"\((\d+), (\d+)\)", case.description(name))]
-        mode = name.removeprefix("mask_")
-        packed = torch.zeros(case.tensors[name].shape, dtype=torch.bool)
-        start = 0
-        for patches, registers in samples:
-            end = start + patches + registers
-            packed[start:end, start:end] = attention_mask(mode, patches, registers)
-            if mode == "causal_last":  # the rows that the encoder itself has a mask for
-                packed[start + patches : end, start:end] = register_mask(patches, registers)
-            start = end
-        yield name, packed
-
-
-def _tables(case: Case) -> Outputs:
-    samples = re.findall(r"\((\d+) patches, ?(\d+) registers?\)", case.description("expand_out"))
-    given = case.recorded("expand_in").unflatten(1, (2, -1))  # [B, 2, D]
-    rows = [
-        Layout(1, int(patches), (int(registers),)).rows(one[None])
-        for one, (patches, registers) in zip(given, samples, strict=True)
-    ]
-    yield "expand_out", torch.cat(rows, 1)
-    for name in [name for name in case.tensors if name.startswith("timefreq_")]:
-        text = case.description(name)
-        times = _numbers(re.search(r"t = ([-\d., ]+)", text)[1])
-        size = case.tensors[name].shape[1]
-        features = timestep_features(
-            torch.tensor(times, device=case.device), _after(text, "max_timestep"), size
-        )
-        yield name, features
-    _, dim, side, _ = (int(each) for each in _numbers(case.description("sincos").split("]")[0].split("[")[1]))
-    yield "sincos", case.subsample("sincos", sincos_table(dim, side))
-    image = case.recorded("patchify_in").permute(0, 3, 1, 2)
-    _, height, _, channels = case.tensors["patchify_out"].shape
-    size = round((channels / image.shape[1]) ** 0.5)
-    yield "patchify_out", patchify(image, size).unflatten(1, (height, -1))
-
-
-def _guidance(case: Case) -> Outputs:
-    conditional, unconditional = case.recorded("guid_cond"), case.recorded("guid_uncond")
-    text = case.description("guid_cfg")
-    pairs = list(zip(conditional, unconditional, strict=True))
-    plain = [flow.classifier_free_guidance(*pair, _after(text, "guidance")) for pair in pairs]
-    stride = int(re.search(r"channels ::(\d+)", text)[1])
-    yield "guid_cfg", torch.stack(plain)[:, :, ::stride]
-
-    text = case.description("guid_apg")
-    scale = _after(text, "scale")
-    options = {word: _after(text, word) for word in ("momentum", "threshold", "eta")}
-    average, guided = None, []
-    for pair in pairs:
-        velocity, average = flow.normalized_guidance(*pair, scale, average, **options)
-        guided.append(velocity)
-    yield "guid_apg", torch.stack(guided)
-
-    text = case.description("guid_apg_eta_nomom")
-    step = int(_after(text, "step"))
-    velocity, _ = flow.normalized_guidance(
-        *pairs[step], scale, None, momentum=0.0, threshold=0.0, eta=_after(text, "eta")
-    )
-    yield "guid_apg_eta_nomom", velocity
-
-
-def _training(case: Case) -> Outputs:
-    uniform, normal = case.recorded("rf_u"), case.recorded("rf_n")
-    scale = _after(case.description("rf_sigma_mode"), "mode_scale")
-    times = flow.mode_times(uniform, scale)
-    yield "rf_sigma_mode", times
-    yield "rf_noised_mode", flow.noised(case.recorded("rf_x0"), case.recorded("rf_noise"), times)
-    variants: dict[str, Callable[[], Tensor]] = {
-        "rf_sigma_uniform": lambda: flow.mode_times(uniform, 0.0),
-        "rf_sigma_ln": lambda: flow.logit_normal_times(normal),
-        "rf_sigma_strat": lambda: flow.stratified_times(uniform),
-    }
-    for name, compute in variants.items():
-        yield name, compute()
-    count = len(case.tensors["keep_uniform_pow2"])
-    yield "keep_uniform_pow2", round_up_to_power(torch.arange(1, count + 1), count)
-    yield "powers_of_two", powers_of_two(2 ** (len(case.tensors["powers_of_two"]) - 1))

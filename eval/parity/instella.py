@@ -1,11 +1,9 @@
 """Parity of the Instella family: the binary tokenizer, its rotary tables and its quantizer."""
 
-import ast
 import dataclasses
 import re
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +36,9 @@ def run(case: Case) -> Outputs:
             yield from _rotary(case, tag)
         else:
             model = _model(case) if model is None else model
-            model.encoder.scale = model.decoder.scale = _scale(case, tag)
+            for side in (getattr(model, name, None) for name in ("encoder", "decoder")):
+                if side is not None:
+                    side.scale = _scale(case, tag)
             yield from _tokenizer(case, model, f"{tag}." if tag else "")
 
 
@@ -70,23 +70,6 @@ def _scale(case: Case, tag: str) -> int | None:
     return case.config.get("scale")
 
 
-def _input(case: Case, name: str) -> Tensor:
-    """A stored tensor, or the recipe "np.random.RandomState(seed).method(arguments)"."""
-    if name in case.tensors:
-        return case.recorded(name)
-    recipe = case.input(name)
-    found = re.search(
-        r"RandomState\(\d+\)\.(uniform|standard_normal|random_sample|normal)\((.*?)\)\.", recipe
-    )
-    if not found:
-        raise case.refusal(f"cannot read the recipe {recipe!r} of input {name!r}")
-    arguments = ast.literal_eval(f"({found[2]},)")
-    shape = next((each for each in arguments if isinstance(each, tuple)), ())
-    check_size(case.path.name, f"input {name}", shape)
-    drawn = getattr(case.draw(recipe), found[1])(*arguments)
-    return case.place(torch.from_numpy(np.asarray(drawn, np.float32)))
-
-
 def _tokenizer(case: Case, model: Instella, prefix: str) -> Outputs:
     def has(name: str) -> bool:
         return f"{prefix}{name}" in case.tensors
@@ -95,7 +78,7 @@ def _tokenizer(case: Case, model: Instella, prefix: str) -> Outputs:
     outputs: dict[str, Tensor] = {}
     size, bits = None, None
     if "encoder" in parts:
-        images = _input(case, "x")  # in [-1, 1], as the encoder takes them
+        images = case.array("x")  # in [-1, 1], as the encoder takes them
         size = tuple(images.shape[2:])
         model.check_image_size(*size, "the case draws them")
         trunk = _Trunk(model.encoder, "enc", "down")
@@ -220,7 +203,7 @@ def _quantizer(case: Case) -> Outputs:
         raise case.refusal(f"quantizer keys {sorted(state)} are not {sorted(shapes)}")
     quantizer.load_state_dict(case.filled(state))
     quantizer = quantizer.to(case.device, case.dtype).eval()
-    latents, weights = _input(case, "q.h").requires_grad_(), _input(case, "q.w")
+    latents, weights = case.array("q.h").requires_grad_(), case.array("q.w")
     with torch.enable_grad():
         result = quantizer(latents)
         factor = re.search(r"\+\s*([\d.]+)\s*\*\s*loss", case.description("q.grad_h"))

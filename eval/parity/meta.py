@@ -1,4 +1,4 @@
-"""Modules built without memory, and not beyond what the published weights need."""
+"""Modules built without memory, not beyond what the published weights need, and in parts."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +32,19 @@ def build_within(make: Callable[[], M], published: Mapping[str, list[int]]) -> M
             f"this configuration has {entries:,} entries of tables, more than {MOST_BUFFERED:,}"
         )
     return module
+
+
+def remove_unfilled(module: nn.Module) -> None:
+    """Take the parameters that are still on the meta device, and modules of nothing else, out of a module."""
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None and parameter.is_meta:
+            del module._parameters[name]
+    for name, child in list(module.named_children()):
+        parameters = list(child.parameters())
+        if parameters and all(parameter.is_meta for parameter in parameters):
+            del module._modules[name]
+        else:
+            remove_unfilled(child)
 
 
 @contextmanager

@@ -3,12 +3,14 @@ weights come with that."""
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
+
+from ..configuration import build
 
 KeptTokens = Literal["uniform", "pow2", "uniform_pow2"]
 Times = Literal["mode", "logit_normal", "stratified"]
@@ -87,20 +89,17 @@ class FlexTokConfig:
         return self.patch_size * 2 ** (len(self.vae_block_out_channels) - 1)
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> "FlexTokConfig":
+    def parse(cls, values: Mapping[str, Any], *, whole: bool = True) -> "FlexTokConfig":
         """From field names, or from the original's graph of modules (`vae`, `encoder`, `decoder`, …).
 
-        ValueError names every module, class or argument of a graph that is not the published model's.
+        Without `whole` a graph may be of some modules only, and what it does not state has the fields'
+        defaults. ValueError names every module, class or argument of a graph that is not the published
+        model's.
         """
         values = values["config"] if isinstance(values.get("config"), Mapping) else values
-        if isinstance(values.get("encoder"), Mapping):
-            return cls(**_fields_of_graph(values))
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(
-                f"FlexTok has no configuration field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-            )
-        return cls(**values)
+        if any(isinstance(values.get(section), Mapping) for section in ("vae", "encoder", "decoder")):
+            return build(cls, _fields_of_graph(values, whole), "the configuration")
+        return build(cls, values, "flextok")
 
 
 # The original's configuration -------------------------------------------------------------------------------
@@ -155,32 +154,52 @@ def _known_modules() -> dict[str, tuple[str, dict[str, str]]]:
     return table
 
 
-def _fields_of_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_of_graph(graph: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     """Fields of FlexTokConfig from the original's nested configuration; anything else in it is an error."""
     known, found = _known_modules(), {}
-    sections = [name for name in graph if name in {where.partition(".")[0] for where in known}]
-    nodes = {name: graph[name] for name in sections if name not in ("encoder", "decoder")}
-    for side in ("encoder", "decoder"):
-        modules = (graph.get(side) or {}).get("module_dict")
-        if not isinstance(modules, Mapping):
-            raise ValueError(f"the configuration's {side} has no module_dict; a published one has")
-        nodes |= {f"{side}.{name}": node for name, node in modules.items()}
+    nodes = _nodes_of_graph(graph, {where.partition(".")[0] for where in known}, whole)
     missing = [where for where in known if where not in nodes and where != "flow_matching_noise_module"]
-    if missing:
+    if missing and whole:
         raise ValueError(f"the configuration lacks {', '.join(missing)}")
     for where, node in nodes.items():
         if where in known:
             _read(where, node, *known[where], found)
         else:
             _check_moves(where, node)
-    if found.pop("code_dim") != len(found["levels"]):
+    code_dim = found.pop("code_dim", None)
+    if code_dim is not None and "levels" not in found:
+        found["levels"] = (2,) * _positive("dim_out", code_dim, 1024)  # of a part that quantizes nothing
+    if code_dim not in (None, len(found.get("levels", ()))):
         raise ValueError(f"encoder and decoder do not have one channel for each of levels={found['levels']}")
-    if found.get("vae_scaling_factor") is None and not found.get("vae_source"):
+    if "vae" in nodes and found.get("vae_scaling_factor") is None and not found.get("vae_source"):
         raise ValueError("the configuration's vae has neither scaling_factor nor hf_hub_path to take it from")
-    found["latent_size"] = found.pop("grid") * found["patch_size"]
+    patch = _positive("patch_sizes", found.get("patch_size", FlexTokConfig.patch_size))
+    if "grid" in found:
+        found["latent_size"] = _positive("max_sizes", found.pop("grid")) * patch
     logit_normal, stratified = found.pop("ln", False), found.pop("stratisfied", False)
     found["times"] = ("stratified" if stratified else "logit_normal") if logit_normal else "mode"
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _nodes_of_graph(graph: Mapping[str, Any], sections: set[str], whole: bool) -> dict[str, Any]:
+    """Sections, and modules of encoder and decoder as side.name, of the nested configuration."""
+    nodes = {name: graph[name] for name in graph if name in sections - {"encoder", "decoder"}}
+    for side in ("encoder", "decoder"):
+        if side not in graph and not whole:
+            continue
+        section = graph.get(side)
+        modules = section.get("module_dict") if isinstance(section, Mapping) else None
+        if not isinstance(modules, Mapping):
+            raise ValueError(f"the configuration's {side} has no module_dict; a published one has")
+        nodes |= {f"{side}.{name}": node for name, node in modules.items()}
+    return nodes
+
+
+def _positive(name: str, value: Any, most: int = 2**20) -> int:
+    """A whole number from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"the configuration's {name} is {value!r}; it takes a whole number from 1 to {most}")
+    return value
 
 
 def _class_of(where: str, node: Any) -> str:
@@ -218,7 +237,7 @@ def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], found:
         if rule.startswith("@"):
             target = rule.strip("@?")
             if target == "levels":
-                value = tuple(value)
+                value = tuple(value) if isinstance(value, list | tuple) else value
             elif isinstance(value, list) and value and all(each == value[0] for each in value):
                 value = value[0]  # squares
             if found.setdefault(target, value) != value or isinstance(value, list):

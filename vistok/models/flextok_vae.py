@@ -105,7 +105,7 @@ class FlexTokVAE(nn.Module):
     def _few(self, run: Any, x: Tensor, pixels_a_cell: int) -> Tensor:
         """In the VAE's own precision also under autocast; on a CPU as many images at a time as fit its
         cache."""
-        weight = self.vae.encoder.conv_in.weight
+        weight = next(parameter for parameter in self.vae.parameters() if parameter.ndim == 4)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(weight.dtype)
             if x.device.type != "cpu":
