@@ -4,9 +4,7 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -21,6 +19,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..images import load_image
+from ..train.workers import start as start_workers
+from ..train.workers import worker_started
 from .sources import Dataset, open_dataset
 
 __all__ = [
@@ -199,17 +199,9 @@ def _start_worker(max_image_pixels: int | None, number: int) -> None:
     """Make a new process decode as its parent would."""
     if hasattr(os, "nice"):
         os.nice(NICE)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
-    # The server that forks workers lives as long as they do, so torch's own watch never sees its parent die.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    worker_started()
     Image.MAX_IMAGE_PIXELS = max_image_pixels
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told as a bad image
-
-
-def _end_with_parent() -> None:
-    """Wait for the death of the process that reads the batches, however it dies."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 # What runs beside the model ---------------------------------------------------------------------------------
@@ -222,18 +214,18 @@ def _loader(decoded: _Decoded, numbers: range, workers: int) -> Iterator[_Part]:
         method = "forkserver" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload([__name__])  # imports torch once, not in every worker
+            # Torch is imported once, not in every worker.
+            context.set_forkserver_preload([__name__, "vistok.train.worker_server"])
         options = {
             "multiprocessing_context": context,
             "worker_init_fn": functools.partial(_start_worker, Image.MAX_IMAGE_PIXELS),
         }
     # A generator of its own: the loader draws a seed, and must not draw it from the program's generator.
     generator = torch.Generator()
-    return iter(
-        DataLoader(
-            decoded, batch_size=None, sampler=numbers, num_workers=workers, generator=generator, **options
-        )
+    loader = DataLoader(
+        decoded, batch_size=None, sampler=numbers, num_workers=workers, generator=generator, **options
     )
+    return start_workers(loader)
 
 
 def _named(dataset: Dataset, parts: Iterable[_Part]) -> Iterator[Batch]:

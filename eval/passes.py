@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
+from ..train.workers import worker_errors
 from .data import Batch, Dataset, batches
 from .record import Clock
 from .state import State
@@ -67,7 +68,7 @@ def run(
         start=state.done,
         **share,
     )
-    with ExitStack() as on_failure, bar, closing(read):
+    with ExitStack() as on_failure, worker_errors(), bar, closing(read):
         on_failure.callback(state.close)
         for batch in _timed(read, clock):
             state.refuse(batch.bad)

@@ -16,6 +16,18 @@ _held: dict[str, "FolderLock"] = {}  # by path: the locks of this process
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
+def _let_go() -> None:
+    """In a fork: the lock is its parent's, and must not last as long as the fork."""
+    for lock in _held.values():
+        os.close(lock._handle)
+        lock._handle = None
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 class FolderLock:
     """A lock on a folder, kept in its file `.lock`, that one process can hold at a time.
 

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..images import load_image
 from .scenes import scene
 from .stored import Folder, Shards, check_size_and_seed, listed
+from .workers import start as start_workers
+from .workers import worker_started
 
 __all__ = [
     "Folder",
@@ -319,8 +321,8 @@ class _Batches(Sampler):
 
 def loader(
     source: Source, batch_size: int, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
-) -> Iterator[torch.Tensor]:
-    """Batches without end: uint8 [batch_size, 3, size, size], on the CPU.
+) -> Generator[torch.Tensor]:
+    """Batches without end: uint8 [batch_size, 3, size, size], on the CPU; close it to end its workers.
 
     Step t of rank r holds the samples from `(t * world_size + r) * batch_size` on, whatever the number of
     worker processes (0 reads in this one): a run resumed with `start=t` sees what an uninterrupted one would.
@@ -335,4 +337,10 @@ def loader(
             "batch_size starts at 1, start and workers at 0, rank runs from 0 to world_size - 1"
         )
     batches = _Batches(batch_size, start, rank, world_size)
-    return iter(DataLoader(_Samples(source), batch_sampler=batches, num_workers=workers))
+    prepare = worker_started if workers else None
+    samples = DataLoader(_Samples(source), batch_sampler=batches, num_workers=workers, worker_init_fn=prepare)
+    return _closable(start_workers(samples))
+
+
+def _closable(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    yield from batches

@@ -5,10 +5,9 @@ checkpoint ends bit for bit where an uninterrupted one would (on one machine and
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,11 @@ from ..tokenizer import Tokenizer
 from . import data
 from .config import OptimizerConfig, TrainConfig
 from .losses import ReconstructionLoss, proxy_code_loss
+from .run_folder import MODEL, SAMPLES, RunFolder
 from .schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
+from .workers import worker_errors
+
+Log = Callable[[dict[str, float]], None]
 
 
 def train(
@@ -37,23 +40,34 @@ def train(
 ) -> Path:
     """Train and return the folder of the finished model (EMA weights), which `vistok.load` reads.
 
-    `output` receives log.jsonl, samples/, checkpoint.pt (the whole state, written aside and renamed) and
-    model/. If it holds a checkpoint of the same configuration the run continues from it. `steps` stops
-    earlier (or later) than the configuration says without changing the schedule. Raises ValueError when the
-    folder holds another run, and FloatingPointError when the loss is no longer finite.
+    `output` receives run.json (the configuration), log.jsonl, samples/, checkpoint.pt (the whole state),
+    checkpoint-previous.pt and model/. If it holds a checkpoint of the same configuration the run continues
+    from it, or from the one before where the last is damaged. `steps` stops earlier (or later) than the
+    configuration says without changing the schedule.
+
+    Raises:
+        ValueError: the folder holds another run or none of its checkpoints is whole, or the configuration
+            asks for what cannot be done.
+        OSError: another process trains in the folder, the disk is full, or pictures cannot be read.
+        FloatingPointError: the loss is no longer finite.
     """
-    return _Run(config, Path(output), progress).train(config.steps if steps is None else steps)
+    _check(config)
+    # Accelerate keeps the precision of a process's first run in a global; a second run may want another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=config.precision)
+    folder = RunFolder(Path(output), _identity(config))
+    with worker_errors(), folder.claimed() if accelerator.is_main_process else nullcontext():
+        run = _Run(config, folder, accelerator, progress)
+        return run.train(config.steps if steps is None else steps)
 
 
 class _Run:
     """The state of one run and its steps."""
 
-    def __init__(self, config: TrainConfig, output: Path, progress: bool) -> None:
-        self.config, self.output = config, output
-        _check(config)
-        # Accelerate keeps the precision of a process's first run in a global; a second run may want another.
-        AcceleratorState._reset_state()
-        self.accelerator = Accelerator(mixed_precision=config.precision)
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, accelerator: Accelerator, progress: bool
+    ) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
         self.progress = progress and self.accelerator.is_local_main_process
         self.main = self.accelerator.is_main_process
         torch.manual_seed(config.seed)
@@ -63,8 +77,8 @@ class _Run:
         self.loss = ReconstructionLoss(config.loss, config.perceptual_weights).to(self.accelerator.device)
         self.step = self.saved_step = 0
         self.finite = torch.tensor(True, device=self.accelerator.device)
-        resumed = self._resume_point()
-        if resumed is None and config.warm_start_images:
+        resumes = folder.has_checkpoint()
+        if config.warm_start_images and not resumes:
             self.tokenizer.fit_linear_path(self._pictures(config.warm_start_images))
         self.ema = {name: value.detach().clone() for name, value in self.tokenizer.state_dict().items()}
         named = [(n, p) for n, p in self.tokenizer.named_parameters() if p.requires_grad]
@@ -73,8 +87,8 @@ class _Run:
         if config.loss.discriminator_weight > 0:
             named = list(self.loss.discriminator.named_parameters())
             self.discriminator_optimizer = _adamw(named, config.discriminator_optimizer)
-        if resumed is not None:
-            self._restore(resumed)
+        if resumes:
+            folder.restore(self._restore)
         self.ema = {name: value.to(self.accelerator.device) for name, value in self.ema.items()}
         if config.compile:
             self.tokenizer.compile()
@@ -121,11 +135,11 @@ class _Run:
     def _pictures(self, count: int) -> Tensor:
         """The first `count` training pictures, [count, 3, H, W] in [0, 1]."""
         size = min(256, count)
-        batches = data.loader(self.source, size, workers=self.config.workers)
         steps = tqdm(
             range(math.ceil(count / size)), desc="warm start", disable=not self.progress, leave=False
         )
-        return torch.cat([next(batches) for _ in steps])[:count].float() / 255
+        with closing(data.loader(self.source, size, workers=self.config.workers)) as batches:
+            return torch.cat([next(batches) for _ in steps])[:count].float() / 255
 
     def _validation_images(self) -> Tensor:
         images = [
@@ -133,52 +147,28 @@ class _Run:
         ]
         return to_tensor(images, self.tokenizer.image_size).to(self.accelerator.device)
 
-    def _identity(self) -> dict[str, Any]:
-        """What two runs must share to be the same run."""
-        loose = {
-            "steps",
-            "workers",
-            "log_every",
-            "validate_every",
-            "checkpoint_every",
-            "tensorboard",
-            "export_dtype",
-        }
-        fields = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        if self.config.optimizer.schedule == "cosine":
-            loose -= {"steps"}
-        return {name: value for name, value in fields.items() if name not in loose}
-
     # Checkpoints --------------------------------------------------------------------------------------------
 
-    def _resume_point(self) -> dict[str, Any] | None:
-        path = self.output / "checkpoint.pt"
-        if not path.is_file():
-            return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["identity"] != json.dumps(self._identity(), sort_keys=True):
-            raise ValueError(
-                f"{self.output} holds another run (its configuration differs); choose a new output folder"
-            )
-        return state
-
     def _restore(self, state: dict[str, Any]) -> None:
-        self.step = self.saved_step = state["step"]
+        """Continue from a checkpoint; an error of any kind where it does not fit."""
+        current = self.tokenizer.state_dict()
+        for part in ("model", "ema"):
+            _check_shapes(part, state[part], current)
         self.tokenizer.load_state_dict(state["model"])
         for name, value in state.get("buffers", {}).items():
             self.tokenizer.get_buffer(name).copy_(value)
         self.ema = state["ema"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(self.optimizer, state["optimizer"])
         if self.discriminator_optimizer is not None:
             self.loss.load_state_dict(state["loss"], strict=False)
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+            _load_optimizer(self.discriminator_optimizer, state["discriminator_optimizer"])
+        self.step = self.saved_step = state["step"]
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()
         if not self.main:
             return
         state = {
-            "identity": json.dumps(self._identity(), sort_keys=True),
             "step": self.step,
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             # What training moves but no checkpoint holds (the targets of adaptive tokenizers).
@@ -194,8 +184,7 @@ class _Run:
                 k.replace("discriminator.module.", "discriminator."): v for k, v in state["loss"].items()
             }
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
-        with atomic_write(self.output / "checkpoint.pt") as path:
-            torch.save(state, path)
+        self.folder.save(state)
         self.saved_step = self.step
 
     # The loop -----------------------------------------------------------------------------------------------
@@ -203,6 +192,7 @@ class _Run:
     def train(self, steps: int) -> Path:
         """Run to step `steps`; return the model's folder."""
         config, accelerator = self.config, self.accelerator
+        log = self._open_log()
         batches = data.loader(
             self.source,
             config.batch_size,
@@ -211,11 +201,16 @@ class _Run:
             world_size=accelerator.num_processes,
             workers=config.workers,
         )
-        log = self._open_log()
         bar = tqdm(
             total=steps, initial=self.step, desc="train", disable=not self.progress, dynamic_ncols=True
         )
         self.model.train()
+        with closing(batches), bar:
+            self._steps(steps, batches, bar, log)
+        return self._export()
+
+    def _steps(self, steps: int, batches: Iterator[Tensor], bar: tqdm, log: Log) -> None:
+        config, accelerator = self.config, self.accelerator
         while self.step < steps:
             torch.manual_seed(hash((config.seed, self.step, accelerator.process_index)) & (2**63 - 1))
             figures = self._optimise(batches)
@@ -237,8 +232,6 @@ class _Run:
             if self.step % config.checkpoint_every == 0 or last:
                 self._require_finite()
                 self._save()
-        bar.close()
-        return self._export()
 
     def _require_finite(self) -> None:
         """Stop before anything that is not a number reaches the log or a checkpoint."""
@@ -351,31 +344,25 @@ class _Run:
             row[f"validation_psnr_{count or model.num_tokens}"] = float(-10 * mse.log10().mean())
             sheet.append(to_pil(decoded))
         picture: Image.Image = side_by_side([list(column) for column in zip(*sheet, strict=True)])
-        with atomic_write(self.output / "samples" / f"step_{self.step:07d}.png") as path:
+        with atomic_write(self.folder.path / SAMPLES / f"step_{self.step:07d}.png") as path:
             picture.save(path, format="PNG")
         return row
 
-    def _open_log(self) -> Any:
-        """A function that appends a row to log.jsonl; rows past the resume point are dropped first."""
+    def _open_log(self) -> Log:
+        """A function that adds a row to log.jsonl; rows past the resume point are dropped first."""
         if not self.main:
             return lambda row: None
-        path = self.output / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        # A kill can cut the last line; what follows the checkpoint is written again.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        with atomic_write(path) as fresh:
-            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.folder.open_log(self.step)
         writer = None
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(self.output / "tensorboard", purge_step=self.step)
+            writer = SummaryWriter(self.folder.path / "tensorboard", purge_step=self.step)
 
         def log(row: dict[str, float]) -> None:
             if not row:
                 return
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": self.step, **row}) + "\n")
+            self.folder.log({"step": self.step, **row})
             if writer:
                 for name, value in row.items():
                     writer.add_scalar(name, value, self.step)
@@ -383,10 +370,47 @@ class _Run:
         return log
 
     def _export(self) -> Path:
-        folder = self.output / "model"
+        folder = self.folder.path / MODEL
         if self.main:
             self._averaged().to(getattr(torch, self.config.export_dtype)).save_pretrained(folder)
         return folder
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What two runs must share to be the same run."""
+    loose = {
+        "steps",
+        "workers",
+        "log_every",
+        "validate_every",
+        "checkpoint_every",
+        "tensorboard",
+        "export_dtype",
+    }
+    if config.optimizer.schedule == "cosine":
+        loose -= {"steps"}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in loose}
+
+
+def _check_shapes(part: str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError where tensors are not those of the model, in name or shape."""
+    shapes, needed = ({name: list(value.shape) for name, value in each.items()} for each in (state, expected))
+    if shapes != needed:
+        names = [name for name in {**needed, **shapes} if shapes.get(name) != needed.get(name)]
+        first = names[0]
+        raise ValueError(
+            f"{len(names)} tensors of {part} differ; {first} is {shapes.get(first, 'absent')}, here "
+            f"{needed.get(first, 'absent')}"
+        )
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            if any(moments[name].shape != parameter.shape for name in moments if name.startswith("exp_avg")):
+                raise ValueError(f"a moment of the optimizer does not have the shape {list(parameter.shape)}")
 
 
 def _check(config: TrainConfig) -> None:
