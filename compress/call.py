@@ -62,6 +62,7 @@ class Call:
     budgets: dict[Stage, list[Any]] = field(default_factory=dict)  # of each span, inside the model
     derived: dict[Any, Any] = field(default_factory=dict)  # masks and rotations shared by layers
     held: dict[int, Layout] = field(default_factory=dict)  # layers whose cache holds less than they computed
+    limits: list[int | None] | None = None  # how many tokens each layer's cache holds at most
     columns: list[Tensor | None] | None = None  # which entries of the cache are real, once it is shortened
     kept: list[Tensor] = field(default_factory=list)  # token numbers of each span that entered the model
     seconds: float = 0.0

@@ -96,13 +96,14 @@ def of(host: Host, call: Call, reducers: list[str]) -> Report:
             lengths if columns is None else _lengths(columns)
             for lengths, columns in zip(entering, call.columns, strict=True)
         ]
+    limits = call.limits or [None] * len(layouts)
     return Report(
         reducers,
         images,
         _flops(host, entering),
         _flops(host, full),
-        _cache_bytes(host, held),
-        _cache_bytes(host, full),
+        _cache_bytes(host, held, limits),
+        _cache_bytes(host, full, limits),
         call.seconds,
     )
 
@@ -120,11 +121,11 @@ def _flops(host: Host, lengths: list[list[int]]) -> int:
     )
 
 
-def _cache_bytes(host: Host, lengths: list[list[int]]) -> int:
-    """Bytes of keys and values; layers that use another's keys hold none."""
-    held = sum(
-        host.key_width(i) * sum(rows)
-        for i, (rows, attention) in enumerate(zip(lengths, host.attentions, strict=True))
-        if writes_cache(attention)
-    )
+def _cache_bytes(host: Host, lengths: list[list[int]], limits: list[int | None]) -> int:
+    """Bytes of keys and values, of which a layer with a window holds up to its limit; layers that use
+    another's keys hold none."""
+    held = 0
+    for i, (rows, limit) in enumerate(zip(lengths, limits, strict=True)):
+        if writes_cache(host.attentions[i]):
+            held += host.key_width(i) * sum(n if limit is None else min(n, limit) for n in rows)
     return 2 * held * host.lm.dtype.itemsize

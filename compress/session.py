@@ -25,7 +25,7 @@ from .hosts import cutpoints, standalone, tower
 from .hosts.families import Record, resolve
 from .hosts.features import FeatureRecorder, check_groups
 from .hosts.merging import VisionMerging
-from .hosts.versions import cache_in, check_growth, keywords, wants_cache
+from .hosts.versions import cache_in, check_growth, keywords, wants_cache, window_limit
 from .layers import LayerCuts
 from .layout import Span, flat
 from .prompt_end import GENERATION, Hints, PromptLength, generating, length_of_prompts
@@ -492,6 +492,8 @@ class Session:
         watch(None)
         change_masks(None)
         call.cache = cache if kept else None
+        if kept:
+            call.limits = [window_limit(cache, i) for i in range(len(call.entries))]
         dropped = any(layout is not call.start for layout in call.layouts)
         eviction = self._stages.get(Stage.CACHE)
         if kept and (dropped or call.state is not None or eviction is not None):

@@ -276,6 +276,9 @@ def _shorten(
         if mask is None
         else _short_mask(model, mask, index, valid, embeds.dtype),
     }
+    for name, value in call.items():  # such as which experts a token goes to
+        if name not in arguments and isinstance(value, Tensor) and value.shape[:2] == (batch, length):
+            arguments[name] = value[rows, index]
     if call.get("deepstack_visual_embeds") is not None:
         arguments["visual_pos_masks"] = visual[rows, index] & valid
         arguments["deepstack_visual_embeds"] = [

@@ -213,12 +213,12 @@ def siglip_vision() -> dict[str, Any]:
     return vision_config("siglip_vision_model", vision_use_head=False)
 
 
-def llava() -> Fixture:
+def llava(text: str = "llama", **settings: Any) -> Fixture:
     """CLS token, plain features, LLM token i is patch i."""
     tokenizer = make_tokenizer(["<image>"])
     config = hf.LlavaConfig(
         vision_config=clip_vision(),
-        text_config=text_config("llama", tokenizer),
+        text_config=text_config(text, tokenizer, **settings),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -617,5 +617,32 @@ MORE: dict[str, Callable[[], Fixture]] = {
     "llama4": llama4,
     "llama4_wide": partial(llama4, chunk=512),
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+TEXTS: dict[str, dict[str, Any]] = {  # their windows stand in no list of layer types
+    "mistral": {},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 16384,
+        },
+    },
+    "mixtral": EXPERTS,
+    "phi3": {},
+    "phimoe": EXPERTS,
+    "starcoder2": {},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "use_sliding_window": True,
+    },
+}
+for text, settings in TEXTS.items():
+    MORE[f"llava_{text}"] = partial(llava, text, sliding_window=4096, **settings)
+    MORE[f"llava_{text}_narrow"] = partial(llava, text, sliding_window=12, **settings)
 if is_num2words_available():
     MORE["smolvlm"] = smolvlm

@@ -283,7 +283,7 @@ def resolve(model: nn.Module) -> Host:
         )
     tower = core.get_encoder(modality="image")
     if not isinstance(tower, nn.Module) or tower is core:
-        raise TypeError(f"reducers cannot attach to {name}: it has no vision tower (vision_config is None?)")
+        raise TypeError(f"reducers cannot attach to {name}: it has no vision tower")
     parts = {"core": core, "language model": lm}
     for layer in {type(layer): layer for layer in lm.layers}.values():
         check_parts(name, {**parts, "decoder layer": layer, "attention": layer.self_attn})

@@ -183,6 +183,15 @@ def has_window(cache: Cache, layer: int) -> bool:
     return bool(cache.layers[layer].is_sliding)
 
 
+def window_limit(cache: Cache, layer: int) -> int | None:
+    """How many tokens a layer of the cache holds at most between calls; None: all."""
+    return (
+        cache.layers[layer].sliding_window - 1
+        if holds_keys(cache, layer) and has_window(cache, layer)
+        else None
+    )
+
+
 def visible_entries(cache: Cache | None, layer: int, new: int) -> int:
     """How many keys a layer's attention gets when `new` tokens come."""
     return new if cache is None else cache.get_mask_sizes(new, layer)[0]

@@ -164,18 +164,10 @@ def _schedules(config: list[dict[str, Any]]) -> Outputs:
 
 
 def _vit(case: Case) -> Outputs:
-    from timm.models.vision_transformer import VisionTransformer
-
     config = case.data["config"]
-    sizes = dict(config["vit"])
-    eps, pool = sizes.pop("norm_eps"), sizes.pop("pool")
-    model = case.build(
-        lambda: VisionTransformer(
-            **sizes, global_pool=pool, norm_layer=lambda dim, **kw: nn.LayerNorm(dim, eps=eps, **kw)
-        )
-    )
+    model = case.build(lambda: _vision_transformer(case))
     images = _images(case)
-    yield "logits_unpatched", model(images)
+    yield "logits_unpatched", _logits(model, images)
     if "r" in config:
         r = tuple(config["r"]) if config["r_form"] == "tuple" else config["r"]
         reducer = ToMe(r=r, prop_attn=config["prop_attn"])
@@ -192,15 +184,38 @@ def _vit(case: Case) -> Outputs:
     for index in (0, len(model.blocks) - 1):
         model.blocks[index].register_forward_hook(lambda m, i, out, index=index: blocks.update({index: out}))
     merging = timm_host.install(model, reducer)
-    yield "logits", model(images)
+    yield "logits", _logits(model, images)
     trace = merging.trace
     _expect(case, "tokens_after_block", trace.tokens)
     entering = [trace.num_tokens, *trace.tokens[:-1]]
-    _expect(case, "total_flop", sum(vit_block_macs(n, sizes["embed_dim"]) for n in entering))
+    _expect(case, "total_flop", sum(vit_block_macs(n, model.embed_dim) for n in entering))
     yield "tokens_last_block", blocks[len(model.blocks) - 1]
     yield "size", trace.size
     yield "group", trace.groups()
     yield "tokens_block0", blocks[0][:, :: max(1, blocks[0].shape[1] // 16)]
+
+
+def _vision_transformer(case: Case) -> nn.Module:
+    """timm's class for a case: with a distillation token or a norm after pooling where the weights have one."""
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes, keys = dict(case.data["config"]["vit"]), case.keys
+    eps, pool = sizes.pop("norm_eps"), sizes.pop("pool")
+    sizes.pop("distilled", None)  # the weights say so, too
+    sizes.pop("fc_norm", None)
+    norm = {"norm_layer": lambda dim, **kw: nn.LayerNorm(dim, eps=eps, **kw)}
+    if "dist_token" in keys:
+        return VisionTransformerDistilled(**sizes, global_pool=pool, **norm)
+    return VisionTransformer(**sizes, global_pool=pool, fc_norm="fc_norm.weight" in keys, **norm)
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits [B, classes], or [2, B, classes] of the two heads of a distilled model."""
+    if not hasattr(model, "head_dist"):
+        return model(images)
+    tokens = model.forward_features(images)
+    return torch.stack([model.head(tokens[:, 0]), model.head_dist(tokens[:, 1])])
 
 
 def _clip(case: Case) -> Outputs:
