@@ -1,28 +1,35 @@
 """The front door `vistok …`: parses, then imports the room it needs. Only this module may look upward to
 eval."""
 
-import json
-import os
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+try:
+    import json
+    import logging
+    import time
+    import warnings
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from shutil import get_terminal_size
+    from typing import TYPE_CHECKING, Annotated, Any
 
-from .console import Device, Name, Weights
-from .console import device as _device
-from .console import table as _table
-from .eval.commands import app as _eval_commands
+    import typer
+
+    from .console import Device, LogLines, Name, Weights, complain, note, say, show_warning
+    from .console import device as _device
+    from .console import table as _table
+    from .eval.commands import app as _eval_commands
+    from .run_command import run_command
+except KeyboardInterrupt:  # Ctrl-C in the first moments
+    sys.exit(130)
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from .image_inputs import ImageInput
     from .quantizers import Quantizer
+    from .registry import Entry
     from .tokenizer import Tokenizer
     from .tokens import Tokens
 
@@ -55,20 +62,32 @@ TargetPSNR = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
-Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
+Images = Annotated[
+    list[Path],
+    typer.Argument(help="Image files, folders of them, or patterns ('*.png').", show_default=False),
+]
 
 
 def main() -> None:
-    """Run the command line; errors a user can mend end as one line on stderr and exit status 1."""
+    """Run the command line: every error is one line on stderr and an exit status (see `run_command`)."""
+    logger, handler = logging.getLogger("vistok"), LogLines()
+    logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            app()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if os.environ.get("VISTOK_TRACEBACK"):
-            raise
-        typer.secho(f"vistok: {error}", fg="red", err=True)
-        sys.exit(1)
+            warnings.showwarning = show_warning
+            status = run_command(app, sys.argv[1:])
+    finally:
+        logger.removeHandler(handler)
+    sys.exit(status)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, also after a command.")
+    ] = False,
+) -> None:
+    """Visual tokens: images to few tokens and back."""
 
 
 # Commands ---------------------------------------------------------------------------------------------------
@@ -86,9 +105,13 @@ def demo(
     from importlib.resources import files
 
     from .eval.metrics.image import psnr, ssim
-    from .files import atomic_write
+    from .files import check_target
     from .images import load_image, side_by_side, to_pil, to_tensor
+    from .picture_names import save_picture
 
+    check_target(out)
+    if image is not None and out.exists() and out.samefile(image):
+        raise ValueError(f"{out} is the picture itself; name another file with --out")
     tokenizer = _load(DEFAULT, device)
     photo = load_image(image or Path(str(files("vistok.assets") / "coffee.jpg")))
     pixels = to_tensor(photo, tokenizer.image_size)
@@ -112,13 +135,12 @@ def demo(
             ]
         )
     sheet = side_by_side([[_enlarged(column, 256) for column in columns]], labels)
-    with atomic_write(out) as path:
-        sheet.save(path, format="PNG")
+    save_picture(sheet, out)
     title = f"{image or 'coffee.jpg'} at {tokenizer.image_size}×{tokenizer.image_size} through {DEFAULT}"
     _table(title, ["tokens", "bytes", "smaller than pixels", "PSNR dB", "SSIM", "decode ms"], rows)
     parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
     print(f"{parameters:.1f} M parameters on {tokenizer.device}; encoding took {encode_time * 1e3:.0f} ms")
-    print(f"picture: {out}")
+    say(f"picture: {out}")
 
 
 @app.command("list")
@@ -175,28 +197,27 @@ def _codebook(quantizer: "Quantizer") -> str:
 
 
 @app.command()
-def info(name: Annotated[str, typer.Argument(help="Registry name.", show_default=False)]) -> None:
-    """One tokenizer: configuration, weights, licence, paper."""
+def info(
+    name: Annotated[str, typer.Argument(help="Registry name, folder or weights file.", show_default=False)],
+) -> None:
+    """One tokenizer: configuration, weights, licence, paper; of a file also which of its weights load."""
     from dataclasses import asdict
 
     from accelerate import init_empty_weights
 
-    from .registry import create, entries, unknown_name
+    from .files import looks_like_path
+    from .registry import create, entries, load, unknown_name
 
-    if name not in entries():
+    if name in entries():
+        facts = _published_facts(entries()[name])
+        with init_empty_weights(include_buffers=False):
+            model = create(name)
+    elif looks_like_path(name):
+        model = load(name)  # logs which weights of the file it takes
+        facts = {"family": model.family, "weights": name, "name": model.name or "none"}
+    else:
         raise ValueError(unknown_name(name))
-    entry = entries()[name]
-    with init_empty_weights(include_buffers=False):
-        model = create(name)
-    where = f"{entry.repo} ({entry.file})" if entry.repo else f"shipped with vistok ({entry.file})"
-    facts = {
-        "family": entry.family,
-        "paper": entry.paper,
-        "paper figures": ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()) or "none",
-        "weights": where,
-        "verified": entry.verified or "no output of the original was recorded for this size",
-        "licence": entry.license,
-        "notes": entry.notes or "none",
+    facts |= {
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         "image": f"{model.image_size}×{model.image_size}",
         "tokens": _choice(model)
@@ -206,6 +227,19 @@ def info(name: Annotated[str, typer.Argument(help="Registry name.", show_default
     }
     _table(name, ["", ""], [[key, value] for key, value in facts.items()])
     print(json.dumps(asdict(model.config), indent=2))
+
+
+def _published_facts(entry: "Entry") -> dict[str, str]:
+    where = f"{entry.repo} ({entry.file})" if entry.repo else f"shipped with vistok ({entry.file})"
+    return {
+        "family": entry.family,
+        "paper": entry.paper,
+        "paper figures": ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()) or "none",
+        "weights": where,
+        "verified": entry.verified or "no output of the original was recorded for this size",
+        "licence": entry.license,
+        "notes": entry.notes or "none",
+    }
 
 
 @app.command()
@@ -224,12 +258,17 @@ def reconstruct(
 ) -> None:
     """Encode and decode images: side-by-side PNGs, a table and JSON of PSNR, SSIM and bytes."""
     from .eval.metrics.image import psnr, ssim
-    from .files import atomic_write
+    from .image_inputs import gather
     from .images import side_by_side, to_pil
+    from .picture_names import picture_paths, save_picture
 
     quality = _quality(target, target_psnr)
+    inputs = gather(images)
+    stems = [each.path.name for each in inputs]
+    pictures = dict(zip(inputs, picture_paths(out, stems, replace_own=True), strict=True))
+    _check_json_target(out / "reconstructions.json")
     model, bad, records = _load(tokenizer, device, weights), _Bad(), []
-    for paths, pixels, coded, found in _encoded(model, images, tokens, quality, batch_size, bad):
+    for batch, pixels, coded, found in _encoded(model, inputs, tokens, quality, batch_size, bad):
         decoded = model.decode(coded).cpu()
         measured = {"bytes": (coded.bits_per_image / 8).tolist()}
         measured |= {"psnr": psnr(decoded, pixels).tolist(), "ssim": ssim(decoded, pixels).tolist()}
@@ -238,11 +277,10 @@ def reconstruct(
             measured |= {"error": errors.tolist(), "reached": (errors <= target).tolist()}
         for index, record in enumerate(found):
             record |= {name: values[index] for name, values in measured.items()}
-            picture = _free_name(out, paths[index], {record["picture"] for record in records})
+            picture = pictures[batch[index]]
             pair = [to_pil(pixels[index])[0], to_pil(decoded[index])[0]]
             label = f"{record['tokens']} tokens, {record['bytes']:g} bytes, {record['psnr']:.2f} dB"
-            with atomic_write(picture) as aside:
-                side_by_side([pair], ["original", label]).save(aside, format="PNG")
+            save_picture(side_by_side([pair], ["original", label]), picture)
             records.append(record | {"picture": str(picture)})
     if records:
         mean = _tabulate(f"{model.label} at {model.image_size}×{model.image_size}", records)
@@ -291,27 +329,33 @@ def encode(
     device: Device = "auto",
 ) -> None:
     """Images → one token file; with a target, of as many tokens as each image needs."""
+    from dataclasses import replace
+
+    from .image_inputs import gather
     from .tokens import Tokens
 
     quality = _quality(target, target_psnr)
-    model, bad, parts, records = _load(tokenizer, device, weights), _Bad(), [], []
-    for _, _, coded, found in _encoded(model, images, tokens, quality, batch_size, bad):
+    _check_token_target(output)
+    inputs = gather(images)
+    model, bad, parts, records, names = _load(tokenizer, device, weights), _Bad(), [], [], []
+    for batch, _, coded, found in _encoded(model, inputs, tokens, quality, batch_size, bad):
         parts.append(coded.to("cpu"))
         records += found
+        names += [each.name for each in batch]
     if parts:
-        coded = Tokens.cat(parts)
+        coded = replace(Tokens.cat(parts), names=tuple(names))
         coded.save(output)
         lengths = [record["tokens"] for record in records]
         least, most, mean = min(lengths), max(lengths), sum(lengths) / len(lengths)
         each = f"{most} tokens each" if least == most else f"{least} to {most} tokens, {mean:.1f} on average"
-        print(f"{output}: {_images(len(coded))}, {each}")
+        say(f"{output}: {_images(len(coded))}, {each}")
         payload = int(coded.bits_per_image.sum()) / 8
         print(f"{output.stat().st_size} bytes, {payload:g} of them tokens")
         for index, record in enumerate(records):
             length = f"{record['tokens']:4d} tokens  " if coded.lengths is not None else ""
             decibels = f"{record['psnr']:.2f} dB  " if "psnr" in record else ""
             short = "" if record.get("reached", True) else "  not reached"
-            print(f"  {index:5d}  {length}{decibels}{record['image']}{short}")
+            say(f"  {index:5d}  {length}{decibels}{record['image']}{short}")
         _warn_of_unreached(records, quality, model)
     bad.finish()
 
@@ -321,28 +365,37 @@ def decode(
     source: Annotated[Path, typer.Argument(help="Token file of `vistok encode`.", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNGs.")] = Path("decoded"),
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="If not the one the file names.")
+        str | None,
+        typer.Option("--tokenizer", help="If not the one the file names, or that is not a registry name."),
     ] = None,
     weights: Weights = None,
     batch_size: Batch = 8,
     device: Device = "auto",
 ) -> None:
-    """A token file → PNGs, numbered in the file's order."""
-    from .files import atomic_write
+    """A token file → PNGs under the names of the images it was made of, or numbered in its order."""
+    from .files import check_target
     from .images import to_pil
+    from .picture_names import picture_paths, save_picture
+    from .registry import entries
     from .tokens import Tokens
 
+    check_target(out, folder=True)
     coded = Tokens.load(source)
     name = tokenizer or coded.tokenizer
     if name is None:
         raise ValueError(f"{source} does not say which tokenizer wrote it; give --tokenizer")
-    model, count = _load(name, device, weights), 0
+    if tokenizer is None and name not in entries():
+        raise ValueError(
+            f"{source} names the tokenizer {name!r}, which is not a registry name; if you trust the file, "
+            "give --tokenizer with that folder, weights file or hub repository"
+        )
+    names = coded.names or [f"{number:05d}.png" for number in range(len(coded))]
+    paths = iter(picture_paths(out, names))
+    model = _load(name, device, weights)
     for start in _progress(range(0, len(coded), batch_size), "decode"):
         for picture in to_pil(model.decode(coded[start : start + batch_size]).cpu()):
-            with atomic_write(out / f"{count:05d}.png") as path:
-                picture.save(path, format="PNG")
-            count += 1
-    print(f"{_images(count)} in {out}")
+            save_picture(picture, next(paths))
+    say(f"{_images(len(coded))} in {out}")
 
 
 @app.command()
@@ -356,13 +409,16 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Stop at this step.")] = None,
 ) -> None:
     """Train a tokenizer; run again to continue. Several processes: `accelerate launch -m vistok.cli`."""
+    from .files import check_target
+
+    folder = check_target(output or Path("runs") / config.stem, folder=True)
+
     from .train.config import read
     from .train.loop import train as run
 
     settings = read(config)
-    folder = output or Path("runs") / config.stem
     model = run(settings, folder, steps=steps)
-    print(f"model: {model} (vistok.load({str(model)!r})); log: {folder / 'log.jsonl'}")
+    say(f"model: {model} (vistok.load({str(model)!r})); log: {folder / 'log.jsonl'}")
 
 
 @app.command()
@@ -386,7 +442,7 @@ def verify(
         try:
             rows = run(path, str(_device(device)), kind)
         except (CannotBuild, FileNotFoundError) as error:
-            typer.secho(f"{path}: {error}", fg="red", err=True)
+            complain(f"{path}: {error}")
             unbuilt += 1
             continue
         misses = sum(not row.passed for row in rows)
@@ -419,6 +475,9 @@ def reducers(
     from .compress import DivPrune, UniformGrid
     from .eval import prefill, selection
 
+    if out:
+        _check_json_target(out)
+
     selected = selection.run(repeats, threads)
     _table(selected.title, selection.HEADER, selected.table())
     read = prefill.run(
@@ -449,10 +508,14 @@ def lengths(
     import torch
 
     from .eval.lengths import HEADER, measure
+    from .image_inputs import gather
 
+    if out:
+        _check_json_target(out)
+    inputs = gather(images or [])
     model, bad = _load(tokenizer, device, weights), _Bad()
     if images:
-        pixels = [batch for _, batch in _batches(images, model.image_size, 64, bad, "read")]
+        pixels = [batch for _, batch in _batches(inputs, model.image_size, 64, bad, "read")]
     else:
         from .train.data import Scenes
 
@@ -481,12 +544,12 @@ class _Bad:
     def add(self, path: Path, error: Exception) -> None:
         """Report one and go on."""
         self.count += 1
-        typer.secho(f"skipped {path}: {error}", fg="yellow", err=True)
+        note(f"skipped {path}: {error}")
 
     def finish(self) -> None:
         """Exit 1 if any was skipped."""
         if self.count:
-            typer.secho(f"{_images(self.count)} skipped", fg="red", err=True)
+            complain(f"{_images(self.count)} skipped")
             raise typer.Exit(1)
 
 
@@ -494,21 +557,6 @@ def _load(name: str, device: str, weights: Path | None = None) -> "Tokenizer":
     from .registry import load
 
     return load(name, device=_device(device), weights=weights)
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: Any = None,
-    line: Any = None,
-) -> None:
-    """What a user should know as one line; anything else where it came from."""
-    text = str(message)
-    if category is not UserWarning:
-        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
-    typer.secho(f"warning: {text}", fg="yellow", err=True)
 
 
 def _quality(target: float | None, target_psnr: float | None) -> dict[str, float]:
@@ -537,17 +585,17 @@ def _check_quality(model: "Tokenizer", quality: dict[str, float]) -> None:
 
 def _encoded(
     model: "Tokenizer",
-    images: list[Path],
+    inputs: "list[ImageInput]",
     count: int | None,
     quality: dict[str, float],
     batch_size: int,
     bad: _Bad,
-) -> "Iterator[tuple[list[Path], torch.Tensor, Tokens, list[dict[str, Any]]]]":
-    """Paths, pixels, tokens and one record an image, in batches: its tokens, and with `target_psnr` the
+) -> "Iterator[tuple[list[ImageInput], torch.Tensor, Tokens, list[dict[str, Any]]]]":
+    """Images, pixels, tokens and one record an image, in batches: its tokens, and with `target_psnr` the
     quality."""
     _check_quality(model, quality)
     model.check_num_tokens(count)
-    for paths, pixels in _batches(images, model.image_size, batch_size, bad, "encode"):
+    for batch, pixels in _batches(inputs, model.image_size, batch_size, bad, "encode"):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* do not reach")  # told once, for all batches
             coded = model.encode(pixels, count, **quality)
@@ -556,10 +604,10 @@ def _encoded(
             measured = {"psnr": coded.psnr.tolist(), "reached": coded.reached.tolist()}
             coded = coded.tokens
         lengths = [coded.num_tokens] * len(coded) if coded.lengths is None else coded.lengths.tolist()
-        records = [{"image": str(path), "tokens": k} for path, k in zip(paths, lengths, strict=True)]
+        records = [{"image": str(e.path), "tokens": k} for e, k in zip(batch, lengths, strict=True)]
         for index, record in enumerate(records):
             record |= {name: values[index] for name, values in measured.items()}
-        yield paths, pixels, coded, records
+        yield batch, pixels, coded, records
 
 
 def _warn_of_unreached(records: list[dict[str, Any]], quality: dict[str, float], model: "Tokenizer") -> None:
@@ -588,43 +636,25 @@ def _images(count: int) -> str:
     return f"{count} image{'s' * (count != 1)}"
 
 
-def _files(paths: list[Path]) -> list[Path]:
-    """Folders opened into the images below them, in order."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-            )
-            if not inside:
-                raise ValueError(f"{path} holds no images (png, jpg, jpeg, webp, bmp, tif, tiff)")
-            found += inside
-        else:
-            found.append(path)
-    return found
-
-
 def _batches(
-    paths: list[Path], size: int, batch_size: int, bad: _Bad, title: str
-) -> Iterator[tuple[list[Path], "torch.Tensor"]]:
+    inputs: "list[ImageInput]", size: int, batch_size: int, bad: _Bad, title: str
+) -> "Iterator[tuple[list[ImageInput], torch.Tensor]]":
     """Readable images in batches; unreadable ones are reported to `bad`."""
     import torch
 
     from .images import to_tensor
 
-    files = _files(paths)
-    names, pixels = [], []
-    for number, path in enumerate(_progress(files, title), start=1):
+    batch: list[ImageInput] = []
+    pixels: list[torch.Tensor] = []
+    for number, each in enumerate(_progress(inputs, title), start=1):
         try:
-            pixels.append(to_tensor(path, size))
-            names.append(path)
+            pixels.append(to_tensor(each.path, size))
+            batch.append(each)
         except (ValueError, OSError) as error:
-            bad.add(path, error)
-        if len(names) == batch_size or (names and number == len(files)):
-            yield names, torch.cat(pixels)
-            names, pixels = [], []
+            bad.add(each.path, error)
+        if len(batch) == batch_size or (batch and number == len(inputs)):
+            yield batch, torch.cat(pixels)
+            batch, pixels = [], []
 
 
 def _progress(items: Any, title: str) -> Any:
@@ -647,13 +677,29 @@ def _enlarged(picture: "Image.Image", side: int) -> "Image.Image":
     )
 
 
-def _free_name(folder: Path, source: Path, taken: set[str]) -> Path:
-    """folder/<stem>.png, numbered when two sources share a stem."""
-    target, number = folder / f"{source.stem}.png", 1
-    while str(target) in taken:
-        number += 1
-        target = folder / f"{source.stem}-{number}.png"
-    return target
+def _check_token_target(path: Path) -> None:
+    """Raise OSError unless a token file can be written there; only token files are written over."""
+    from .files import check_target
+    from .packing import MAGIC
+
+    check_target(path)
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) not in (MAGIC, b""):
+                raise FileExistsError(
+                    f"{path} is there already and is not a token file; name another with -o"
+                )
+
+
+def _check_json_target(path: Path) -> None:
+    """Raise OSError unless a record can be written there; only JSON files are written over."""
+    from .files import check_target
+
+    check_target(path)
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(64).lstrip()[:1] not in (b"{", b"[", b""):
+                raise FileExistsError(f"{path} is there already and is not JSON; name another with --out")
 
 
 def _write_json(path: Path, record: Any) -> None:

@@ -1,8 +1,10 @@
-"""What commands share: options, tables on the terminal, and the device that a name means."""
+"""What commands share: options, foreign text and tables on the terminal, and the device that a name means."""
 
+import logging
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 Name = Annotated[
-    str, typer.Option("--tokenizer", help="Registry name, hub repository, folder or weights file.")
+    str,
+    typer.Option(
+        "--tokenizer", help="Registry name, folder, weights file, or hub repository hf://owner/name."
+    ),
 ]
 Weights = Annotated[
     Path | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
@@ -18,17 +23,74 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 
 
+# Text -------------------------------------------------------------------------------------------------------
+
+
+def safe_text(text: object) -> str:
+    r"""Text of others (file names, captions, error messages) as a terminal may show it, on one line.
+
+    Control characters, line ends, marks that reverse the direction of writing and bytes that are not UTF-8
+    are shown escaped, as \x1b or \n.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in str(text)
+    )
+
+
+def say(text: object) -> None:
+    """Print text of others as one line."""
+    print(safe_text(text))
+
+
+def note(text: object) -> None:
+    """Print something a user should know, as one yellow line on stderr."""
+    typer.secho(safe_text(text), fg="yellow", err=True)
+
+
+def complain(text: str) -> None:
+    """Print an error in red on stderr; the lines that vistok itself put into it stay lines."""
+    typer.secho("\n".join(map(safe_text, text.split("\n"))), fg="red", err=True)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: Any = None,
+) -> None:
+    """Show what a user should know as one line; anything else with where it came from."""
+    text = str(message)
+    if category is not UserWarning:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    note(f"warning: {text}")
+
+
+class LogLines(logging.Handler):
+    """Shows the library's log records as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        note(record.getMessage())
+
+
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Print a table, 160 characters wide where the output is no terminal."""
+    """Print a table of plain text, 160 characters wide where the output is not a terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(title=title, title_justify="left", show_header=any(header))
+    sheet = Table(title=Text(safe_text(title)), title_justify="left", show_header=any(header))
     for name in header:
-        drawn.add_column(name, overflow="fold", no_wrap=name in ("name", "weights"))
+        sheet.add_column(Text(safe_text(name)), overflow="fold", no_wrap=name in ("name", "weights"))
     for row in rows:
-        drawn.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+        sheet.add_row(*(Text(safe_text(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(sheet)
+
+
+# Devices ----------------------------------------------------------------------------------------------------
 
 
 def device(name: str) -> "torch.device":
@@ -46,4 +108,6 @@ def device(name: str) -> "torch.device":
         raise ValueError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from error
+    if found.type == "meta":
+        raise ValueError("--device meta has no values; try --device cpu")
     return found
