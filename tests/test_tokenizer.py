@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -427,7 +430,7 @@ def test_what_are_no_tokens_are_refused_by_their_kind(case, models):
 def test_create_refuses_unknown_fields_and_names():
     with pytest.raises(ValueError, match="no configuration field depth"):
         create("mini", depth=3)
-    with pytest.raises(ValueError, match="no configuration field depth"):
+    with pytest.raises(ValueError, match="unknown key depth"):
         create("titok", depth=3)
     with pytest.raises(ValueError, match=r"Did you mean.*titok-l32"):
         create("titok-l23")
@@ -800,6 +803,40 @@ def test_captions_without_a_text_tower_say_how_to_attach_one(models, offline):
     model = copy.deepcopy(models("tatitok-vq"))
     with pytest.raises(FileNotFoundError, match=r"ViT-L-14-336.*attach_text_encoder\("):
         model.decode(model.encode(pictures(1)), text=["A photo of a jay."])
+
+
+def test_a_text_tower_is_downloaded_only_when_its_repository_is_named(tmp_path):
+    script = (
+        "import socket, sys\n"
+        "def refuse(*arguments, **options): raise socket.gaierror(-2, 'Name or service not known')\n"
+        "socket.getaddrinfo = refuse\n"
+        "from vistok.nn.clip_text import CLIPTextEncoder\n"
+        "try: CLIPTextEncoder.load(sys.argv[1])\n"
+        "except FileNotFoundError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    for source, announced in (("openai", 0), ("hf://timm/vit_large_patch14_clip_336.openai", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, source],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "attach_text_encoder('hf://timm/vit_large_patch14_clip_336.openai')" in done.stdout, (
+            done.stderr
+        )
+        assert done.stderr.count("downloading from the Hugging Face hub") == announced
+
+
+def test_another_tag_or_file_of_a_text_tower_is_refused(tmp_path):
+    from vistok.nn.clip_text import CLIPTextEncoder
+
+    with pytest.raises(ValueError, match=r"'laion' is neither .* its tags are openai"):
+        CLIPTextEncoder.load("laion")
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*runs/tower"):
+        CLIPTextEncoder.load("runs/tower")
 
 
 def test_an_empty_batch_needs_no_text_tower(models, offline):

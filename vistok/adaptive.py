@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def encode_to_quality(
 
     `options` go to `decode`; a `generator` starts every decoding from the same state, so that lengths are
     compared under the same noise. PSNR is over all pixels and channels of an image with a peak of 1. Raises
-    ValueError for tokenizers whose prefixes do not decode, and for targets that are no positive number of dB.
+    ValueError for tokenizers whose prefixes do not decode, and for targets that are not positive numbers.
     """
     if not tokenizer.ordered:
         instead = "use an ordered tokenizer such as vistok-mini"
@@ -54,7 +55,7 @@ def encode_to_quality(
             f"{tokenizer.label} does not decode from a prefix of its tokens, so target_psnr cannot choose "
             f"their number; {instead}"
         )
-    number = isinstance(target_psnr, int | float) and not isinstance(target_psnr, bool)
+    number = isinstance(target_psnr, numbers.Real) and not isinstance(target_psnr, bool)
     if not number or not 0 < target_psnr < math.inf:
         raise ValueError(f"target_psnr is {target_psnr!r}; it is a positive number of dB, such as 30")
     full = tokenizer.encode(images, num_tokens)

@@ -105,7 +105,7 @@ def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
     the rest. ("Diffusion Models Beat GANs on Image Synthesis", 2021, arXiv:2105.05233; `center_crop_arr` in
     its code.)
     """
-    image = load_image(image)
+    image, size = load_image(image), _checked_size(size)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -7,7 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, hub
+from ..files import looks_like_path
 
 ACTIVATIONS = ("quickgelu", "gelu")
 
@@ -60,14 +61,18 @@ class CLIPTextEncoder(nn.Module):
     def load(cls, source: str | Path = "openai", activation: str = "quickgelu") -> Self:
         """Weights of open_clip's tag for ViT-L-14-336, or of a local file (whole CLIP or text tower alone).
 
-        Raises FileNotFoundError when the tag is neither cached nor reachable, and ValueError listing keys
-        that do not fit.
+        A tag is read from the hub's cache and never downloaded; `hf://owner/name` names a hub repository that
+        may be.
+
+        Raises:
+            FileNotFoundError: the weights are not in the cache, or cannot be downloaded.
+            ValueError: keys that do not fit, a tag that does not exist.
         """
-        encoder = cls(activation=activation)
-        if Path(source).suffix in checkpoint.SUFFIXES or Path(source).exists():
-            state = checkpoint.read(checkpoint.locate(source).weights)
+        if isinstance(source, Path) or looks_like_path(source):
+            path = checkpoint.locate(source).weights
         else:
-            state = _download(str(source))
+            path = _hub_file(source)
+        state, encoder = checkpoint.read(path), cls(activation=activation)
         state = {key.removeprefix("text."): value for key, value in state.items()}
         ignore = ("visual.*", "logit_scale", "logit_bias", "attn_mask")
         ignore += ("input_resolution", "context_length", "vocab_size")
@@ -88,23 +93,26 @@ class CLIPTextEncoder(nn.Module):
         return TextStates(states, x, end @ self.model.text_projection)
 
 
-def _download(tag: str) -> dict[str, Tensor]:
-    from open_clip.factory import load_state_dict
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+def _hub_file(source: str) -> Path:
+    """The weights file of a tag, from the cache, or of `hf://owner/name`, downloaded where needed."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-    name = "ViT-L-14-336"
-    config = get_pretrained_cfg(name, tag)
-    if not config:
+    name, asked = "ViT-L-14-336", source.startswith(hub.PREFIX)
+    repo = source.removeprefix(hub.PREFIX) if asked else get_pretrained_cfg(name, source).get("hf_hub")
+    if not repo:
         raise ValueError(
-            f"{tag!r} is neither a file nor a pretrained tag of {name}; its tags are "
+            f"{source!r} is neither a file nor a pretrained tag of {name}; its tags are "
             f"{', '.join(list_pretrained_tags_by_model(name))}"
         )
-    try:
-        path = download_pretrained(config)
-    except Exception as error:  # hub and urllib raise many kinds when there is no network
-        raise FileNotFoundError(
-            f"the CLIP text tower {name}/{tag} is not in the local cache and could not be downloaded "
-            f"({type(error).__name__}). Give its weights file: "
-            "tokenizer.attach_text_encoder('open_clip_model.safetensors')"
-        ) from error
-    return load_state_dict(path)
+    repo, problem = repo.rstrip("/"), None
+    for file in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+        try:
+            return hub.get_file(repo, file, local_files_only=not asked)
+        except Exception as error:  # the hub's client raises many kinds when there is no network
+            problem = problem or error
+    raise FileNotFoundError(
+        f"the CLIP text tower {name} is not in the hub's cache{' and could not be downloaded' * asked} "
+        f"({type(problem).__name__}). Give its weights file: "
+        f"tokenizer.attach_text_encoder('open_clip_model.safetensors'), or with a network "
+        f"tokenizer.attach_text_encoder('{hub.PREFIX}{repo}')"
+    ) from problem
