@@ -439,8 +439,8 @@ def test_images_of_another_size_are_refused(model):
     ("change", "said"),
     [
         ({"encoder_dim": 65}, "encoder_dim is 65"),
-        ({"latent_size": 7}, "latent_size 7"),
-        ({"num_tokens": 0}, "num_tokens 0"),
+        ({"latent_size": 7}, "latent_size is 7"),
+        ({"num_tokens": 0}, "num_tokens is 0"),
         ({"kept_tokens": "all"}, "kept_tokens is 'all'"),
         ({"depth": 3}, "unknown key depth"),
     ],

@@ -368,7 +368,7 @@ def test_shapes_that_need_a_configuration_ask_for_it(model, tmp_path):
         ({"axes_dims_rope": (4, 4, 4)}, "sum to 12"),
         ({"downsample_idx": (3,)}, r"rising block numbers below 3"),
         ({"upsample_idx": (1, 0)}, r"rising block numbers below 2"),
-        ({"encoder_layers": 0}, "give one block or more"),
+        ({"encoder_layers": 0}, "encoder_layers is 0"),
         ({"image_size": 20}, "multiple of 8"),
         ({"rope_id_dtype": "float16"}, "'float32' or 'bfloat16'"),
         ({"depth": 3}, "no configuration field depth"),

@@ -2,6 +2,7 @@
 weights come with that."""
 
 import ast
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from safetensors import safe_open
 
 from ..configuration import build
+from .ranges import require_between, require_depths, require_multiple, require_sizes
 
 KeptTokens = Literal["uniform", "pow2", "uniform_pow2"]
 Times = Literal["mode", "logit_normal", "stratified"]
@@ -56,27 +58,37 @@ class FlexTokConfig:
     mode_scale: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("levels", "vae_block_out_channels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        require_sizes(self, "encoder_dim", "decoder_dim", "head_dim", "num_tokens", "latent_channels")
+        require_sizes(self, "latent_size", "patch_size", "frequency_embedding_size", "vae_norm_num_groups")
+        require_depths(self, "encoder_depth", "decoder_depth", "vae_layers_per_block")
+        require_sizes(self, "vae_block_out_channels")
+        require_between(self, ["levels"], 2, 2**16)
+        if math.prod(self.levels) >= 2**63 or len(self.vae_block_out_channels) > 8:
+            raise ValueError(
+                f"levels {self.levels} and vae_block_out_channels {self.vae_block_out_channels} make more "
+                "than 2**63 codes or 8 VAE levels"
+            )
         for side in ("encoder_dim", "decoder_dim"):
             if getattr(self, side) % self.head_dim or getattr(self, side) % 4:
                 raise ValueError(
                     f"{side} is {getattr(self, side)}; it must be a multiple of head_dim {self.head_dim} "
                     "and of 4"
                 )
-        if self.latent_size % self.patch_size:
+        require_multiple(self, "latent_size", "patch_size")
+        require_multiple(self, "vae_block_out_channels", "vae_norm_num_groups")
+        if self.frequency_embedding_size % 2:
             raise ValueError(
-                f"latent_size {self.latent_size} is not a multiple of patch_size {self.patch_size}"
+                f"frequency_embedding_size is {self.frequency_embedding_size}; it must be even, half of it "
+                "sines and half cosines"
             )
-        if self.num_tokens < 1 or self.max_timestep <= 0:
+        require_between(self, ["max_timestep"], 1e-6, 1e9)
+        require_between(self, ["null_probability"], 0, 1)
+        if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
             raise ValueError(
-                f"num_tokens {self.num_tokens} and max_timestep {self.max_timestep} must be positive"
+                f"mode_scale is {self.mode_scale}; times stay in order from -1 to {2 / (math.pi - 2):.3f}"
             )
-        for name, choices in (("kept_tokens", KeptTokens), ("times", Times)):
-            if getattr(self, name) not in choices.__args__:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it is one of {', '.join(choices.__args__)}"
-                )
+        if self.vae_scaling_factor is not None:
+            require_between(self, ["vae_scaling_factor"], 1e-9, 1e9)
 
     @property
     def image_size(self) -> int:

@@ -19,6 +19,7 @@ from ..quantizers import BinaryQuantizer, Quantized
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
 from ..tokens import Tokens
+from .ranges import LARGEST_SIZE, require_between, require_color, require_depths, require_sizes
 
 EPS = 1e-6
 ROTARY_BASE = 10000.0
@@ -57,15 +58,17 @@ class InstellaConfig:
     entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("axes_dims_rope", "downsample_idx", "upsample_idx"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        require_color(self, "in_channels")
+        require_sizes(self, "encoder_head_dim", "encoder_num_heads", "decoder_head_dim", "decoder_num_heads")
+        require_sizes(self, "patch_size", "num_latent_tkns", "codebook_size", "image_size")
+        require_depths(self, "encoder_layers", "decoder_layers")
+        require_between(self, ["train_temp"], 1e-6, 1e6)
+        require_between(self, ["code_weight", "entropy_weight"], 0, 1e6)
         axes = self.axes_dims_rope
         if len(axes) != 3 or any(axis % 2 or axis < 2 for axis in axes):
             raise ValueError(f"axes_dims_rope is {axes}; it is three even numbers: token, row, column")
         for side, indices in (("encoder", self.downsample_idx), ("decoder", self.upsample_idx)):
             layers, head_dim = getattr(self, f"{side}_layers"), getattr(self, f"{side}_head_dim")
-            if layers < 1:
-                raise ValueError(f"{side}_layers is {layers}; give one block or more")
             if sum(axes) != head_dim:
                 raise ValueError(
                     f"axes_dims_rope {axes} sum to {sum(axes)}, but {side}_head_dim is {head_dim}; make them "
@@ -76,9 +79,14 @@ class InstellaConfig:
                     f"the {side} resizes after blocks {list(indices)}; give rising block numbers below "
                     f"{layers}"
                 )
-        if self.rope_id_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"rope_id_dtype is {self.rope_id_dtype!r}; it is 'float32' or 'bfloat16'")
+        if len(self.downsample_idx) > 8 or len(self.upsample_idx) > 8:
+            raise ValueError("the grid is resized more than 8 times; give at most 8 block numbers")
         factor = max(self.encoder_factor, self.decoder_factor)
+        if self.scale is not None and not factor <= self.scale <= LARGEST_SIZE:
+            raise ValueError(
+                f"scale is {self.scale}; it is a side in pixels of {factor} or more, or null for the grid's "
+                "own coordinates"
+            )
         if self.image_size < factor or self.image_size % factor:
             raise ValueError(
                 f"image_size is {self.image_size}; give a multiple of {factor}, the patch size times the "

@@ -37,6 +37,7 @@ from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput, require_whole
 from ..tokens import Tokens
 from .maskgit_vqgan import ResidualBlock
+from .ranges import require_between, require_depths, require_multiple, require_sizes
 
 TARGETS = (
     *(0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.09, 0.1),
@@ -103,18 +104,24 @@ class KarlConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.base not in BASE_CHANNELS:
-            raise ValueError(f"base is {self.base!r}; it is {' or '.join(map(repr, BASE_CHANNELS))}")
-        for name in ("base_channel_mult", "training_tokens"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.base_channels is None:
+            object.__setattr__(self, "base_channels", BASE_CHANNELS[self.base])
+        require_sizes(
+            self, "encoder_width", "decoder_width", "vq_codebook_size", "vq_token_dim", "patch_size"
+        )
+        require_sizes(self, "max_grid_tokens", "image_size", "base_hidden_channels", "base_norm_groups")
+        require_sizes(self, "base_channels", "base_codebook_size", "encoder_heads", "decoder_heads")
+        require_depths(self, "encoder_layers", "decoder_layers", "base_res_blocks", "base_channel_mult")
+        require_multiple(self, "encoder_width", "encoder_heads")
+        require_multiple(self, "decoder_width", "decoder_heads")
+        require_between(self, ["halting_weight"], 0, 1e6)
+        require_between(self, ["initializer_range"], 1e-9, 1e3)
         groups = 32 if self.base == "vqgan" else 1  # its blocks are MaskGIT's, which have 32
         if self.base_hidden_channels % math.lcm(self.base_norm_groups, groups):
             raise ValueError(
                 f"base_hidden_channels {self.base_hidden_channels} is not a multiple of base_norm_groups "
                 f"{self.base_norm_groups}" + " and of 32, the groups of a VQGAN" * (groups > 1)
             )
-        if self.base_channels is None:
-            object.__setattr__(self, "base_channels", BASE_CHANNELS[self.base])
         factor = 2 ** (len(self.base_channel_mult) - 1)
         if self.patch_size != factor:
             raise ValueError(

@@ -21,6 +21,9 @@ from ..quantizers import VectorQuantizer
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer
 from ..tokens import Tokens
+from .ranges import require_color, require_depths, require_sizes
+
+GROUPS = 32  # of every group norm
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,21 @@ class MaskGITVQGANConfig:
     image_size: int = 256
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        require_color(self, "num_channels")
+        require_sizes(self, "hidden_channels", "z_channels", "num_embeddings", "embedding_dim", "image_size")
+        require_depths(self, "channel_mult", "num_res_blocks")
+        if len(self.channel_mult) > 10:
+            raise ValueError(f"channel_mult has {len(self.channel_mult)} levels; it takes up to 10")
+        if any(width % GROUPS for width in self.widths):
+            raise ValueError(
+                f"hidden_channels {self.hidden_channels} times channel_mult {self.channel_mult} are not "
+                f"multiples of {GROUPS}, the groups of every norm"
+            )
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if self.image_size % factor:
+            raise ValueError(
+                f"image_size is {self.image_size}; it must be a multiple of {factor}, a code's side"
+            )
         if self.z_channels != self.embedding_dim:
             raise ValueError(
                 f"z_channels {self.z_channels} and embedding_dim {self.embedding_dim} differ; the encoder's "
@@ -60,9 +77,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, channels_in, eps=1e-6)
+        self.norm1 = nn.GroupNorm(GROUPS, channels_in, eps=1e-6)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(32, channels_out, eps=1e-6)
+        self.norm2 = nn.GroupNorm(GROUPS, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_out, channels_out, 1, bias=False)
@@ -109,7 +126,7 @@ class Encoder(nn.Module):
         self.mid = nn.Sequential(
             *(ResidualBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
         )
-        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -135,7 +152,7 @@ class Decoder(nn.Module):
             Level(a, b, config.num_res_blocks, upsample=depth > 0)
             for depth, (a, b) in enumerate(zip(inputs, widths, strict=True))
         )
-        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.num_channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -174,11 +191,12 @@ class MaskGITVQGAN(Tokenizer):
     def create(cls, **config: Any) -> Self:
         """Build with fresh weights; `num_resolutions`, which the original states as well, must agree."""
         levels = config.pop("num_resolutions", None)
-        if levels is not None and levels != len(config.get("channel_mult", MaskGITVQGANConfig.channel_mult)):
+        model = super().create(**config)
+        if levels is not None and levels != len(model.config.channel_mult):
             raise ValueError(
-                f"num_resolutions={levels} does not match channel_mult={config.get('channel_mult')}"
+                f"num_resolutions={levels} does not match channel_mult={model.config.channel_mult}"
             )
-        return super().create(**config)
+        return model
 
     @classmethod
     def recognise(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..configuration import build, shorten
 from ..nn.transformer import Transformer
 from ..quantizers import GaussianQuantizer, Quantizer, VectorQuantizer
 from ..registry import Entry, load, register, register_family
@@ -24,11 +25,10 @@ from ..tokenizer import Tokenizer, TrainingOutput
 from ..tokens import Tokens
 from .maskgit_vqgan import Decoder as PixelDecoder
 from .maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
+from .ranges import require_between, require_sizes
 
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, layers, heads
-PROXY_CODES, PROXY_DIM = 1024, 256  # the MaskGIT-VQGAN codebook
-
-Size = Literal["small", "base", "large"]
+PROXY_CODES, PROXY_DIM, PROXY_PATCH = 1024, 256, 16  # the MaskGIT-VQGAN codebook, and a code's side
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class TiTokConfig:
     use_l2_norm: bool = False
     commitment_cost: float = 0.25
     clustering_vq: bool = False
-    vit_enc_model_size: Size = "base"
-    vit_dec_model_size: Size = "base"
+    vit_enc_model_size: str = "base"
+    vit_dec_model_size: str = "base"
     vit_enc_patch_size: int = 16
     vit_dec_patch_size: int = 16
     num_latent_tokens: int = 32
@@ -53,8 +53,10 @@ class TiTokConfig:
     crop_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.quantize_mode not in ("vq", "vae"):
-            raise ValueError(f"quantize_mode is {self.quantize_mode!r}; it is 'vq' or 'vae'")
+        require_sizes(self, "codebook_size", "token_size", "num_latent_tokens", "crop_size")
+        require_sizes(self, "vit_enc_patch_size", "vit_dec_patch_size", "text_context_length")
+        require_sizes(self, "text_embed_dim")
+        require_between(self, ["commitment_cost"], 0, 1e6)
         if self.quantize_mode == "vae" and self.finetune_decoder:
             raise ValueError(
                 "quantize_mode='vae' has no second stage; set finetune_decoder=False, is_legacy=False"
@@ -71,28 +73,38 @@ class TiTokConfig:
                 raise ValueError(
                     f"crop_size {self.crop_size} is not a multiple of vit_{side}_patch_size {patch}"
                 )
+        if self.is_legacy and self.vit_dec_patch_size != PROXY_PATCH:
+            raise ValueError(
+                f"vit_dec_patch_size is {self.vit_dec_patch_size}; legacy decoders predict MaskGIT-VQGAN "
+                f"codes, each of {PROXY_PATCH} pixels: give {PROXY_PATCH}, or is_legacy=False"
+            )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "TiTokConfig":
         """From field names, or from the original's nested configuration, whose other keys are ignored."""
-        known = {field.name for field in fields(cls)}
         if "model" not in values:
-            if unknown := sorted(set(values) - known):
-                raise ValueError(
-                    f"TiTok has no configuration field {', '.join(unknown)}; it has "
-                    f"{', '.join(sorted(known))}"
-                )
-            return cls(**values)
-        model = (values["model"] or {}).get("vq_model")
-        if model is None:
+            return build(cls, values, "titok")
+        model = _section(values, "model").get("vq_model")
+        if not isinstance(model, Mapping):
             raise ValueError(
-                f"the configuration's model has {sorted(values['model'])}; a TiTok one has vq_model"
+                f"the configuration's model has {sorted(values['model'] or ())}; a TiTok one has a mapping "
+                "vq_model"
             )
+        known = {field.name for field in fields(cls)}
         found = {name: value for name, value in model.items() if name in known}
-        crop = ((values.get("dataset") or {}).get("preprocessing") or {}).get("crop_size")
+        crop = _section(_section(values, "dataset"), "preprocessing").get("crop_size")
         if crop is not None:
             found["crop_size"] = crop
-        return cls(**{name: _resolved(value, values, name) for name, value in found.items()})
+        resolved = {name: _resolved(value, values, name) for name, value in found.items()}
+        return build(cls, resolved, "the configuration's vq_model")
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a nested configuration, empty where it is missing."""
+    section = values.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"the configuration's {name} is {shorten(section)}; it takes a mapping")
+    return section
 
 
 def _resolved(value: Any, root: Mapping[str, Any], name: str) -> Any:
