@@ -518,7 +518,7 @@ def test_a_file_gives_the_configuration(tmp_path):
         ({"compile": 1}, "compile is 1"),
         ({"ema": "high"}, "ema is 'high'"),
         ({"freeze": "encoder.*"}, r"freeze is 'encoder\.\*'"),
-        ({"freeze": [1]}, "freeze is 1"),
+        ({"freeze": [1]}, r"freeze\[0\] is 1"),
         ({"tokenizer": "mini"}, "tokenizer is 'mini'"),
         ({"optimizer": {"schedule": "linear"}}, "optimizer: schedule is 'linear'.*'cosine'"),
         ({"initial": 3}, "initial is 3"),

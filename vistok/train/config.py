@@ -1,14 +1,19 @@
 """A training run as a YAML file: every key is a field below, unknown keys are errors."""
 
 import dataclasses
-import typing
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from ..configuration import build, shorten
+from ..files import check_source
 from .losses import ReconstructionLossConfig
+from .yaml_file import read_yaml
 
-T = TypeVar("T")
+LARGEST_FILE = 2**20  # bytes
+MOST_WORKERS = 257
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +27,20 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
-    scales: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)
     """Pattern of parameter names → factor on the learning rate."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            learning_rate=(0, math.inf),
+            end_learning_rate=(0, math.inf),
+            warmup=(0, math.inf),
+            betas=(0, 1),
+            weight_decay=(0, math.inf),
+            clip_norm=(0, math.inf),
+            scales=(0, math.inf),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,75 +84,82 @@ class TrainConfig:
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "validate_every")
-        for name in (*counts, "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        check_ranges(
+            self,
+            steps=(1, math.inf),
+            batch_size=(1, math.inf),
+            gradient_accumulation=(1, math.inf),
+            log_every=(1, math.inf),
+            validate_every=(1, math.inf),
+            checkpoint_every=(1, math.inf),
+            seed=(0, math.inf),
+            ema=(0, 1),
+            warm_start_images=(0, math.inf),
+            validation_tokens=(1, math.inf),
+            workers=(0, MOST_WORKERS),
+        )
+        if not 0 <= self.nested_dropout <= 1:
+            raise ValueError(f"nested_dropout is {self.nested_dropout}; it is a share of images, 0 to 1")
+        if not isinstance(self.tokenizer.get("name", ""), str):
+            name = shorten(self.tokenizer["name"])
+            raise ValueError(f"tokenizer: name is {name}; give a registry name or a family as text")
         if "name" not in self.tokenizer:
             raise ValueError("tokenizer needs a name: a registry name or a family (see `vistok list`)")
 
 
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError for fields outside [low, high); those that are tuples or mappings hold such values."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        parts = value.values() if isinstance(value, Mapping) else value
+        values = parts if isinstance(value, Mapping | tuple) else [value]
+        if not all(low <= each < high for each in values):
+            upper = "" if high == math.inf else f" and below {high:g}"
+            raise ValueError(f"{name} is {shorten(value)}; it must be {low:g} or more{upper}")
+
+
 def read(path: str | Path) -> TrainConfig:
-    """The configuration in a YAML file.
+    """The configuration in a YAML file of at most 1 MB.
 
-    Raises FileNotFoundError, or ValueError that names the file and the key.
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is not an ordinary file.
+        ValueError: it is not valid YAML, or a key or value is not accepted; the message names file and key.
     """
-    import yaml
-
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"no training configuration {path}; give a YAML file such as assets/vistok-mini.yaml"
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = read_yaml(check_source(path, limit=LARGEST_FILE))
     if not isinstance(values, Mapping):
         raise ValueError(
             f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys to values"
         )
-    return _build(TrainConfig, values, str(path))
+    config = build(TrainConfig, values, str(path))
+    for message in _without_effect(values, config):
+        warnings.warn(f"{path}: {message}", stacklevel=2)
+    return config
 
 
-def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a mapping, nested dataclasses included, each value of its field's type."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(str(key) for key in set(values) - set(fields)):
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; accepted are {', '.join(fields)}")
-    required = (dataclasses.MISSING, dataclasses.MISSING)
-    if missing := [
-        n for n, f in fields.items() if (f.default, f.default_factory) == required and n not in values
-    ]:
-        raise ValueError(f"{where}: {', '.join(missing)} must be given")
-    hints = typing.get_type_hints(cls)
-    converted = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
-    try:
-        return cls(**converted)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _build(kind, value, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
-        return tuple(_convert(arguments[0], item, where) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return value
-    if type(None) in arguments:
-        return None if value is None else _convert(arguments[0], value, where)
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4, without a point, as text
-        except ValueError:
-            pass
-    elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    accepted = (
-        " or ".join(map(repr, arguments)) if origin is Literal else getattr(kind, "__name__", str(kind))
-    )
-    raise ValueError(f"{where} is {value!r}; it takes {accepted}")
+def _without_effect(values: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
+    """What the file gives for parts of the loss that its weights leave out."""
+    given = {f"loss.{name}" for name in values.get("loss", {})} | set(values)
+    parts = {
+        "perceptual": ("loss.perceptual", "perceptual_weights"),
+        "discriminator": (
+            "loss.discriminator_start",
+            "loss.discriminator_channels",
+            "loss.lecam_weight",
+            "discriminator_optimizer",
+        ),
+    }
+    for part, names in parts.items():
+        named = [name for name in names if name in given]
+        if named and getattr(config.loss, f"{part}_weight") == 0:
+            yield (
+                f"{', '.join(named)} has no effect, as loss.{part}_weight is 0; give a weight above 0, or "
+                "leave it out"
+            )
+    if config.teacher and config.validation:
+        yield "validation has no effect with a teacher: the model writes codes and no pictures"

@@ -123,6 +123,8 @@ class _Run:
             raise ValueError(
                 f"a teacher's proxy codes train discrete tokens; {tokenizer.label} is continuous"
             )
+        for count in self.config.validation_tokens:
+            tokenizer.check_num_tokens(count)
         named = dict(tokenizer.named_parameters())
         for pattern in self.config.freeze:
             matched = [parameter for name, parameter in named.items() if fnmatch(name, pattern)]
@@ -297,11 +299,13 @@ class _Run:
     def _tokenizer_loss(self, images: Tensor, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
         losses = dict(output.losses)
         if output.images is None or not output.images.requires_grad:
-            if self.config.loss.discriminator_weight > 0:
-                raise ValueError(
-                    f"{self.tokenizer.label} trains without images here (flow matching or distillation), so "
-                    "there is nothing for a discriminator to judge; set loss.discriminator_weight: 0"
-                )
+            for part in ("discriminator", "perceptual"):
+                if getattr(self.config.loss, f"{part}_weight") > 0:
+                    judge = "a discriminator" if part == "discriminator" else "a perceptual loss"
+                    raise ValueError(
+                        f"{self.tokenizer.label} trains without images here (flow matching or distillation), "
+                        f"so there is nothing for {judge} to judge; set loss.{part}_weight: 0"
+                    )
             return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
         kl = losses.pop("kl", None)
         quantizer = sum(losses.values()) if losses else None
@@ -414,12 +418,17 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
 
 
 def _check(config: TrainConfig) -> None:
-    """Refuse schedules that would only fail late in the run, and validation on pictures that train."""
+    """Refuse schedules that would only fail late in the run, losses that would have no effect, and validation
+    on pictures that train."""
     sources = [source for source in config.data.get("sources") or () if isinstance(source, dict)]
     for source in sources:
-        drawn = set(data.photo_names()) if source.get("kind") == "photos" else set()
-        if seen := sorted((drawn - set(source.get("exclude", ()))) & set(config.validation)):
-            raise ValueError(f"validation photographs {', '.join(seen)} also train; exclude them from photos")
+        if source.get("kind") != "photos":
+            continue
+        excluded = source.get("exclude", ())
+        trained = set(data.photo_names()) - ({excluded} if isinstance(excluded, str) else set(excluded))
+        if both := sorted(trained & set(config.validation)):
+            raise ValueError(f"validation photographs {', '.join(both)} also train; exclude them from photos")
+    _check_losses(config)
     parts = [("optimizer", config.optimizer, 0)]
     if config.loss.discriminator_weight > 0:
         parts.append(
@@ -431,6 +440,25 @@ def _check(config: TrainConfig) -> None:
                 f"{name}.warmup is {optimizer.warmup}, but only {config.steps - start} steps follow its "
                 "start; give a shorter warm-up, more steps, or schedule: constant"
             )
+
+
+def _check_losses(config: TrainConfig) -> None:
+    """Refuse weights that no step of the run would use."""
+    loss = config.loss
+    if loss.discriminator_weight > 0 and loss.discriminator_start >= config.steps:
+        raise ValueError(
+            f"loss.discriminator_start is {loss.discriminator_start} and the run has {config.steps} steps, "
+            "so the discriminator would have no effect; start it earlier, or set loss.discriminator_weight: 0"
+        )
+    if config.teacher:
+        for part in ("perceptual", "discriminator"):
+            if getattr(loss, f"{part}_weight") > 0:
+                raise ValueError(
+                    f"loss.{part}_weight has no effect with a teacher, whose codes are all that is learned; "
+                    f"set loss.{part}_weight: 0"
+                )
+    elif not any((loss.reconstruction_weight, loss.perceptual_weight, loss.discriminator_weight)):
+        raise ValueError("every weight of the loss is 0, so nothing would be learned; set one above 0")
 
 
 def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -23,6 +23,7 @@ from ..nn.lpips import build_lpips
 from .discriminator import NLayerDiscriminator
 
 LECAM_DECAY = 0.999
+LARGEST_LOGVAR = 30  # e to its power still has a float's range to spare
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CONVNEXT_SIZE = 224
@@ -174,7 +175,7 @@ class ReconstructionLossConfig:
 
     TiTok stage 2: `perceptual="convnext_s"`, 0.1; discriminator 0.01 from step 20,000, LeCam 1e-3.
     TA-TiTok: `perceptual="lpips-convnext_s-1.0-0.1"`, 1.1; discriminator 0.1 from step 200,000, LeCam 1e-3;
-    quantizer 1.0 or KL 1e-6. Raises ValueError for an unknown `reconstruction` or negative weights.
+    quantizer 1.0 or KL 1e-6. Raises ValueError for unknown names and values out of range.
     """
 
     reconstruction: str = "l2"
@@ -193,10 +194,18 @@ class ReconstructionLossConfig:
         """Refuse values that no training run can mean."""
         if self.reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction is {self.reconstruction!r}; give 'l1' or 'l2'")
+        parse_perceptual_name(self.perceptual)
         for field in ("reconstruction", "perceptual", "discriminator", "lecam", "quantizer", "kl"):
             weight = getattr(self, f"{field}_weight")
-            if not weight >= 0:
+            if not 0 <= weight < math.inf:
                 raise ValueError(f"{field}_weight is {weight}; weights are 0 (off) or positive")
+        if self.discriminator_start < 0 or self.discriminator_channels < 1:
+            raise ValueError(
+                f"discriminator_start is {self.discriminator_start} and discriminator_channels "
+                f"{self.discriminator_channels}; they begin at 0 and 1"
+            )
+        if not abs(self.logvar) <= LARGEST_LOGVAR:
+            raise ValueError(f"logvar is {self.logvar}; it is between -{LARGEST_LOGVAR} and {LARGEST_LOGVAR}")
 
 
 class ReconstructionLoss(nn.Module):
