@@ -319,3 +319,22 @@ def test_without_network_it_fails_at_once_and_announces_itself_once(source, tmp_
     assert len(messages) == 2 and all("weights=" in message for message in messages)
     assert float(seconds) < 10
     assert done.stderr.count("downloading from the Hugging Face hub: https://huggingface.co/") == 1
+
+
+@pytest.mark.parametrize("source", [None, 3, b"vistok-mini", ["vistok-mini"]])
+def test_what_is_not_a_name_is_a_type_error(source):
+    with pytest.raises(TypeError, match=f"by a name or path; got a {type(source).__name__}"):
+        load(source)
+
+
+def test_a_device_that_does_not_exist_is_named(saved):
+    with pytest.raises(ValueError, match="device is 'gpu'; give cpu"):
+        load(saved, device="gpu")
+    with pytest.raises(ValueError, match="device is 'gpu'; give cpu"):
+        load(saved).to(device="gpu")
+
+
+def test_a_configuration_may_be_given_by_a_path_below_home(mini, saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved))
+    (saved / "model.safetensors").rename(saved / "w.safetensors")
+    assert same(load(saved / "w.safetensors", config="~/config.json"), mini)

@@ -120,7 +120,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    check_source(path, limit=MAX_CONFIG_BYTES)
+    path = check_source(path, limit=MAX_CONFIG_BYTES)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits

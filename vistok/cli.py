@@ -105,13 +105,10 @@ def demo(
     from importlib.resources import files
 
     from .eval.metrics.image import psnr, ssim
-    from .files import check_target
     from .images import load_image, side_by_side, to_pil, to_tensor
-    from .picture_names import save_picture
+    from .picture_names import check_picture_target, save_picture
 
-    check_target(out)
-    if image is not None and out.exists() and out.samefile(image):
-        raise ValueError(f"{out} is the picture itself; name another file with --out")
+    check_picture_target(out, replace_own=True)
     tokenizer = _load(DEFAULT, device)
     photo = load_image(image or Path(str(files("vistok.assets") / "coffee.jpg")))
     pixels = to_tensor(photo, tokenizer.image_size)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,11 @@ def load_tokenizer(
     hub_options: dict[str, Any],
 ) -> Any:
     """Load a tokenizer of the class `cls` or a subclass; the arguments are those of `from_pretrained`."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"a tokenizer is loaded by a name or path; got a {type(source).__name__}")
+    source = source if isinstance(source, str) else Path(source)
     kind = torch.float32 if dtype is None else as_dtype(dtype)
+    device = as_device(device)
     entry = registry.entries().get(str(source))
     located = _locate(source, entry, weights, hub_options)
     if config is not None and not isinstance(config, Mapping):
@@ -59,6 +64,16 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def as_device(device: torch.device | str | int | None) -> torch.device | int | None:
+    """The device of that name or number, or itself; ValueError for text that names none."""
+    if not isinstance(device, str):
+        return device
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; give cpu, cuda, cuda:1, mps …") from error
+
+
 def as_target(target: Any) -> Any:
     """What `Module.to` takes, with names of dtypes as dtypes; ValueError for text that names nothing."""
     if not isinstance(target, str):
@@ -66,8 +81,8 @@ def as_target(target: Any) -> Any:
     if target.removeprefix("torch.") in _DTYPES:
         return as_dtype(target)
     try:
-        return torch.device(target)
-    except RuntimeError as error:
+        return as_device(target)
+    except ValueError as error:
         raise ValueError(
             f"{target!r} is neither a device (cpu, cuda, cuda:1, mps) nor a dtype ({', '.join(_DTYPES)})"
         ) from error

@@ -32,7 +32,7 @@ def picture_paths(folder: Path, names: Iterable[str], *, replace_own: bool = Fal
         numbers[str(path).casefold()] = 1
         if not path.parent.resolve().is_relative_to(root):
             raise OSError(f"{path.parent} is a link that leads out of {folder}; name another folder")
-        _check_free(path, replace_own)
+        check_picture_target(path, replace_own=replace_own)
         paths.append(path)
     return paths
 
@@ -57,7 +57,8 @@ def _cut(part: str) -> str:
     return part.encode()[:_LONGEST].decode(errors="ignore")
 
 
-def _check_free(path: Path, replace_own: bool) -> None:
+def check_picture_target(path: Path, *, replace_own: bool) -> None:
+    """Raise OSError unless nothing is there, or (with `replace_own`) a picture that this package wrote."""
     check_target(path)
     if path.exists() and not (replace_own and _is_own(path)):
         own = " that vistok did not write" if replace_own else ""

@@ -292,6 +292,8 @@ class Tokenizer(nn.Module):
         converted = [loading.as_target(value) for value in arguments]
         if isinstance(options.get("dtype"), str):
             options["dtype"] = loading.as_dtype(options["dtype"])
+        if "device" in options:
+            options["device"] = loading.as_device(options["device"])
         return super().to(*converted, **options)
 
     def add_companion(self, name: str, module: nn.Module) -> None:
