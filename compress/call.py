@@ -220,7 +220,8 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
     if call.prompt.spans and not torch.equal(call.last, everything):
         for span in call.prompt.spans:
             if int(span.places[-1]) > int(call.last[span.row]):
-                call.unsettled, call.last[span.row] = span.row, everything[span.row]
+                call.unsettled = span.row if call.unsettled is None else call.unsettled
+                call.last[span.row] = everything[span.row]
     for span in call.prompt.spans:
         span.places = span.places.to(real.device)
 

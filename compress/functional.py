@@ -18,6 +18,7 @@ from torch import Tensor
 from .boundary import choose
 from .call import Call, read_prompt
 from .hosts.families import MEDIA, Host, Record
+from .hosts.versions import ENCODES_BEFORE_FORWARD, release
 from .layout import compact, gather
 from .reducer import Stage
 
@@ -52,6 +53,11 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
     if host is None:
         raise NotImplementedError(
             "inputs can be prepared for vision-language models with placeholder tokens only"
+        )
+    if not ENCODES_BEFORE_FORWARD:
+        raise NotImplementedError(
+            f"{release()} takes no features made before the forward, so inputs cannot be prepared; install "
+            "transformers 5.18 or later, or generate with the session attached"
         )
     inside = [type(r).__name__ for r in session.reducers if r.stage in (Stage.LAYER, Stage.CACHE)]
     if inside:

@@ -11,7 +11,7 @@ from .attention import Probe, Seen, attention_rows, mask_rows, probing
 from .cache import extended
 from .call import Call, current, past_columns
 from .hosts.families import Host
-from .hosts.versions import at_tokens, keywords, without_cache, writes_cache
+from .hosts.versions import at_tokens, check_checkpointing, keywords, without_cache, writes_cache
 from .layout import Layout, compact, gather
 from .masks import build, check, shrunk, slide, windowed
 from .reducer import LayerReducer, LayerTokens, Stage, count_of
@@ -190,10 +190,11 @@ class LayerCuts:
             if call is None or not (call.prefill or call.state is not None):
                 return None
             kwargs = keywords(module, args, kwargs)
-            hidden = kwargs["hidden_states"]
+            hidden = kwargs.pop("hidden_states")
             if not call.prefill:
                 changed = self._continue(call, i, hidden, kwargs)
-                return None if changed is None else ((), changed)
+                return None if changed is None else ((hidden,), changed)
+            check_checkpointing(module)
             adjusted = self._adjusted(call, i, hidden, kwargs)
             if i in self.cuts:
                 # Row probes saw this layer's or the previous one's queries with today's layout.
@@ -204,7 +205,8 @@ class LayerCuts:
                     adjusted = self._adjusted(call, i, hidden, kwargs)
             call.layouts.append(call.layout)
             call.removed.append(call.derived.get("removed"))
-            return None if adjusted is kwargs else ((), {**adjusted, "hidden_states": hidden})
+            # By position: checkpointing passes gradients to such arguments alone.
+            return None if adjusted is kwargs else ((hidden,), adjusted)
 
         return hook
 
@@ -306,7 +308,7 @@ class LayerCuts:
         changed = {**kwargs, "attention_mask": self._mask(call, i, hidden, kwargs.get("attention_mask"))}
         renumbered = shifted is not None or (self.compact and call.relative is not None)
         if call.relative is not None:
-            left = {"hidden_states", "attention_mask"}
+            left = {"attention_mask"}
             left |= {"position_ids", "position_embeddings"} if renumbered else set()
             length = call.entering.valid.shape[1]
             for name, value in kwargs.items():

@@ -25,7 +25,7 @@ from .hosts import cutpoints, standalone, tower
 from .hosts.families import Record, resolve
 from .hosts.features import FeatureRecorder, check_groups
 from .hosts.merging import VisionMerging
-from .hosts.versions import cache_in, check_growth, keywords, wants_cache, window_limit
+from .hosts.versions import cache_in, check_growth, entries, keywords, recomputes, wants_cache, window_limit
 from .layers import LayerCuts
 from .layout import Span, flat
 from .prompt_end import GENERATION, Hints, PromptLength, generating, length_of_prompts
@@ -484,6 +484,8 @@ class Session:
         if call is None:
             return None
         cache, kept = cache_in(output), wants_cache(lm, keywords(lm, args, kwargs))
+        if kept and recomputes(lm):
+            kept = entries(cache, 0) > call.entries[0]
         if kept:
             planned = [layout.valid.shape[1] for layout in call.layouts] or [call.full] * len(call.entries)
             check_growth(self.host.name, self.host.attentions, cache, call.entries, planned)

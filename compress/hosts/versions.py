@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TESTED = "5.17 to 5.24"
 ENCODES_BEFORE_FORWARD = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")  # since 5.18
+_HOOKS_RUN_ONCE = "__init_subclass__" in vars(GradientCheckpointingLayer)  # under checkpointing
 CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
 _CACHE_TYPE = re.compile(r"\b(?:Dynamic|Static|EncoderDecoder)?Cache\b")
 
@@ -151,14 +153,25 @@ def with_cache(model: nn.Module, cache: Cache) -> dict[str, Cache]:
 
 
 def wants_cache(lm: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of the language model `lm` keeps keys and values."""
+    """Whether a call of the language model `lm` asks to keep keys and values."""
     asked = kwargs.get("use_cache")
-    asked = getattr(lm.config, "use_cache", False) if asked is None else asked
-    return bool(asked) and not _recomputes(lm)
+    return bool(getattr(lm.config, "use_cache", False) if asked is None else asked)
 
 
-def _recomputes(lm: nn.Module) -> bool:
-    return lm.training and getattr(lm, "is_gradient_checkpointing", False)
+def recomputes(module: nn.Module) -> bool:
+    """Whether the layers of `module` are checkpointed: then they may keep nothing, whatever was asked."""
+    return module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+
+
+def check_checkpointing(layer: nn.Module) -> None:
+    """Raise NotImplementedError for a checkpointed layer of a release that runs hooks a second time in the
+    backward pass, when no call is under way."""
+    if not _HOOKS_RUN_ONCE and torch.is_grad_enabled() and recomputes(layer):
+        raise NotImplementedError(
+            f"gradient checkpointing of {release()} runs the hooks of a layer twice, so no reducer can act "
+            "inside it; call model.gradient_checkpointing_disable(), use a reducer of features, or a later "
+            "release"
+        )
 
 
 def entries(cache: Cache | None, layer: int) -> int:
