@@ -67,7 +67,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every image of a dataset once, in order: uint8 [B, 3, size, size], as `vistok.to_tensor` makes them.
+    """Every image of a dataset once, in order: uint8 [B, 3, size, size], as `decode` makes them.
 
     Batch k holds the images `[k * batch_size, (k + 1) * batch_size)`, fewer if some are unreadable. A rank
     takes batches rank, rank + world_size, …, and skips the first `start` of them unread: which images share a
@@ -97,14 +97,17 @@ def batches(
 
 
 def decode(encoded: bytes, size: int, *, crop: bool = True, multiple: int = 1) -> np.ndarray:
-    """An encoded image as uint8 [H, W, 3]: to the bit the levels of `vistok.to_tensor(encoded, size)`.
+    """An encoded image as uint8 [H, W, 3].
 
-    Without `crop` both sides are cut to a multiple of `multiple`. ValueError for what `load_image` refuses,
-    no bytes at all, and images too narrow to resize.
+    To the bit these are the levels of `vistok.to_tensor(encoded, size, profile="ignore")`: published
+    evaluation protocols ignore ICC profiles. Without `crop` both sides are cut to a multiple of `multiple`.
+
+    Raises:
+        ValueError: what `load_image` refuses, no bytes at all, and images too narrow to resize.
     """
     if not encoded:
         raise ValueError("the file is empty")
-    image = load_image(encoded)
+    image = load_image(encoded, profile="ignore")
     short, long = sorted(image.size)
     stretched = int(size * long / short)
     resized = (stretched, size) if image.height <= image.width else (size, stretched)

@@ -54,6 +54,10 @@ def resizing(size: int, *, crop: bool = True) -> str:
     return f"shorter side to {size}, bicubic with antialias, {'centre crop' if crop else 'whole'}"
 
 
+ICC_PROFILES = {"icc_profiles": "ignored"}
+"""What every protocol says of colours: images are compared in the numbers of their files."""
+
+
 def captions(*models: Tokenizer) -> dict[str, str]:
     """What a protocol says where a decoder takes text: it is given none here."""
     takers = [model.label for model in models if "text" in inspect.signature(model.decode).parameters]

@@ -13,9 +13,11 @@ import torch
 from accelerate import PartialState
 from PIL import ExifTags, Image
 
+from ..files import check_source
+from ..images import MAX_FILE_BYTES
 from . import feature_sets, passes
 from .data import Batch, Dataset, open_dataset
-from .decoding import resizing
+from .decoding import ICC_PROFILES, resizing
 from .feature_sets import FEW, FeatureSet, compare, warn_of_few
 from .instruments import SETS, Instruments, WeightFiles, choose
 from .metrics.statistics import Gaussian
@@ -129,12 +131,18 @@ def _common_size(datasets: list[Dataset]) -> tuple[int, int]:
 def _size(dataset: Dataset, number: int) -> tuple[int, int] | None:
     """Height and width of an image as it will be decoded, None for one that cannot be read."""
     try:
-        file = Path(dataset.root, dataset.names[number]) if isinstance(dataset, Files) else None
-        with Image.open(file or BytesIO(dataset.read(number))) as image:
+        with Image.open(_header(dataset, number)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size if turned else image.size[::-1]
-    except Exception:  # whatever is wrong, decoding will tell it
+    except Exception:  # whatever is wrong, decoding will report it
         return None
+
+
+def _header(dataset: Dataset, number: int) -> Path | BytesIO:
+    """What Pillow reads an image's header from: of files only the beginning is read."""
+    if isinstance(dataset, Files):
+        return check_source(Path(dataset.root, dataset.names[number]), limit=MAX_FILE_BYTES)
+    return BytesIO(dataset.read(number))
 
 
 # The passes -------------------------------------------------------------------------------------------------
@@ -247,4 +255,5 @@ def _protocol(config: FidConfig) -> dict[str, object]:
         "images": resizing(config.size) if config.size else "at their own size",
         "features": "InceptionV3 of torch-fidelity, 2048",
         "batch_size": config.batch_size,
+        **ICC_PROFILES,
     }

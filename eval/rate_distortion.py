@@ -20,7 +20,7 @@ from ..registry import load
 from ..tokenizer import Tokenizer
 from . import codecs, passes
 from .data import Batch, first_readable, one, open_dataset
-from .decoding import captions, resizing, to_levels
+from .decoding import ICC_PROFILES, captions, resizing, to_levels
 from .feature_sets import FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, Instruments, WeightFiles, choose, fingerprint
 from .metrics.summary import interval
@@ -311,6 +311,7 @@ class _Curves:
             "files": "whole files; settings chosen on the first "
             f"{self.calibrated} images, the best that fit the bytes",
             "batch_size": config.batch_size,
+            **ICC_PROFILES,
             **({"resized": ", ".join(resized)} if resized else {}),
             **captions(*(sweep.model for sweep in ours)),
             **{name: value for name, value in given.items() if value is not None},

@@ -21,7 +21,7 @@ from ..tokenizer import Tokenizer
 from ..tokens import Tokens
 from . import passes
 from .data import Batch, first_readable, one, open_dataset
-from .decoding import captions, decode_images, resizing, to_levels
+from .decoding import ICC_PROFILES, captions, decode_images, resizing, to_levels
 from .feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_few
 from .instruments import PAIRS, SETS, Instruments, WeightFiles, choose, fingerprint
 from .metrics.codes import LARGEST_CODEBOOK, CodeStatistics
@@ -312,6 +312,7 @@ class _Reconstruction:
             "inception": "8-bit, truncated" if self.truncate else "8-bit, rounded",
             "size": self.size,
             "batch_size": config.batch_size,
+            **ICC_PROFILES,
             **captions(self.model),
             **{name: value for name, value in given.items() if value is not None},
         }

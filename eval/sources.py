@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..train.stored import expand, members, pictures
+from ..configuration import shorten
+from ..files import check_source
+from ..images import MAX_FILE_BYTES
+from ..train.patterns import expand
+from ..train.stored import pictures, read_picture, shard_pictures
+from ..train.tar_members import read_member
 from .inventory import Inventory
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -114,7 +119,8 @@ def _files(given: str) -> list[str]:
     """One element of a list: a file, the images of a folder, or what a pattern stands for."""
     if os.path.isdir(given):
         return pictures(given)
-    if os.path.exists(given):
+    if os.path.lexists(given):
+        check_source(given)
         return [given]
     if any(character in given for character in "{*?["):
         return expand(given)
@@ -153,7 +159,7 @@ class Files(Dataset):
 
     def read(self, index: int) -> bytes:
         """The file's bytes."""
-        return Path(self.root, self.names[index]).read_bytes()
+        return read_picture(Path(self.root, self.names[index]))
 
 
 def _folder(root: str, split: str | None, column: str | None) -> Dataset:
@@ -171,10 +177,14 @@ def _folder(root: str, split: str | None, column: str | None) -> Dataset:
 
 def _manifest(path: str, key: str) -> Dataset:
     names = []
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                names.append(_image_of_line(line, key, f"{path}, line {number}"))
+    check_source(path, limit=MAX_FILE_BYTES)
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    names.append(_image_of_line(line, key, f"{path}, line {number}"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}): give JSON lines in UTF-8") from error
     if not names:
         raise FileNotFoundError(f'{path} names no image: give one line {{"{key}": "photo.jpg"}} an image')
     root = Path(path).parent
@@ -189,11 +199,15 @@ def _manifest(path: str, key: str) -> Dataset:
 def _image_of_line(line: str, key: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{where} is not JSON ({error}): give {{"{key}": "photo.jpg"}}') from error
     name = row.get(key) if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
-        keys = f"its keys are {', '.join(row)}" if isinstance(row, dict) else f"it is {line.strip()[:40]}"
+        keys = (
+            f"its keys are {shorten(', '.join(row)).strip(chr(39))}"
+            if isinstance(row, dict)
+            else f"it is {line.strip()[:40]}"
+        )
         raise ValueError(
             f'{where} has no path under "{key}" ({keys}): give {{"{key}": "photo.jpg"}}, or name the key as '
             "column"
@@ -215,20 +229,18 @@ class Shards(Dataset):
     def read(self, index: int) -> bytes:
         """The member's bytes."""
         shard, offset, length = self.places[index].tolist()
-        with open(self.files[shard], "rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        return read_member(self.files[shard], offset, length)
 
 
 def _shards(source: str, files: list[str], extension: str | None) -> Dataset:
     names, places = [], []
-    for shard, file in enumerate(files):
-        for name, *place in members(file):
+    for shard, (file, members) in enumerate(shard_pictures(files)):
+        for name, *place in members:
             if extension is None or name.endswith("." + extension.removeprefix(".")):
                 names.append(f"{file}:{name}")
                 places.append((shard, *place))
     if not names:
-        wanted = "png, jpg, jpeg or webp" if extension is None else f"column {extension!r}"
+        wanted = "png, jpg, webp, …" if extension is None else f"column {extension!r}"
         raise FileNotFoundError(f"no image ({wanted}) in {source}")
     return Shards(source, "shards", names, files, np.array(places, dtype=np.int64))
 
@@ -252,7 +264,7 @@ class Rows(Dataset):
         value = self.table[index][self.column]
         if isinstance(value, dict):  # an Image feature that is not decoded
             inside, path = value["bytes"], value["path"]
-            value = Path(path).read_bytes() if inside is None and path else inside
+            value = read_picture(path) if inside is None and path else inside
         if not isinstance(value, bytes):
             raise ValueError(f"the row holds no image under {self.column!r}")
         return value

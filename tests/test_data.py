@@ -116,10 +116,11 @@ def test_another_seed_gives_other_pictures(make):
 
 
 def test_a_picture_can_become_a_writable_tensor(make):
+    source = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for index in range(6):
-            torch.from_numpy(make().sample(index))
+            torch.from_numpy(source.sample(index))
 
 
 # The loader -------------------------------------------------------------------------------------------------

@@ -345,7 +345,8 @@ def test_bad_images_are_named_and_cost_only_themselves(tmp_path, monkeypatch, wo
     good = {f"good{number}.jpg": content for number, content in enumerate(PICTURES)}
     write_files(tmp_path, good | {name: content for name, (content, _) in BROKEN.items()})
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    dataset = open_dataset(tmp_path)
+    with pytest.warns(UserWarning, match=r"left out 1 file .*a link to nothing \(gone.jpg\)"):
+        dataset = open_dataset(tmp_path)
     indices, images, names, digests, bad = everything(batches(dataset, SIZE, 3, workers=workers))
     assert names == sorted(good)
     assert [dataset.names[index] for index in indices] == names
@@ -353,8 +354,7 @@ def test_bad_images_are_named_and_cost_only_themselves(tmp_path, monkeypatch, wo
     for image, name in zip(images, names, strict=True):
         assert torch.equal(image, levels(good[name]))
     said = {name: reason for index, name, reason in bad if dataset.names[index] == name}
-    assert len(bad) == 7
-    assert said.pop("gone.jpg") == "No such file or directory"
+    assert len(bad) == 6
     assert sorted(said) == sorted(BROKEN)
     for name, (_, words) in BROKEN.items():
         assert words in said[name]

@@ -1,25 +1,22 @@
 """Pictures on disk as endless sources: image folders and webdataset tar shards."""
 
-import glob
 import io
-import itertools
 import os
-import re
 import tarfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..images import load_image
-
-_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".tif"}
-_SHARD_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
-_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # what a broken file raises
+from ..files import check_source
+from ..image_files import list_images
+from ..images import MAX_FILE_BYTES, image_extensions, load_image
+from .patterns import expand
+from .tar_members import Member, find_pictures, left_out_line, read_member
 
 
 def check_size_and_seed(source: Any, smallest: int = 1) -> None:
@@ -79,7 +76,7 @@ class _Stored:
             position = int(order[(place + attempt) % len(self)])
             try:
                 return self._crop(index, self._read(position))
-            except _UNREADABLE as error:
+            except (OSError, ValueError) as error:
                 self._report(position, error)
         raise OSError(f"none of the {len(self)} pictures can be read: see the warnings above")
 
@@ -97,9 +94,7 @@ class _Stored:
 
     def _crop(self, index: int, encoded: bytes) -> np.ndarray:
         """Scale the shorter side to `size` (bicubic), crop a square, mirror: TiTok's training transform."""
-        image = Image.open(io.BytesIO(encoded))
-        image.draft(image.mode, (2 * self.size, 2 * self.size))  # a large JPEG need not be decoded whole
-        image = load_image(image)
+        image = load_image(_opened(encoded, 2 * self.size))
         rng = np.random.default_rng((self.seed, index, 1))
         side = min(image.size)
         where = rng.random(2) if self.random_crop else np.array([0.5, 0.5])
@@ -109,31 +104,52 @@ class _Stored:
         return pixels[:, ::-1].copy() if self.flip and rng.random() < 0.5 else pixels
 
 
+def _opened(encoded: bytes, least: int) -> Image.Image:
+    """A picture that is not decoded yet; a large JPEG is read smaller, with sides of `least` or more."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image.draft(image.mode, (least, least))
+    except MemoryError:
+        raise
+    except Exception as error:  # on a broken file Pillow raises nearly anything
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels; PIL.Image.MAX_IMAGE_PIXELS is {limit}")
+    return image
+
+
 def pictures(root: str | Path) -> list[str]:
-    """Every picture in a folder and its subfolders, save linked ones: sorted paths that begin with `root`.
+    """Every picture in a folder and its subfolders, linked ones too: sorted paths that begin with `root`.
+
+    One warning reports what was left out and why.
 
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
         OSError: a subfolder cannot be listed.
     """
-    root = Path(root)
-    if not root.is_dir():
+    if not Path(root).is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give a folder of pictures")
-    walk = os.walk(root, onerror=_raise)
-    found = (Path(parent, name) for parent, _, names in walk for name in names)
-    files = sorted(str(file) for file in found if file.suffix.lower() in _EXTENSIONS)
-    if not files:
-        raise FileNotFoundError(f"no picture under {root}: accepted are {', '.join(sorted(_EXTENSIONS))}")
-    return files
+    listed = list_images(root)
+    line = listed.left_out_line()
+    if not listed.images:
+        raise FileNotFoundError(
+            f"no picture under {root}: accepted are {', '.join(sorted(image_extensions()))}"
+            + (f"; {line}" if line else "")
+        )
+    if line:
+        warnings.warn(line, stacklevel=2)
+    return [str(path) for path in listed.images]
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def read_picture(path: str | Path) -> bytes:
+    """A file's bytes. OSError or ValueError for what is not an ordinary file, or too large for a picture."""
+    return check_source(path, limit=MAX_FILE_BYTES).read_bytes()
 
 
 @dataclass
 class Folder(_Stored):
-    """Every picture (png, jpg, jpeg, webp, bmp, tiff, tif) in a folder and its subfolders, save linked ones.
+    """Every picture that Pillow decodes in a folder and its subfolders, linked ones too.
 
     Each epoch is a new order, fixed by `seed`. Pictures are read as `vistok.images.load_image` does; the
     shorter side is scaled to `size` and a square cropped at random (centred without `random_crop`); half are
@@ -157,7 +173,7 @@ class Folder(_Stored):
         return len(self.files)
 
     def _read(self, position: int) -> bytes:
-        return Path(self.files[position]).read_bytes()
+        return read_picture(self.files[position])
 
     def _name(self, position: int) -> str:
         return self.files[position]
@@ -165,7 +181,7 @@ class Folder(_Stored):
 
 @dataclass
 class Shards(_Stored):
-    """Pictures (png, jpg, jpeg, webp) in webdataset tar files, read in place.
+    """Pictures in webdataset tar files, by the endings that Pillow knows, read in place.
 
     `pattern` is one or several paths; each may hold braces, `train-{000..010}.tar` or `{a,b}.tar`, and
     wildcards; a file that several match is taken once. The tar files are indexed when the source is made, and
@@ -185,10 +201,12 @@ class Shards(_Stored):
         if not patterns:
             raise ValueError("pattern is an empty list: give at least one tar file")
         self.files = list(dict.fromkeys(file for pattern in patterns for file in expand(pattern)))
-        rows = [(shard, *place) for shard, file in enumerate(self.files) for _, *place in members(file)]
+        rows = []
+        for shard, (_, members) in enumerate(shard_pictures(self.files)):
+            rows += [(shard, member.offset, member.length) for member in members]
         if not rows:
             raise FileNotFoundError(
-                f"no picture in {', '.join(patterns)}: accepted are {', '.join(sorted(_SHARD_EXTENSIONS))}"
+                f"no picture in {', '.join(patterns)}: accepted are {', '.join(sorted(image_extensions()))}"
             )
         self._rows = np.array(rows, dtype=np.int64)  # [N, 3]: shard, offset and length in bytes
 
@@ -197,9 +215,7 @@ class Shards(_Stored):
 
     def _read(self, position: int) -> bytes:
         shard, offset, length = self._rows[position].tolist()
-        with open(self.files[shard], "rb") as file:  # anew: worker processes must not share an offset
-            file.seek(offset)
-            return file.read(length)
+        return read_member(self.files[shard], offset, length)
 
     def _name(self, position: int) -> str:
         shard, offset, _ = self._rows[position].tolist()
@@ -209,74 +225,12 @@ class Shards(_Stored):
         return f"{self.files[shard]}:{header.name}"
 
 
-class Member(NamedTuple):
-    """A picture in a tar file: its name, and where in the file its bytes are."""
-
-    name: str
-    offset: int
-    length: int
-
-
-def members(path: str | Path) -> list[Member]:
-    """Every picture (png, jpg, jpeg, webp) in a tar file, in the file's order.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not an uncompressed tar, or is cut off or damaged.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            found = [
-                Member(member.name, member.offset_data, member.size)
-                for member in tar
-                if member.isfile() and Path(member.name).suffix.lower() in _SHARD_EXTENSIONS
-            ]
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{path} is not a whole, uncompressed tar file ({error}): "
-            "fetch it again, or unpack .tar.gz to .tar"
-        ) from error
-    # tarfile takes a cut or damaged header for the end of the file; a real end is marked by a block of zeros.
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ValueError(f"{path} is cut off or damaged at byte {end}: fetch it again")
-    return found
-
-
-def expand(pattern: str) -> list[str]:
-    """The files that a path with braces and wildcards stands for, in order.
-
-    Raises:
-        FileNotFoundError: one of its paths matches no file.
-        ValueError: a range in braces counts down.
-    """
-    paths = _braces(pattern)
-    files = [
-        [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        for path in paths
-    ]
-    missing = [path for path, found in zip(paths, files, strict=True) if not found]
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise FileNotFoundError(
-            f"no file {', '.join(missing[:5])}{more}: {pattern} stands for {len(paths)} path(s)"
-        )
-    return list(itertools.chain.from_iterable(files))
-
-
-def _braces(pattern: str) -> list[str]:
-    """`a{00..02}` to a00, a01, a02; `{x,y}` to x, y; leftmost innermost brace first."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        first, last = bounds.groups()
-        if int(first) > int(last):
-            raise ValueError(f"{pattern} counts down: write {{{last}..{first}}}")
-        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        parts = match[1].split(",")
-    rest = [pattern[: match.start()] + part + pattern[match.end() :] for part in parts]
-    return list(dict.fromkeys(itertools.chain.from_iterable(map(_braces, rest))))
+def shard_pictures(files: Sequence[str]) -> Iterator[tuple[str, list[Member]]]:
+    """Each tar file with its pictures; at the end one warning reports members without a picture."""
+    left_out: list[str] = []
+    for file in files:
+        found = find_pictures(file)
+        left_out += found.left_out
+        yield file, found.pictures
+    if line := left_out_line(left_out, len(files)):
+        warnings.warn(line, stacklevel=3)
