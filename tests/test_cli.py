@@ -227,8 +227,8 @@ def test_a_target_error_goes_to_who_chooses_lengths(run, karl, tmp_path):
         (["--tokenizer", "karl", "--target-psnr", 30], "not for karl: it chooses lengths by --target"),
         (["--tokenizer", "karl", "--target", 1.5], "a mean absolute error of 0 to 1"),
         (["--tokenizer", "karl", "--target", 0.1, "--tokens", 41], "1 to 40 tokens"),
-        (["--tokenizer", "titok", "--target", 0.1], "titok: it has exactly 6 tokens an image"),
-        (["--tokenizer", "titok", "--target-psnr", 30], "titok: it has exactly 6 tokens an image"),
+        (["--tokenizer", "titok", "--target", 0.1], "titok: it has exactly 6 tokens per image"),
+        (["--tokenizer", "titok", "--target-psnr", 30], "titok: it has exactly 6 tokens per image"),
     ],
 )
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])

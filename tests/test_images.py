@@ -189,7 +189,9 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, kind, share):
     path.write_bytes(whole)
     assert load_image(path).size == (40, 40)
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ValueError, match=rf"half\.{kind.lower()} is no image, or a truncated or broken one"):
+    with pytest.raises(
+        ValueError, match=rf"half\.{kind.lower()} is not an image, or a truncated or broken one"
+    ):
         load_image(path)
 
 
@@ -209,7 +211,7 @@ def test_a_damaged_file_is_an_image_or_a_value_error_and_nothing_else(kind, data
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff\xe0"])
 def test_what_is_no_image_is_refused(data):
-    with pytest.raises(ValueError, match=f"the image of {len(data)} bytes is no image"):
+    with pytest.raises(ValueError, match=f"the image of {len(data)} bytes is not an image"):
         load_image(data)
 
 

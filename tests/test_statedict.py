@@ -129,6 +129,19 @@ def test_what_lightning_keeps_beside_the_model_is_left(raw, tmp_path):
     assert same(load(tmp_path / "last.ckpt", config=CONFIG), raw)
 
 
+def test_a_misfit_shows_the_first_keys_of_each_kind_and_how_many_there_are(raw, tmp_path):
+    state = {f"other.{key}": value for key, value in raw.state_dict().items()}
+    save_file(state | {"first": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path / "w.safetensors", config=CONFIG)
+    lines = str(caught.value).splitlines()
+    count = len(raw.state_dict())
+    assert f"({2 * count + 1} keys)" in lines[0] and len(lines) == 1 + 5 + 5 + 2
+    assert sum("missing    " in line for line in lines) == 5
+    assert sum("unexpected " in line for line in lines) == 5
+    assert f"… {count - 5} more missing" in lines[-2] and f"… {count - 4} more unexpected" in lines[-1]
+
+
 # ---- shards ------------------------------------------------------------------------------------------------
 
 

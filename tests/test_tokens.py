@@ -653,7 +653,7 @@ def test_an_index_outside_its_codebook_is_named_with_the_codebook(use, value):
 
 @pytest.mark.parametrize("length", [-1, 4])
 def test_a_length_outside_the_tokens_is_named(length):
-    with pytest.raises(ValueError, match=rf"length {length} is outside 0\.\.3 \(3 tokens an image\)"):
+    with pytest.raises(ValueError, match=rf"length {length} is outside 0\.\.3 \(3 tokens per image\)"):
         Tokens(indices=ZEROS, lengths=torch.tensor([1, length])).validate()
 
 

@@ -46,7 +46,7 @@ app.add_typer(eval_app, name="eval")
 
 Count = Annotated[
     int | None,
-    typer.Option("--tokens", help="Tokens an image, for tokenizers with a choice; with a target, the most."),
+    typer.Option("--tokens", help="Tokens per image, for tokenizers with a choice; with a target, the most."),
 ]
 Target = Annotated[
     float | None,
@@ -172,7 +172,7 @@ def list_(
             ]
         )
     header = ["name", "tokens", "codebook", "M params", "paper figures", "licence", "verified", "weights"]
-    # A narrow terminal has no room for figures, digits and where weights are; `info` tells all three.
+    # A narrow terminal has no room for figures, digits and where weights are; `info` shows all three.
     narrow = sys.stdout.isatty() and get_terminal_size().columns < 130
     shown = (0, 1, 2, 3, 5) if narrow else range(len(header))
     title = f"{len(rows)} tokenizers (verified: largest errors against recorded outputs of the original)"
@@ -298,7 +298,7 @@ _FIGURES = {
 
 
 def _tabulate(title: str, records: list[dict[str, Any]]) -> dict[str, float]:
-    """Print a row an image and one of means, and return the means."""
+    """Print one row per image and one of means, and return the means."""
     columns = [name for name in _FIGURES if name in records[0]]
     mean = {name: sum(record[name] for record in records) / len(records) for name in columns}
 
@@ -432,7 +432,9 @@ def verify(
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"--dtype {dtype} is no floating type; give float32, float64, bfloat16 or float16")
+        raise ValueError(
+            f"--dtype {dtype} is not a floating type; give float32, float64, bfloat16 or float16"
+        )
     missed = unbuilt = 0
     for path in cases:
         start = time.perf_counter()
@@ -501,7 +503,7 @@ def lengths(
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Tokens an image gets for a quality, and whether images that JPEG finds hard get more of them."""
+    """How many tokens an image gets for a quality, and whether images hard for JPEG get more of them."""
     import torch
 
     from .eval.lengths import HEADER, measure
@@ -533,7 +535,7 @@ def lengths(
 
 
 class _Bad:
-    """Images that could not be used: told at once, counted, and the exit status at the end."""
+    """Images that could not be used: reported at once, counted, and an exit status of 1 at the end."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -574,7 +576,7 @@ def _check_quality(model: "Tokenizer", quality: dict[str, float]) -> None:
     elif model.ordered:
         takes = "any prefix of its tokens decodes, so give --target-psnr, in dB, or --tokens"
     else:
-        takes = f"it has exactly {model.num_tokens} tokens an image; `vistok list` shows those with a choice"
+        takes = f"it has exactly {model.num_tokens} tokens per image; `vistok list` shows those with a choice"
     if ("target" in quality and not model.adaptive) or ("target_psnr" in quality and not model.ordered):
         option = next(iter(quality)).replace("_", "-")
         raise ValueError(f"--{option} is not for {model.label}: {takes}")
@@ -588,13 +590,13 @@ def _encoded(
     batch_size: int,
     bad: _Bad,
 ) -> "Iterator[tuple[list[ImageInput], torch.Tensor, Tokens, list[dict[str, Any]]]]":
-    """Images, pixels, tokens and one record an image, in batches: its tokens, and with `target_psnr` the
+    """Images, pixels, tokens and one record per image, in batches: its tokens, and with `target_psnr` the
     quality."""
     _check_quality(model, quality)
     model.check_num_tokens(count)
     for batch, pixels in _batches(inputs, model.image_size, batch_size, bad, "encode"):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* do not reach")  # told once, for all batches
+            warnings.filterwarnings("ignore", message=".* do not reach")  # reported once, for all batches
             coded = model.encode(pixels, count, **quality)
         measured: dict[str, list[Any]] = {}
         if "target_psnr" in quality:

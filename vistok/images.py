@@ -179,7 +179,7 @@ def _decoding(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(_bomb_message(name, str(error))) from error
     except Exception as error:  # On a broken file PIL's decoders raise nearly anything, SyntaxError included.
-        raise ValueError(f"{name} is no image, or a truncated or broken one: {error}") from error
+        raise ValueError(f"{name} is not an image, or a truncated or broken one: {error}") from error
 
 
 def _bomb_message(name: str, found: str) -> str:

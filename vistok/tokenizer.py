@@ -62,7 +62,7 @@ class Tokenizer(nn.Module):
     image_size: int
     """Side of the square images, in pixels."""
     num_tokens: int
-    """Tokens an image, at full length."""
+    """Tokens per image, at full length."""
     quantizer: Quantizer
 
     def latents(self, images: Tensor) -> Tensor:
@@ -121,8 +121,10 @@ class Tokenizer(nn.Module):
         `num_tokens`: ordered tokenizers keep that many; fixed-length ones accept only their own number.
         `target_psnr` (dB, ordered tokenizers): the shortest prefix that reaches it for each image, up to
         `num_tokens`, with the quality reached: see `vistok.adaptive`.
-        Raises ValueError for images of the wrong shape, type, range or size, and for counts the model does
-        not have.
+
+        Raises:
+            ValueError: images of the wrong shape, type or size, with NaN or infinity, or outside [0, 1] by
+                more than a rounding (0.001); counts the model does not have; latents that are not finite.
         """
         if target_psnr is not None:
             from .adaptive import encode_to_quality
@@ -199,7 +201,7 @@ class Tokenizer(nn.Module):
             lengths = lengths.to(self.device)
             if not (self.ordered or self.adaptive) and bool((lengths != self.num_tokens).any()):
                 raise ValueError(
-                    f"{self.label} has exactly {self.num_tokens} tokens an image; these differ in length"
+                    f"{self.label} has exactly {self.num_tokens} tokens per image; these differ in length"
                 )
         return self.quantizer.decode(codes.to(self.device)).to(self.dtype), lengths
 
@@ -253,17 +255,17 @@ class Tokenizer(nn.Module):
             )
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
-        """The number of tokens an image gets, or a ValueError that says what is accepted."""
+        """The number of tokens that an image gets, or a ValueError that names what is accepted."""
         require_whole(num_tokens)
         if num_tokens is None or num_tokens == self.num_tokens:
             return self.num_tokens
         if not self.ordered:
             raise ValueError(
-                f"{self.label} has exactly {self.num_tokens} tokens an image; {num_tokens} was asked for"
+                f"{self.label} has exactly {self.num_tokens} tokens per image; {num_tokens} was asked for"
             )
         if not 1 <= num_tokens <= self.num_tokens:
             raise ValueError(
-                f"{self.label} takes 1 to {self.num_tokens} tokens an image; {num_tokens} was asked for"
+                f"{self.label} takes 1 to {self.num_tokens} tokens per image; {num_tokens} was asked for"
             )
         return num_tokens
 

@@ -271,7 +271,9 @@ class Tokens:
         """Keep the first k tokens of every image, k in 1..K; shorter images keep all of theirs."""
         k = operator.index(k)
         if not 1 <= k <= self.num_tokens:
-            raise ValueError(f"prefix takes k in 1..{self.num_tokens}, the tokens an image has here; got {k}")
+            raise ValueError(
+                f"prefix takes k in 1..{self.num_tokens}, the tokens that an image has here; got {k}"
+            )
         return self._with(self._data[:, :k], None if self.lengths is None else self.lengths.clamp(max=k))
 
     def to(self, target: torch.device | str | int | torch.dtype) -> "Tokens":
@@ -285,7 +287,7 @@ class Tokens:
     def validate(self) -> None:
         """Check the values: lengths in 0..K, indices in 0..codebook_size-1. ValueError names an offender."""
         if self.lengths is not None:
-            _check_range(self.lengths, self.num_tokens, "length", f"{self.num_tokens} tokens an image")
+            _check_range(self.lengths, self.num_tokens, "length", f"{self.num_tokens} tokens per image")
         if self._kind == "indices":
             indices = self._data.reshape(len(self), self.num_tokens, self._width)
             for q in range(self._width):
@@ -359,7 +361,7 @@ class Tokens:
         lengths, count = None, batch * num_tokens
         if flags & _HAS_LENGTHS:
             lengths = unpack(reader, batch, [num_tokens.bit_length()])[:, 0]
-            _check_range(torch.from_numpy(lengths), num_tokens, "length", f"{num_tokens} tokens an image")
+            _check_range(torch.from_numpy(lengths), num_tokens, "length", f"{num_tokens} tokens per image")
             count = int(lengths.sum())
 
         if sizes is not None:
