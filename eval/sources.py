@@ -203,11 +203,9 @@ def _image_of_line(line: str, key: str, where: str) -> str:
         raise ValueError(f'{where} is not JSON ({error}): give {{"{key}": "photo.jpg"}}') from error
     name = row.get(key) if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
-        keys = (
-            f"its keys are {shorten(', '.join(row)).strip(chr(39))}"
-            if isinstance(row, dict)
-            else f"it is {line.strip()[:40]}"
-        )
+        keys = f"it is {line.strip()[:40]}"
+        if isinstance(row, dict):
+            keys = f"its keys are {shorten(', '.join(row)).strip(chr(39))}"
         raise ValueError(
             f'{where} has no path under "{key}" ({keys}): give {{"{key}": "photo.jpg"}}, or name the key as '
             "column"

@@ -201,7 +201,7 @@ def _header(name, size, kind=b"0"):
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-@pytest.mark.parametrize("size", [1 << 33, 8**11 - 1, 10**6])
+@pytest.mark.parametrize("size", [1 << 33, 3 << 20])
 @pytest.mark.parametrize("kind", [b"0", b"x", b"L"])
 def test_a_declared_size_is_not_believed(tmp_path, size, kind):
     path = tmp_path / "a.tar"
