@@ -76,13 +76,21 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     except (
         Exception
     ) as error:  # whatever a case makes a model or an adapter do, it is the case that is refused
-        reason = " ".join(str(error).split()) or "no reason was given"
-        raise case.refusal(f"it cannot be run: {type(error).__name__}: {reason}") from error
+        raise case.refusal(f"it cannot be run: {_reason(case, error)}") from error
     if unknown := sorted(set(case.tensors) - set(rows) - case.read):
         raise case.refusal(f"recorded tensors that this version does not compute: {', '.join(unknown)}")
     if not rows:
         raise case.refusal("every recorded tensor is an input, so there is nothing to compare")
     return list(rows.values())
+
+
+def _reason(case: Case, error: Exception) -> str:
+    """Why an adapter stopped, in one line."""
+    said = str(error) or "no reason was given"
+    reason = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+    if isinstance(error, AttributeError) and case.unnamed:
+        reason += f"; its state_dict names no weights of {', '.join(sorted(case.unnamed))}"
+    return reason
 
 
 def _lacking(case: Case) -> list[Row]:

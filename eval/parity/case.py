@@ -66,6 +66,9 @@ class Case:
     device: torch.device
     dtype: torch.dtype
     read: set[str] = field(default_factory=set)
+    """Recorded tensors that were inputs."""
+    unnamed: set[str] = field(default_factory=set)
+    """Parts of the model whose weights the case does not name."""
 
     @classmethod
     def open(
@@ -206,6 +209,7 @@ class Case:
         ours = {key: list(value.shape) for key, value in state.items()}
         if part is not None:
             named = {part(key) for key in published}
+            self.unnamed |= {part(key) for key in ours} - named
             ours = {key: shape for key, shape in ours.items() if part(key) in named}
         if ours != published:
             different = sorted(k for k in ours.keys() | published.keys() if ours.get(k) != published.get(k))

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from ...configuration import shorten
 
 LARGEST_ARRAY = 2**26
@@ -87,7 +89,11 @@ def _is_numbers(value: Any) -> bool:
 
 def _is_tensor_entry(value: Any) -> bool:
     """[dtype, shape], as in `state_dict` and `shapes`."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_shape(value[1])
+    return isinstance(value, list) and len(value) == 2 and _is_dtype(value[0]) and _is_shape(value[1])
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
 
 
 def _is_shape(value: Any) -> bool:

@@ -83,7 +83,10 @@ class _Tokenizer:
         if isinstance(modules, dict):  # one side by itself, whose keys do not name it
             alone = "encoder" if any(name.startswith("enc_") for name in modules) else "decoder"
             config = {alone: config, **{name: config[name] for name in ("regularizer",) if name in config}}
-        parsed = FlexTokConfig.parse(config, whole=False)
+        try:
+            parsed = FlexTokConfig.parse(config, whole=False)
+        except ValueError as error:
+            raise case.refusal(f"this configuration cannot be built: {error}") from error
         self.has_levels = "regularizer" in config or "levels" in config
         sides = ("vae", "encoder", "decoder")
         self.sides = {alone} if alone else {side for side in sides if self._names(f"{side}.")}

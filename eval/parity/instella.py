@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ... import configuration
 from ...models.instella import Instella, InstellaConfig, Rotary
 from ...quantizers import BinaryQuantizer
 from ...registry import create
@@ -38,7 +39,7 @@ def run(case: Case) -> Outputs:
             model = _model(case) if model is None else model
             for side in (getattr(model, name, None) for name in ("encoder", "decoder")):
                 if side is not None:
-                    side.scale = _scale(case, tag)
+                    side.scale = _scale(case, model, tag)
             yield from _tokenizer(case, model, f"{tag}." if tag else "")
 
 
@@ -57,7 +58,7 @@ def _model(case: Case) -> Instella:
     return case.build(lambda: create("instella", **case.config), part=_part)
 
 
-def _scale(case: Case, tag: str) -> int | None:
+def _scale(case: Case, model: Instella, tag: str) -> int | None:
     """The side in pixels that coordinates are stretched to: of the tag, or of a case without variants.
 
     Its descriptions or its configuration state one; the original has none until it is set.
@@ -67,7 +68,7 @@ def _scale(case: Case, tag: str) -> int | None:
     untagged = " ".join(text for name, text in case.data["tensors"].items() if not _tag(name))
     if found := re.search(r"set_scale\s*[=(]\s*(\d+|None)", untagged):
         return None if found[1] == "None" else int(found[1])
-    return case.config.get("scale")
+    return model.config.scale if "scale" in case.config else None
 
 
 def _tokenizer(case: Case, model: Instella, prefix: str) -> Outputs:
@@ -94,7 +95,7 @@ def _tokenizer(case: Case, model: Instella, prefix: str) -> Outputs:
         summed = _summed(case, model, prefix, bits, "quantizer" in parts)
         outputs["z_q"] = summed
     if draws:
-        size = size or _drawn_size(case, prefix)
+        size = size or _drawn_size(case, model, prefix)
         trunk = _Trunk(model.decoder, "dec", "up")
         if "to_pixel" in parts:
             outputs["recon"] = 2 * model.pixels(summed, size=size) - 1
@@ -123,7 +124,7 @@ def _summed(case: Case, model: Instella, prefix: str, bits: Tensor | None, quant
     return model.quantizer.decode(bits).to(case.dtype)
 
 
-def _drawn_size(case: Case, prefix: str) -> tuple[int, int]:
+def _drawn_size(case: Case, model: Instella, prefix: str) -> tuple[int, int]:
     """Height and width in pixels of "decode(bits,H=16,W=16)", where no image was encoded."""
     table = case.data["tensors"]
     said = " ".join(
@@ -132,7 +133,7 @@ def _drawn_size(case: Case, prefix: str) -> tuple[int, int]:
     found = re.search(r"H=(\d+), ?W=(\d+)", said)
     if not found:
         raise case.refusal("no description of a decoded tensor states its grid as H=…,W=… patches")
-    patch = case.config.get("patch_size", InstellaConfig.patch_size)
+    patch = model.config.patch_size
     return int(found[1]) * patch, int(found[2]) * patch
 
 
@@ -175,7 +176,8 @@ def _rotary(case: Case, tag: str) -> Outputs:
     config["num_latent_tkns"] = count
     for name in names:
         id_dtype = "bfloat16" if "bf16" in name else "float32"
-        rotary = Rotary(InstellaConfig(**config, rope_id_dtype=id_dtype))
+        values = {**config, "rope_id_dtype": id_dtype}
+        rotary = Rotary(configuration.build(InstellaConfig, values, "the configuration"))
         cos, sin = rotary(height, width, scale, case.device)
         table = sin if ".sin" in name else cos
         yield name, case.subsample(name, table, slices[0] if slices else "")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
@@ -26,18 +26,38 @@ RUN = re.compile(r"im(\d+)\.T(\d+)\.e(\d+(?:\.\d+)?)\.(\w+)")
 def run(case: Case) -> Outputs:
     """Our outputs for every recorded tensor, in the order they were made."""
     config = case.config
-    if not config.get("factorize_latent", True):
-        raise case.refusal("factorize_latent is false; only factorized latents are known")
+    if config.get("factorize_latent", True) is not True:
+        raise case.refusal(
+            f"factorize_latent is {shorten(config['factorize_latent'])}; only factorized latents, true, are "
+            "known"
+        )
     fields = {field.name for field in dataclasses.fields(KarlConfig)} | {"model"}
     known = {name: value for name, value in config.items() if name in fields}
     runs = dict.fromkeys(found.groups()[:3] for name in case.tensors if (found := RUN.fullmatch(name)))
     if not runs and not case.records(r"(eic|ltc|grad)\..*"):
         raise case.refusal("it records neither runs (im0.T256.e0.05.…) nor a training step (eic.…, ltc.…)")
+    _check_runs(case, runs)
     model = case.build(lambda: create("karl", **known), part=_part)
     for image, count, target in runs:
         yield from _Run(case, model, int(image), int(count), target).outputs()
     if case.records(r"(eic|ltc|grad)\..*"):
         yield from _training_step(case, model, _images(case))
+
+
+def _check_runs(case: Case, recorded: Iterable[tuple[str, str, str]]) -> None:
+    """Raise CannotBuild unless the configuration's runs, where it lists them, are those recorded."""
+    if "runs" not in case.config:
+        return
+    runs = case.config["runs"]
+    try:
+        stated = {(int(image), int(count), float(target)) for image, count, target in runs}
+    except (TypeError, ValueError, OverflowError):
+        raise case.refusal(
+            f"runs is {shorten(runs)}; it lists [image, number of tokens, target error] of each run"
+        ) from None
+    names = {(int(image), int(count), float(target)) for image, count, target in recorded}
+    if stated != names:
+        raise case.refusal(f"runs lists {sorted(stated)}; the recorded tensors are of {sorted(names)}")
 
 
 def _part(key: str) -> str:
@@ -154,6 +174,9 @@ class _Run:
 def _training_step(case: Case, model: Karl, pictures: list[Tensor]) -> Outputs:
     config = case.config
     count = whole(case.path.name, config, "T", 1, model.config.max_latent_tokens)
+    target = config.get("epsilon")
+    if not isinstance(target, int | float) or isinstance(target, bool):
+        raise case.refusal(f"epsilon is {shorten(target)}; it is the target error, a number from 0 to 1")
     if not isinstance(config.get("stage"), str):
         raise case.refusal(f"stage is {shorten(config.get('stage'))}; it is text such as {STAGE1!r}")
     chosen = re.search(r"image (\d+)\s*$", case.input("images"))
@@ -166,7 +189,7 @@ def _training_step(case: Case, model: Karl, pictures: list[Tensor]) -> Outputs:
     with torch.enable_grad():
         with torch.set_grad_enabled(not model.distils):
             features = model.base.features(images, _noise(case, model, images))
-        first = model.training_pass(images, features, count, config["epsilon"])
+        first = model.training_pass(images, features, count, target)
         model.update_targets(first.error)
         needed = min(count, model.num_tokens)
         second = model.training_pass(images, features, model.num_tokens, first.error, needed)

@@ -154,6 +154,7 @@ _TRAINING_ONLY = (
     *("drop", "drop_path_rate", "drop_quant_p", "dropout_prob", "corrupt_*", "frozen", "ln", "stratisfied"),
     *("mode_scale", "use_act_checkpoint", "compile_*", "weight_init_style", "zero_init_*", "*_init*"),
 )
+_SIDES = ("patch_sizes", "max_sizes")
 _WIRING = ("_target_", "_partial_", "*_key", "*_keys")
 
 
@@ -239,6 +240,8 @@ def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], found:
             f"the configuration's {where} is {node['_target_']}; this version knows {kind} there"
         )
     for name, value in node.items():
+        if name.endswith(("_key", "_keys")):
+            _check_key(where, name, value)
         if name not in arguments:
             if not any(fnmatch(name, pattern) for pattern in (*_WIRING, *_TRAINING_ONLY)):
                 raise ValueError(
@@ -250,18 +253,38 @@ def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], found:
             target = rule.strip("@?")
             if target == "levels":
                 value = tuple(value) if isinstance(value, list | tuple) else value
-            elif isinstance(value, list) and value and all(each == value[0] for each in value):
-                value = value[0]  # squares
-            if found.setdefault(target, value) != value or isinstance(value, list):
+            elif name in _SIDES:
+                value = _one_side(where, name, value, 1 if target == "num_tokens" else 2)
+            if found.setdefault(target, value) != value:
                 raise ValueError(
-                    f"the configuration's {where} has {name}={value}; elsewhere it is {found[target]}, and "
-                    "grids are square"
+                    f"the configuration's {where} has {name}={value}; elsewhere it is {found[target]}"
                 )
         elif rule not in ("*", str(value)):
             raise ValueError(f"the configuration's {where} has {name}={value!r}; this version knows {rule}")
     missing = [n for n, rule in arguments.items() if rule[0] == "@" and rule[-1] != "?" and n not in node]
     if missing:
         raise ValueError(f"the configuration's {where} lacks {', '.join(missing)}")
+
+
+def _check_key(where: str, name: str, value: Any) -> None:
+    """Raise ValueError unless an argument that wires modules is a key or null, or for several a list of
+    keys."""
+    if value is None and not name.endswith("_keys"):
+        return
+    keys = value if name.endswith("_keys") and isinstance(value, list) and value else [value]
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"the configuration's {where} has {name}={value!r}; it takes the name of a key")
+
+
+def _one_side(where: str, name: str, value: Any, axes: int) -> Any:
+    """The side of a square given as a list with one for each of `axes`."""
+    sides = value if isinstance(value, list | tuple) else ()
+    if len(sides) != axes or any(side != sides[0] for side in sides):
+        raise ValueError(
+            f"the configuration's {where} has {name}={value!r}; it takes a list of {axes}, and grids are "
+            "square"
+        )
+    return sides[0]
 
 
 def header_config(path: Path) -> dict[str, Any] | None:
