@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..images import to_tensor
 from .data import worker_count
-from .metrics.image import psnr
 
 QUALITIES = (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 SCALES = (1, 2, 4, 8)
@@ -71,16 +70,16 @@ def missing(codec: str) -> str | None:
 
 
 def best_within(codec: str, pictures: Sequence[Image.Image], budgets: Sequence[float]) -> list[Setting]:
-    """For each budget in bytes the setting of the highest mean PSNR over the pictures whose mean size fits;
-    no setting twice, none for budgets that nothing fits."""
+    """For each budget in bytes the setting of the least mean squared error over the pictures whose mean size
+    fits; no setting twice, none for budgets that nothing fits."""
     originals = torch.cat([to_tensor(picture, None) for picture in pictures])
     settings = _thumbnails(budgets) if codec == "thumbnail" else _files(codec)
     found = list(_measured(settings, pictures, originals, max(budgets)))
     chosen = []
     for budget in sorted(budgets):
-        within = [(quality, -size, setting) for setting, size, quality in found if size <= budget]
+        within = [(error, size, setting) for setting, size, error in found if size <= budget]
         if within:
-            chosen.append(max(within, key=lambda each: each[:2])[2])
+            chosen.append(min(within, key=lambda each: each[:2])[2])
     return list(dict.fromkeys(chosen))
 
 
@@ -108,7 +107,7 @@ def _thumbnails(budgets: Sequence[float]) -> Iterator[ThumbnailSetting]:
 def _measured(
     settings: Iterator[Setting], pictures: Sequence[Image.Image], originals: Tensor, most: float
 ) -> Iterator[tuple[Setting, float, float]]:
-    """Each setting with its mean bytes and mean PSNR; qualities above one that is too large are left out."""
+    """Each setting with its mean bytes and mean squared error; not qualities above a too large one."""
     too_large: set[int] = set()
     for setting in settings:
         if getattr(setting, "scale", None) in too_large:
@@ -117,7 +116,8 @@ def _measured(
         size = fmean(sizes.tolist())
         if size > most and isinstance(setting, FileSetting):
             too_large.add(setting.scale)
-        yield setting, size, float(psnr(decoded, originals).mean())
+        # Not a mean of PSNR, which one picture that comes back exactly would make infinite.
+        yield setting, size, float((decoded.double() - originals).square().mean())
 
 
 def _scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from .charts import Chart, Series, curves
+from .metrics.summary import psnr_text
 from .pages import FORMATS, circumstances, lead, skipped
-from .rate_distortion import CurvesRecord, Point, Result, quality
+from .rate_distortion import CurvesRecord, Point, Result
 from .report import Card, Gallery, Report, Strip, Table, write_html
 
 GALLERY_NOTE = "Each picture as it was given, then as it comes back; bytes are those of this picture."
@@ -21,13 +22,13 @@ def matched_table(record: CurvesRecord) -> Table:
     rows = []
     for point in (point for point in record.points if not point.baseline):
         others = [
-            "–" if other is None else f"{quality(other):.2f} ({other.bytes:,.0f})"
+            "–" if other is None else f"{psnr_text(other.metrics['psnr'])} ({other.bytes:,.0f})"
             for other in record.matched(point).values()
         ]
-        own = [f"{point.codec}, {point.setting}", f"{point.bytes:,.1f}", f"{quality(point):.2f}"]
+        own = [f"{point.codec}, {point.setting}", f"{point.bytes:,.1f}", psnr_text(point.metrics["psnr"])]
         rows.append([*own, *others])
     header = ["", "bytes", "PSNR dB", *(f"{name} dB (bytes)" for name in baselines)]
-    note = "Of each baseline the best setting measured that takes no more bytes on average; – for none."
+    note = "Of each baseline the setting of the least squared error that takes no more bytes; – for none."
     return Table(f"PSNR at matched bytes, n = {record.n:,}", header, rows, note if baselines else "")
 
 
@@ -83,7 +84,7 @@ def write_curves(path: Path, result: Result) -> None:
     for codec in dict.fromkeys(point.codec for point in longest):
         best = max((point for point in longest if point.codec == codec), key=lambda point: point.bytes)
         told = f"{best.setting}, {best.bytes:,.0f} bytes"
-        cards.append(Card(f"{codec}: PSNR", f"{quality(best):.2f} dB", told))
+        cards.append(Card(f"{codec}: PSNR", _decibels(best), told))
         if "value" in (fid := best.metrics.get("fid", {})):
             cards.append(Card(f"{codec}: rFID", f"{fid['value']:.3f}", told))
     strips = [
@@ -100,9 +101,16 @@ def _cell(name: str, point: Point) -> str:
     metric, style = point.metrics[name], FORMATS[name][2]
     if "skipped" in metric:
         return "skipped"
+    if "exact" in metric:
+        return psnr_text(metric)
     if metric.get("low", metric["value"]) == metric.get("high", metric["value"]):
         return f"{metric['value']:{style}}"
     return f"{metric['value']:{style}} ({metric['low']:{style}}–{metric['high']:{style}})"
+
+
+def _decibels(point: Point) -> str:
+    text = psnr_text(point.metrics["psnr"])
+    return text if text.startswith("all") else f"{text} dB"
 
 
 def _label(name: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..images import to_pil
 from ..tokenizer import Tokenizer
 from .metrics.image import psnr
+from .metrics.summary import interval, psnr_text
 
 HEADER = [
     *("asked for", "tokens (mean, min–max)", "got: mean error", "PSNR dB"),
@@ -35,17 +36,19 @@ class Lengths:
         counts = self.lengths
         correlation = "all lengths equal" if math.isnan(self.correlation) else f"{self.correlation:.3f}"
         spread = f"{float(counts.double().mean()):.1f}, {int(counts.min())}–{int(counts.max())}"
-        means = f"{float(self.error.mean()):.4f}", f"{float(self.psnr.mean()):.2f}"
-        return [self.asked, spread, *means, correlation]
+        decibels = psnr_text(interval(self.psnr))
+        return [self.asked, spread, f"{float(self.error.mean()):.4f}", decibels, correlation]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; "psnr" is of the images that did not come back exactly, null if all did."""
+        mean = interval(self.psnr)
         return {
             "asked": self.asked,
             "images": len(self.lengths),
             "tokens": self.lengths.tolist(),
             "mean_absolute_error": float(self.error.mean()),
-            "psnr": float(self.psnr.mean()),
+            "psnr": mean["value"] if math.isfinite(mean["value"]) else None,
+            "exact": mean.get("exact", 0),
             "rank_correlation": None if math.isnan(self.correlation) else self.correlation,
         }
 

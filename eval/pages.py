@@ -1,5 +1,6 @@
 """What `vistok eval recon` and `vistok eval fid` show of a record: the table, and the report around it."""
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,8 @@ def _row(name: str, metric: dict[str, Any], record: Record) -> list[str]:
     interval = ""
     if "low" in metric and metric["low"] != metric["high"]:
         interval = f"{metric['low']:{style}} – {metric['high']:{style}}"
-    value = f"{metric['value']:{style}}"
-    return [label, f"{value} {unit}".strip(), interval, _remark(name, metric, style)]
+    value = f"{metric['value']:{style}} {unit}".strip() if math.isfinite(metric["value"]) else "all exact"
+    return [label, value, interval, _remark(name, metric, style)]
 
 
 def _remark(name: str, metric: dict[str, Any], style: str) -> str:
@@ -66,6 +67,8 @@ def _remark(name: str, metric: dict[str, Any], style: str) -> str:
         return f"± {metric['std']:{style}} over {metric['splits']} splits"
     if name == "kid":
         return f"± {metric['std']:{style}} over {metric['subsets']} subsets of {metric['subset_size']}"
+    if "exact" in metric and math.isfinite(metric["value"]):
+        return f"without {metric['exact']} that came back exactly"
     if len(books := metric.get("codebooks", [])) > 1:
         return ", ".join(f"{each:{style}}" for each in books)
     return ""
@@ -203,6 +206,7 @@ def _examples(result: "Result") -> list[Gallery]:
                 ("reconstruction", picture.reconstruction),
                 ("error", error),
             ]
-            strips.append(Strip(shown, f"{picture.name}, {picture.psnr:.2f} dB"))
+            quality = f"{picture.psnr:.2f} dB" if math.isfinite(picture.psnr) else "exact"
+            strips.append(Strip(shown, f"{picture.name}, {quality}"))
         galleries.append(Gallery(f"{name} images by PSNR", strips, ERROR_NOTE))
     return [gallery for gallery in galleries if gallery.strips]

@@ -61,13 +61,17 @@ class CurvesConfig:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a tokenizer or codec: bytes an image and every metric, {"value": …} with "low" and
-    "high" for means over images, or {"skipped": why}."""
+    """One setting of a tokenizer or codec: bytes per image, mean squared error, and every metric.
+
+    A metric is {"value": …} with "low" and "high" for means over images, or {"skipped": why}; PSNR has
+    "exact", the number of images that came back exactly and are not in its mean.
+    """
 
     codec: str
     setting: str
     baseline: bool
     bytes: float
+    mse: float
     metrics: dict[str, dict[str, Any]]
 
 
@@ -78,12 +82,12 @@ class CurvesRecord(Record):
     points: list[Point] = field(default_factory=list)
 
     def matched(self, point: Point) -> dict[str, Point | None]:
-        """For each baseline the point of the highest PSNR that takes no more bytes than `point`."""
+        """For each baseline the point of the least squared error that takes no more bytes than `point`."""
         found: dict[str, Point | None] = {}
         for other in self.points:
             if other.baseline:
                 best = found.setdefault(other.codec, None)
-                if other.bytes <= point.bytes and (best is None or quality(other) > quality(best)):
+                if other.bytes <= point.bytes and (best is None or other.mse < best.mse):
                     found[other.codec] = other
         return found
 
@@ -104,11 +108,6 @@ class Result:
     record: CurvesRecord
     pictures: Callable[[], list[Picture]]
     state: State
-
-
-def quality(point: Point) -> float:
-    """PSNR in dB."""
-    return point.metrics["psnr"]["value"]
 
 
 def run(
@@ -273,7 +272,9 @@ class _Curves:
                     with self.clock(f"{passes.LAST}fid"):
                         metrics |= compare("fid", self.seen[number], self.originals, seed=config.seed)
                 size = metrics.pop("bytes")["value"]
-                points.append(Point(sweep.name, label, sweep.baseline, size, metrics))
+                decibels = table[:, number, self.columns.index("psnr")]
+                mse = float((10 ** (-decibels / 10)).mean())
+                points.append(Point(sweep.name, label, sweep.baseline, size, mse, metrics))
         names = [sweep.name for sweep in self.sweeps if not sweep.baseline]
         for metric in list(points[0].metrics):
             if all("skipped" in point.metrics[metric] for point in points):

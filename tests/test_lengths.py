@@ -9,7 +9,7 @@ from tiny_tokenizers import shared
 
 import vistok
 from vistok import cli
-from vistok.eval.lengths import jpeg_sizes, measure
+from vistok.eval.lengths import Lengths, jpeg_sizes, measure
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
@@ -61,3 +61,11 @@ def test_the_command_ranks_held_out_scenes(tmp_path, monkeypatch, capsys):
     assert not stop.value.code and "6 scenes of seed 1" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "lengths.json").read_text())["results"]
     assert result["images"] == 6 and len(result["tokens"]) == 6
+
+
+def test_an_exact_image_is_counted_and_not_averaged():
+    found = Lengths(
+        "20 dB", torch.tensor([2, 4]), torch.tensor([0.1, 0.0]), torch.tensor([20.0, math.inf]), math.nan
+    )
+    assert found.row()[3] == "20.00, 1 exact"
+    assert (found.record()["psnr"], found.record()["exact"]) == (20.0, 1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from vistok.eval.metrics.codes import CodeStatistics
-from vistok.eval.metrics.summary import summarise
+from vistok.eval.metrics.summary import interval, psnr_text, summarise
 from vistok.tokens import Tokens
 
 PIXELS = 64
@@ -162,3 +162,12 @@ def test_an_infinite_psnr_makes_the_mean_infinite_and_no_nan():
 def test_no_mean_of_nothing(values, says):
     with pytest.raises(ValueError, match=says):
         summarise(np.array(values))
+
+
+def test_exact_images_are_counted_and_left_out_of_the_mean():
+    found = interval(np.array([30.0, math.inf, 32.0, math.inf]))
+    assert found == {**interval(np.array([30.0, 32.0])), "exact": 2} and found["value"] == 31
+    assert psnr_text(found) == "31.00, 2 exact"
+    assert psnr_text(interval(np.array([30.0]))) == "30.00"
+    assert interval(np.full(3, math.inf)) == {"value": math.inf, "exact": 3}
+    assert psnr_text(interval(np.full(3, math.inf))) == "all exact"

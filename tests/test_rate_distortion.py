@@ -1,6 +1,7 @@
 """`vistok eval tokens`: points are those of the images decoded at every length, and of real files."""
 
 import io
+import math
 import shutil
 
 import pytest
@@ -15,12 +16,16 @@ from vistok import load, to_pil, to_tensor
 from vistok.eval import codecs, commands, curves_page, passes, rate_distortion, sweeps
 from vistok.eval.metrics.image import psnr, ssim
 from vistok.eval.metrics.statistics import FeatureStatistics, frechet_distance
-from vistok.eval.rate_distortion import CurvesConfig, quality
+from vistok.eval.rate_distortion import CurvesConfig
 
 pytest_plugins = ("quick_inception",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 CPU = torch.device("cpu")
 PLAIN = ("psnr", "ssim")
+
+
+def quality(point):
+    return point.metrics["psnr"]["value"]
 
 
 @pytest.fixture
@@ -161,13 +166,14 @@ def test_settings_are_the_best_that_fit(budgets):
     everything = []
     for setting in codecs._files("JPEG"):
         decoded, sizes = codecs.apply(setting, shown)
-        everything.append((float(sizes.double().mean()), float(psnr(decoded, originals).mean()), setting))
+        error = float((decoded.double() - originals).square().mean())
+        everything.append((float(sizes.double().mean()), error, setting))
     chosen = codecs.best_within("JPEG", shown, budgets)
     expected = []
     for budget in sorted(budgets):
-        within = [(quality, -size, setting) for size, quality, setting in everything if size <= budget]
+        within = [(error, size, setting) for size, error, setting in everything if size <= budget]
         if within:
-            expected.append(max(within, key=lambda each: each[:2])[2])
+            expected.append(min(within, key=lambda each: each[:2])[2])
     assert chosen == list(dict.fromkeys(expected))
 
 
@@ -185,7 +191,7 @@ def test_baselines_at_matched_bytes_take_no_more_bytes(tmp_path):
             rivals = [p for p in record.points if p.codec == name and p.bytes <= point.bytes]
             assert (other is None) == (not rivals)
             if other:
-                assert quality(other) == max(map(quality, rivals))
+                assert other.mse == min(rival.mse for rival in rivals)
     (dearest,) = (point for point in record.points if point.codec == models[1].label)
     assert record.matched(dearest)["thumbnail"].bytes > record.matched(dearest)["WebP"].bytes > 50
     assert record.matched(record.points[0])["JPEG"] is None
@@ -284,6 +290,40 @@ def test_a_folder_of_no_readable_image_is_told(tmp_path):
     (tmp_path / "a" / "x.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none of the 1 images"):
         measure(tmp_path / "a", tmp_path / "out")
+
+
+def test_a_blank_picture_makes_no_baseline_exact_and_chooses_no_smaller_file(tmp_path, capfd):
+    """It comes back exactly from every codec, and a mean PSNR with it would be infinite for all settings."""
+    pictures_alone = save(scenes(4, 64), tmp_path / "alone")
+    with_blank = save(torch.cat([scenes(4, 64), torch.ones(1, 3, 64, 64)]), tmp_path / "with")
+    options = {"baselines": ("JPEG", "WebP"), "batch_size": 5, "size": 64}
+    alone, blank = (
+        measure(folder, tmp_path / folder.name / "out", shared("mini"), **options).record
+        for folder in (pictures_alone, with_blank)
+    )
+    exact = [point for point in blank.points if point.metrics["psnr"].get("exact")]
+    assert exact and all(point.baseline and point.metrics["psnr"]["exact"] == 1 for point in exact)
+    assert all(math.isfinite(quality(point)) for point in blank.points)
+    for point in blank.points:
+        if not point.baseline:
+            for other in filter(None, blank.matched(point).values()):
+                rivals = [p for p in blank.points if p.codec == other.codec and p.bytes <= point.bytes]
+                assert other.mse == min(rival.mse for rival in rivals)
+    largest = max(point.bytes for point in alone.points if point.codec == "WebP")
+    assert max(point.bytes for point in blank.points if point.codec == "WebP") > 0.5 * largest
+    shown = [cell for table in curves_page.tables(blank) for row in table.rows for cell in row]
+    assert not [cell for cell in shown if "inf" in cell] and [cell for cell in shown if "1 exact" in cell]
+
+
+def test_blank_pictures_alone_are_called_exact(tmp_path):
+    folder = save(torch.ones(2, 3, 64, 64), tmp_path / "blank")
+    options = {"baselines": ("WebP",), "lengths": (1,), "batch_size": 2}
+    result = measure(folder, tmp_path / "out", shared("mini"), **options)
+    baseline = [point for point in result.record.points if point.baseline]
+    assert baseline and all(point.metrics["psnr"] == {"value": math.inf, "exact": 2} for point in baseline)
+    matched, _ = curves_page.tables(result.record)
+    assert all("all exact" in row[-1] or row[-1] == "–" for row in matched.rows)
+    curves_page.chart(result.record, "psnr").save(tmp_path / "chart.png")
 
 
 def test_the_report_shows_pictures_at_their_lengths_and_files_at_matched_bytes(tmp_path):

@@ -1,6 +1,7 @@
 """A mean over images with the interval that resampling the images gives."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,27 @@ class Mean:
 
 
 def interval(values: Tensor | np.ndarray, seed: int = 0) -> dict[str, float]:
-    """`summarise` as a record holds it: "value", "low" and "high"."""
-    found = summarise(values, seed)
-    return {"value": found.value, "low": found.low, "high": found.high}
+    """`summarise` as a record holds it: "value", "low" and "high".
+
+    Infinite values, the PSNR of images that come back exactly, are left out of the mean and counted as
+    "exact"; where there is no other, "value" is infinite and there is no interval.
+    """
+    values = np.asarray(values, np.float64)
+    infinite = np.isposinf(values)
+    if not infinite.any():
+        mean = summarise(values, seed)
+        return {"value": mean.value, "low": mean.low, "high": mean.high}
+    exact = int(infinite.sum())
+    if exact == len(values):
+        return {"value": math.inf, "exact": exact}
+    return {**interval(values[~infinite], seed), "exact": exact}
+
+
+def psnr_text(metric: Mapping[str, float]) -> str:
+    """A mean PSNR of `interval` in dB as tables show it: "31.20", "31.20, 2 exact", or "all exact"."""
+    if math.isinf(metric["value"]):
+        return "all exact"
+    return f"{metric['value']:.2f}" + (f", {metric['exact']} exact" if "exact" in metric else "")
 
 
 def summarise(values: Tensor | np.ndarray, seed: int = 0) -> Mean:

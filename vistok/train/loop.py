@@ -344,7 +344,7 @@ class _Run:
         row, sheet = {}, [to_pil(self.validation)]
         for count in counts:
             decoded = model.reconstruct(self.validation, count)
-            mse = (decoded - self.validation).square().mean((1, 2, 3)).double()
+            mse = (decoded - self.validation).square().mean((1, 2, 3)).double().clamp_min(1e-10)
             row[f"validation_psnr_{count or model.num_tokens}"] = float(-10 * mse.log10().mean())
             sheet.append(to_pil(decoded))
         picture: Image.Image = side_by_side([list(column) for column in zip(*sheet, strict=True)])
