@@ -81,7 +81,10 @@ def warn_of_few(metrics: dict[str, dict[str, Any]], n: int) -> list[str]:
     """What to say of a Fréchet distance between few images."""
     if n >= FEW or "value" not in metrics.get("fid", {}):
         return []
-    return [f"FID of {n:,} images is biased: compare it with FID of the same number only ({FEW:,} or more)"]
+    few = f"FID of {n:,} images is biased: compare it with FID of the same number only ({FEW:,} or more)"
+    if n < FEATURES:
+        few += f"; these are fewer than its {FEATURES:,} features, so their covariance is not of full rank"
+    return [few]
 
 
 def skipped(name: str, reason: str) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,9 @@
 """Streamed feature statistics equal NumPy's over all features at once; Fréchet distances torch-fidelity's."""
 
+import io
+import math
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -223,7 +226,7 @@ def test_files_that_are_no_npz_are_named(tmp_path):
     whole = (tmp_path / "a.npz").read_bytes()
     for content in (b"", b"words", whole[: len(whole) // 2]):
         (tmp_path / "a.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.npz is no \.npz file, or a broken one"):
+        with pytest.raises(ValueError, match=r"a\.npz is not a \.npz file, or a broken one"):
             Gaussian.load(tmp_path / "a.npz")
     middle = whole.index(b"sigma.npy") + 200
     (tmp_path / "a.npz").write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])
@@ -242,3 +245,65 @@ def test_the_benchmark_prints_every_ratio_of_one_run(capsys):
     differences = [float(number) for number in re.findall(r"relative difference +(\S+)", printed)]
     assert len(differences) == 2
     assert max(differences) < 1e-8
+
+
+# ---- what cannot be a covariance ---------------------------------------------------------------------------
+
+
+def gaussian(covariance):
+    return Gaussian(torch.zeros(len(covariance), dtype=torch.float64), covariance.double())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda sigma: sigma - 2 * torch.eye(8), r"sigma has the eigenvalue -\d"),
+        (lambda sigma: sigma + torch.ones(8, 8).triu(1), "sigma is not symmetric"),
+        (lambda sigma: sigma * math.nan, "not finite"),
+    ],
+)
+def test_what_is_no_covariance_is_refused_and_not_at_distance_zero(tmp_path, spoil, message):
+    good = gaussian(torch.eye(8))
+    bad = gaussian(spoil(good.covariance))
+    for sides, name in (((bad, good), "first"), ((good, bad), "second")):
+        with pytest.raises(ValueError, match=f"the {name} side: .*{message}"):
+            frechet_distance(*sides)
+    bad.save(tmp_path / "bad.npz")
+    with pytest.raises(ValueError, match=rf"bad\.npz: .*{message}.*compute the statistics again"):
+        Gaussian.load(tmp_path / "bad.npz")
+
+
+def test_rounding_in_single_precision_is_no_fault(tmp_path):
+    """Fewer images than features, stored as floats: tiny negative eigenvalues."""
+    known = streamed(random_features(20, 64)).gaussian()
+    rounded = gaussian(known.covariance.float())
+    assert torch.linalg.eigvalsh(rounded.covariance)[0] < 0
+    rounded.save(tmp_path / "a.npz")
+    assert frechet_distance(Gaussian.load(tmp_path / "a.npz"), gaussian(known.covariance)) < 1e-3
+
+
+def test_arrays_that_declare_another_size_are_not_believed(tmp_path):
+    path = tmp_path / "a.npz"
+    header = io.BytesIO()
+    fields = {"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**9)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    mean = io.BytesIO()
+    np.save(mean, np.zeros(3))
+    for sigma, message in (
+        (header.getvalue(), "sigma is not an array of numbers .*another size"),
+        (b"words", "sigma is not an array of numbers"),
+        (b"", "sigma is not an array of numbers"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("mu.npy", mean.getvalue())
+            archive.writestr("sigma.npy", sigma)
+        with pytest.raises(ValueError, match=message) as error:
+            Gaussian.load(path)
+        assert "\n" not in str(error.value)
+    for bad in (np.array(["a", "b"]), np.array([{}], dtype=object), np.zeros(0)):
+        np.savez(path, mu=bad, sigma=np.eye(3))
+        with pytest.raises(ValueError, match=r"a\.npz"):
+            Gaussian.load(path)
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), count=-4)
+    with pytest.raises(ValueError, match="count is not the number of images"):
+        Gaussian.load(path)
