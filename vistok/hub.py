@@ -8,6 +8,7 @@ from typing import Any
 PREFIX = "hf://"
 _TIMEOUT = 5.0  # seconds for the one question whether the hub can be reached
 _announced: set[str] = set()
+_reached: set[str] = set()  # repositories that the hub answered for
 _logger = logging.getLogger("vistok")
 
 
@@ -21,14 +22,16 @@ def get_file(repo: str, name: str, *, local_files_only: bool = False, **options:
         LocalEntryNotFoundError: the file is not in the cache, and the hub cannot be reached or may not be
             asked (`local_files_only`, HF_HUB_OFFLINE).
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(repo, name, local_files_only=True, **options))
-    except LocalEntryNotFoundError:
-        if local_files_only or constants.HF_HUB_OFFLINE:
-            raise
+    cached = try_to_load_from_cache(repo, name, **options)  # hf_hub_download asks the hub even for these
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:
+        raise EntryNotFoundError(f"the cache records that {repo} has no {name}")
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        raise LocalEntryNotFoundError(f"{name} of {repo} is not in the cache, and the hub may not be asked")
     announce(repo)
     _check_reachable(repo)
     return Path(hf_hub_download(repo, name, **options))
@@ -36,9 +39,11 @@ def get_file(repo: str, name: str, *, local_files_only: bool = False, **options:
 
 def announce(repo: str) -> None:
     """Log one line, once per repository, before anything is fetched from it."""
+    from huggingface_hub import constants
+
     if repo not in _announced:
         _announced.add(repo)
-        _logger.warning("downloading from the Hugging Face hub: https://huggingface.co/%s", repo)
+        _logger.warning("downloading from the Hugging Face hub: %s/%s", constants.ENDPOINT, repo)
 
 
 def _check_reachable(repo: str) -> None:
@@ -46,6 +51,8 @@ def _check_reachable(repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if repo in _reached:
+        return
     failures: list[Exception] = []
 
     def ask() -> None:
@@ -64,3 +71,4 @@ def _check_reachable(repo: str) -> None:
         raise failures[0]
     if failures:
         raise LocalEntryNotFoundError(f"the hub cannot be reached ({failures[0]})") from failures[0]
+    _reached.add(repo)
