@@ -237,6 +237,8 @@ class Case:
         if "images" in self.tensors:
             return self.recorded("images")
         recipe = self.input("images", dict)
+        if not isinstance(recipe.get("recipe", ""), str):
+            raise self.refusal(f"the recipe of images is {shorten(recipe['recipe'])}; it is text")
         batch = whole(self.path.name, recipe, "B", 1, 4096)
         height, width = (whole(self.path.name, recipe, side, 16, 2**16) for side in "HW")
         if height % 16 or width % 16:
@@ -310,9 +312,14 @@ class Case:
         return table[max(patterns, key=len)] if patterns else ""
 
     def is_named(self, name: str) -> bool:
-        """Whether the json states that a tensor of this name is recorded, by itself or by a number in it."""
-        table = {**self.data["tensors"], **self.data.get("shapes", {})}
-        return name in table or any(is_numbered(key, name) for key in table)
+        """Whether the json states that a tensor of this name is recorded.
+
+        It lists the names under shapes; without that list, a name with a number is stated by "eval_k" too.
+        """
+        shapes = self.data.get("shapes", {})
+        if name in self.data["tensors"] or name in shapes:
+            return True
+        return not shapes and any(is_numbered(key, name) for key in self.data["tensors"])
 
     def subsample(self, name: str, value: Tensor, default: str = "") -> Tensor:
         """The part of `value` that was recorded: all, if that has its shape; else the first [slices] in the

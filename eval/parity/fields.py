@@ -53,7 +53,7 @@ def exact_names(data: Mapping[str, Any]) -> set[str]:
 
 def _numbered(key: str) -> str | None:
     """The pattern of a name whose last letter stands for a number ("eval_k", "dec.upN"), or None."""
-    found = re.fullmatch(r"(.*)(N|(?<=[_.])[a-z])", key)
+    found = re.fullmatch(r"(.*)(N|(?<=[_.])[ijk])", key)
     return re.escape(found[1]) + r"\d+" if found else None
 
 
@@ -133,5 +133,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "atol": ("a finite number of 0 or more", _is_tolerance),
     "tensor_atol": ("a mapping of names to numbers of 0 or more", _mapping_of(_is_tolerance)),
     "tensor_exact": ("a list of names", _is_texts),
+    "parameters_with_grad": ("a list of names", _is_texts),
+    "no_weight_decay": ("a list of names", _is_texts),
+    "notes": ("text or a list of texts", lambda value: isinstance(value, str) or _is_texts(value)),
     "exact_where": ("a mapping of names to rules", _mapping_of(lambda value: isinstance(value, str))),
 }

@@ -331,6 +331,8 @@ def _training_step(case: Case) -> Outputs:
         shape = (len(images), model.config.text_context_length, model.config.text_embed_dim)
         text = case.place(torch.from_numpy(random.standard_normal(shape).astype(np.float32)))
     weights = case.config.get("losses", {})
+    if not isinstance(weights, dict):
+        raise case.refusal(f"losses is {shorten(weights)}; it maps names of losses to weights")
     with torch.enable_grad():
         latents = model.latents(images)
         if model.config.quantize_mode == "vae":

@@ -261,7 +261,8 @@ def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], found:
                 )
         elif rule not in ("*", str(value)):
             raise ValueError(f"the configuration's {where} has {name}={value!r}; this version knows {rule}")
-    missing = [n for n, rule in arguments.items() if rule[0] == "@" and rule[-1] != "?" and n not in node]
+    required = [name for name, rule in arguments.items() if rule[0] == "@" and rule[-1] != "?"]
+    missing = [name for name in required if node.get(name) is None]
     if missing:
         raise ValueError(f"the configuration's {where} lacks {', '.join(missing)}")
 
