@@ -123,9 +123,8 @@ def test_a_decoder_alone_is_run_on_recorded_codes(tmp_path):
     tensors |= {"l1": (recon - pictures()[0]).abs().mean((1, 2, 3))}
     tensors = {f"{prefix}.{key}": value for key, value in tensors.items()}
     path = write(tmp_path, config, state, tensors)
-    assert {row.name for row in verify(path)} == {
-        f"{prefix}.{key}" for key in ("decoder_logits", "recon", "l1")
-    }
+    compared = {f"{prefix}.{key}" for key in ("decoder_logits", "recon", "l1")}
+    assert {row.name for row in verify(path)} == compared
     assert missed(path) == []
     tensors[f"{prefix}.active"] = 1 - active
     assert set(missed(write(tmp_path, config, state, tensors))) == compared

@@ -269,6 +269,14 @@ def test_numpy_integers_are_numbers_of_tokens(models, count):
     assert model.encode(images, count) == model.encode(images, 2)
 
 
+def test_weights_that_give_no_finite_latents_are_refused(case, model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "encoder" in name).fill_(torch.inf)
+    with pytest.raises(ValueError, match="latents of image 0 of 1 hold NaN or infinity"):
+        model.encode(pictures(1))
+
+
 def test_one_bad_pixel_is_enough(models):
     images = pictures(2)
     images[1, 2, 3, 4] = torch.nan

@@ -251,7 +251,7 @@ class FlexTok(Tokenizer):
             return encode_to_quality(self, images, target_psnr, num_tokens=num_tokens, size=size)
         if not len(images):
             return self.as_tokens(torch.zeros(0, count, dtype=torch.int64, device=self.device))
-        return self.as_tokens(self.quantizer.encode(self.latents(images, count)))
+        return self.as_tokens(self.quantizer.encode(self.check_latents(self.latents(images, count))))
 
     def _encode_list(
         self, images: Sequence[Tensor], num_tokens: int | None, target_psnr: float | None

@@ -719,6 +719,7 @@ class Karl(Tokenizer):
         bins = self.target_bins(target, len(images))
         noise = self._posterior_noise(images, generator) if sample_posterior else None
         found = self.analyse(images, bins, count, self.base.features(images, noise))
+        self.check_latents(torch.cat([found.values, found.halt_logits.unsqueeze(-1)], -1))
         places, lengths = _packed(found.active if halting else torch.ones_like(found.active))
         values = found.values.gather(1, places[..., None].expand(-1, -1, found.values.shape[-1]))
         tokens = self.as_tokens(self.quantizer.encode(self.quantizer.join(values, places)))

@@ -237,7 +237,7 @@ class MaskGITVQGAN(Tokenizer):
     @torch.no_grad()
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
         """Images [B, 3, H, W] in [0, 1], sides divisible by 16 → H/16 · W/16 tokens each."""
-        codes = self.quantize.encode(self.latents(self.check_images(images)))
+        codes = self.quantize.encode(self.check_latents(self.latents(self.check_images(images))))
         if num_tokens not in (None, codes.shape[1]):
             raise ValueError(f"these images have {codes.shape[1]} tokens each; {num_tokens} was asked for")
         return self.as_tokens(codes)
