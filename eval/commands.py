@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import Device, Name, Weights, table
+from ..console import Device, Name, Weights, note, table
 from ..console import device as named_device
 
 if TYPE_CHECKING:
@@ -373,15 +373,14 @@ def _show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> Non
     for shown in tables:
         table(shown.title, shown.header, shown.rows)
     for names, reason in (row for shown in skipped(record) for row in shown.rows):
-        typer.secho(f"skipped {names}: {reason}", fg="yellow", err=True)
+        note(f"skipped {names}: {reason}")
     for warning in record.warnings:
-        typer.secho(warning, fg="yellow", err=True)
+        note(warning)
     if record.bad_images:
         first = record.bad_images[0]
-        told = f"{len(record.bad_images)} unreadable, the first {first['name']}: {first['reason']}"
-        typer.secho(told, fg="yellow", err=True)
+        note(f"{len(record.bad_images)} unreadable, the first {first['name']}: {first['reason']}")
     if record.duplicates:
-        typer.secho(f"{len(record.duplicates)} images occur more than once", fg="yellow", err=True)
+        note(f"{len(record.duplicates)} images occur more than once")
     if record.rate:
         spent = sorted(record.seconds.items(), key=lambda stage: -stage[1])
         total = sum(seconds for _, seconds in spent)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..configuration import shorten
+from ..console import safe_text
 from ..files import check_source
 from ..images import MAX_FILE_BYTES
 from ..train.patterns import expand
@@ -188,10 +189,10 @@ def _manifest(path: str, key: str) -> Dataset:
     if not names:
         raise FileNotFoundError(f'{path} names no image: give one line {{"{key}": "photo.jpg"}} an image')
     root = Path(path).parent
-    if not any(Path(root, name).is_file() for name in names):
+    if not any(os.path.isfile(Path(root, name)) for name in names):
         raise FileNotFoundError(
             f"none of the {len(names)} images of {path} is there, the first should be "
-            f"{Path(root, names[0])}: paths are relative to the manifest"
+            f"{safe_text(Path(root, names[0]))[:300]}: paths are relative to the manifest"
         )
     return Files(path, "manifest", names, str(root))
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from ...files import atomic_write, check_source
 
 LARGEST_FILE = 2**30  # bytes of a .npz, and of an array in it; sigma of 2048 features has 2**25
+# What reading a damaged zip file raises; one that seems encrypted is a RuntimeError.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error)
 ROUNDING = 1e-6  # of the largest value, as statistics in single precision have it
 # Columns that one product covers, so that the half of a symmetric or triangular matrix is passed over.
 PANEL = 256
@@ -56,7 +58,7 @@ class Gaussian:
             raise ValueError(f"{path} is not a .npz file, or a broken one; give a .npz with mu and sigma")
         try:
             mean, covariance, count = _read_arrays(path)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
+        except DAMAGED as error:
             raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
         size = mean.numel()
         if mean.shape != (size,) or covariance.shape != (size, size) or not size:
@@ -102,7 +104,8 @@ class Gaussian:
 def _read_arrays(path: Path) -> tuple[Tensor, Tensor, int | None]:
     """mu, sigma and the number of images of a .npz, which is not read before its sizes are known."""
     with zipfile.ZipFile(path) as archive:
-        sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+        entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+        sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in entries}
         if not {"mu", "sigma"} <= set(sizes):
             raise ValueError(_no_statistics(path, list(sizes)))
         for name in ("mu", "sigma"):

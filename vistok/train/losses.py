@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from ..configuration import shorten
 from ..nn.lpips import build_lpips
 from .discriminator import NLayerDiscriminator
 
@@ -73,8 +74,8 @@ def parse_perceptual_name(name: str) -> dict[str, float]:
     match = re.fullmatch(r"lpips-convnext_s-(\d*\.?\d+)-(\d*\.?\d+)", name)
     if match is None or min(map(float, match.groups())) == 0:
         raise ValueError(
-            f"perceptual loss {name!r} is not understood; give 'lpips', 'convnext_s', or both with a weight "
-            "above 0 for each, as in 'lpips-convnext_s-1.0-0.1'"
+            f"perceptual loss {shorten(name)} is not understood; give 'lpips', 'convnext_s', or both with a "
+            "weight above 0 for each, as in 'lpips-convnext_s-1.0-0.1'"
         )
     return dict(zip(PERCEPTUAL_NETWORKS, map(float, match.groups()), strict=True))
 
@@ -193,7 +194,7 @@ class ReconstructionLossConfig:
     def __post_init__(self) -> None:
         """Refuse values that no training run can mean."""
         if self.reconstruction not in ("l1", "l2"):
-            raise ValueError(f"reconstruction is {self.reconstruction!r}; give 'l1' or 'l2'")
+            raise ValueError(f"reconstruction is {shorten(self.reconstruction)}; give 'l1' or 'l2'")
         parse_perceptual_name(self.perceptual)
         for field in ("reconstruction", "perceptual", "discriminator", "lecam", "quantizer", "kl"):
             weight = getattr(self, f"{field}_weight")

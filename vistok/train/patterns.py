@@ -7,8 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..console import safe_text
+
 MOST_PATHS = 100_000
 """Paths that the braces of one pattern may stand for."""
+LONGEST = 300
+"""Characters of a path in a message."""
 _DIGITS = 18
 
 
@@ -22,16 +26,24 @@ def expand(pattern: str) -> list[str]:
     paths = list(dict.fromkeys(itertools.islice(_braces(pattern), MOST_PATHS + 1)))
     if len(paths) > MOST_PATHS:
         raise ValueError(
-            f"{pattern} stands for more than {MOST_PATHS:,} paths: write a shorter range, or a wildcard (*)"
+            f"{_shown(pattern)} stands for more than {MOST_PATHS:,} paths: write a shorter range, or a "
+            "wildcard (*)"
         )
     files = [[path] if os.path.isfile(path) else _matches(path) for path in paths]
     missing = [path for path, found in zip(paths, files, strict=True) if not found]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise FileNotFoundError(
-            f"no file {', '.join(missing[:5])}{more}: {pattern} stands for {len(paths)} path(s)"
+            f"no file {', '.join(map(_shown, missing[:5]))}{more}: {_shown(pattern)} stands for "
+            f"{len(paths)} path(s)"
         )
     return list(itertools.chain.from_iterable(files))
+
+
+def _shown(path: str) -> str:
+    """A path as messages show it: on one line and not endless."""
+    text = safe_text(path)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def _matches(path: str) -> list[str]:
@@ -65,6 +77,6 @@ def _parts(inside: str, pattern: str) -> Iterator[str]:
         return
     first, last = bounds.groups()
     if int(first) > int(last):
-        raise ValueError(f"{pattern} counts down: write {{{last}..{first}}}")
+        raise ValueError(f"{_shown(pattern)} counts down: write {{{last}..{first}}}")
     for number in range(int(first), int(last) + 1):
         yield str(number).zfill(len(first))
