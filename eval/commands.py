@@ -7,6 +7,7 @@ import typer
 
 from ..console import Device, Name, Weights, note, table
 from ..console import device as named_device
+from ..files import check_target
 
 if TYPE_CHECKING:
     from .record import Record
@@ -42,7 +43,8 @@ Subset = Annotated[int, typer.Option("--kid-subset-size", min=2, help="Images in
 Seed = Annotated[int, typer.Option("--seed", help="Of intervals, KID, Inception score and noise.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=0, help="Processes that decode images; by the cores otherwise.")
+    int | None,
+    typer.Option("--workers", min=0, max=256, help="Processes that decode images; by the cores otherwise."),
 ]
 Every = Annotated[
     int,
@@ -108,6 +110,7 @@ def recon(
     from .reconstruction import ReconConfig, run
     from .record import write
 
+    _check_out(out, "reconstruction.json", "report.html")
     if html:
         require()
     if (pfid_alpha or pfid_delta) and not pfid:
@@ -208,6 +211,7 @@ def tokens(
     from .rate_distortion import CurvesConfig, run
     from .record import write
 
+    _check_out(out, "rate_distortion.json", "rate_distortion.png", "report.html")
     if html:
         require()
     config = CurvesConfig(
@@ -282,6 +286,7 @@ def fid(
     from .instruments import WeightFiles
     from .record import write
 
+    _check_out(out, "fid.json", "report.html", "statistics-a.npz", "statistics-b.npz")
     if html:
         require()
     config = FidConfig(
@@ -335,6 +340,7 @@ def speed(
     from .speed import HEADER, measure
     from .speed_page import write_speed
 
+    _check_out(out, "speed.json", "report.html")
     if html:
         require()
     if unknown := [name for name in tokenizer if name not in {**entries(), **families()}]:
@@ -351,6 +357,13 @@ def speed(
     if html:
         write_speed(out / "report.html", found, repeats)
     print(f"{out}: {'JSON and report.html' if html else 'JSON'}")
+
+
+def _check_out(out: Path, *names: str) -> None:
+    """Raise OSError now for files that could not be written after the work."""
+    check_target(out, folder=True)
+    for name in names:
+        check_target(out / name)
 
 
 def _names(metrics: str | None) -> tuple[str, ...] | None:

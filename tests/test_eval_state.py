@@ -255,3 +255,56 @@ def test_settings_hold_the_digest_of_files(folder, tmp_path):
     time.sleep(0.01)
     (folder / "00.png").touch()
     assert settings["files"] != Inventory.take(sorted(os.listdir(folder)), str(folder)).digest
+
+
+# ---- as a command ------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+from vistok.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+main()
+"""
+
+
+def command(limit, *arguments):
+    """`vistok eval` that can write files of so many bytes only."""
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), "eval", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["recon", "--tokenizer", "vistok-mini", "--data", str(folder), "--metrics", "psnr"]
+    arguments += ["--out", str(out), "--workers", "0", "--no-html", "--checkpoint-every", "1"]
+    full = command(500, *arguments)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("vistok: ")]
+    assert "no room to write" in line and "free some space" in line
+    assert not list(out.rglob(".vistok-*"))
+    assert command(1 << 30, *arguments).returncode == 0 and (out / "reconstruction.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command_name", "name"),
+    [("recon", "reconstruction.json"), ("tokens", "rate_distortion.png"), ("fid", "fid.json"), ("speed", "")],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(folder, tmp_path, command_name, name):
+    target = tmp_path / "out" / name
+    if name:
+        target.mkdir(parents=True)
+    else:
+        target.write_text("mine")
+    given = {
+        "recon": ["--tokenizer", "vistok-mini", "--data", str(folder)],
+        "tokens": [str(folder)],
+        "fid": [str(folder), str(folder)],
+        "speed": ["--tokenizer", "vistok-mini"],
+    }[command_name]
+    done = command(1 << 30, command_name, *given, "--out", str(tmp_path / "out"))
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert str(target) in done.stderr and "folder" in done.stderr
