@@ -77,6 +77,10 @@ _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only")
 class FlexTok(Tokenizer):
     """FlexTok in its published sizes and any other; see the module.
 
+    Images need not be square: sides are multiples of `size_multiple` (16 pixels in published models) up to
+    `image_size`, which alone was trained. Tokens do not hold a size; `decode(tokens, size=(128, 256))` takes
+    it.
+
     A state dict holds the VAE (`vae.vae.*`), encoder and decoder under the published keys. With
     `config.vae=False` there is no VAE in it: attach one with `attach_vae`.
     """
