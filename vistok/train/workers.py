@@ -34,16 +34,44 @@ def _end_with_parent() -> None:
 
 
 def start(loader: DataLoader) -> Iterator[Any]:
-    """The loader's iterator. Its workers start with Ctrl-C blocked: until they have set themselves up, it
-    would end them in a traceback."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    """The loader's iterator; Ctrl-C and SIGTERM wait until its workers have started.
+
+    Half-started workers, and torch's half-made iterator, would end in tracebacks.
+    """
+    with _signals_deferred(), _interrupts_blocked(loader):
         return iter(loader)
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Raise signals that arrive during the block after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
+@contextmanager
+def _interrupts_blocked(loader: DataLoader) -> Iterator[None]:
+    """Start processes that do not see Ctrl-C before they have set themselves up."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() != "fork":
         resource_tracker.ensure_running()  # when it starts, it unblocks what is blocked below
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return iter(loader)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
