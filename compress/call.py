@@ -123,7 +123,7 @@ def begin(
     cache = cache_given(host.core, arguments)
     call = Call(host, cache=cache, state=state_of(cache))
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
-    pixels = any(arguments.get(f"pixel_values{suffix}") is not None for suffix in ("", "_videos"))
+    pixels = any(name.startswith("pixel_values") and value is not None for name, value in arguments.items())
     if outputs and made.are_prepared(outputs):
         call.passed = True
         return call, arguments
@@ -197,6 +197,8 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
     for modality, output in call.outputs.items():
         lengths = [len(item) for item in output.pooler_output]
         record = record_of(output) or call.records.get(modality) or Record(modality, lengths)
+        if sum(record.lengths) == sum(lengths):  # not repeated for beams; items of old releases may be tiles
+            lengths = record.lengths
         records[modality] = (record, lengths)
     call.full = length
     for modality, token in host.media_ids.items():
@@ -211,7 +213,8 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
                 "dropped; attach again, or give the features as mm_encoder_outputs"
             )
     real = torch.ones_like(call.ids, dtype=torch.bool) if call.mask is None else call.mask[:, -length:].bool()
-    call.prompt = find_spans(host, call.ids, real, records)
+    prompts = None if call.generation is None else call.generation.prompts
+    call.prompt = find_spans(host, call.ids, real, records, prompts)
     index = torch.arange(length, device=real.device).expand(real.shape[0], -1)
     call.start = call.layout = Layout(index, real, ragged=call.mask is not None)
     call.prompt.image = call.prompt.image.to(real.device)

@@ -56,12 +56,12 @@ class MadeFeatures(threading.local):
         return any(self._is_prepared(modality, output) for modality, output in outputs.items())
 
     def _is_prepared(self, modality: str, output: Any) -> bool:
-        record, made = record_of(output), self._waiting.get(modality)
+        record = record_of(output)
         if record is not None:
             return record.reduced
-        first = _ends(output)[0]
-        if made is not None and _equal(first, made.ends[0]):
+        if modality in self._waiting:  # these were just made
             return False
+        first = _ends(output)[0]
         return any(_holds(known, first) for reference in self._prepared if (known := reference()) is not None)
 
     def records_of(self, outputs: dict[str, Any]) -> dict[str, Record]:
@@ -82,12 +82,10 @@ class MadeFeatures(threading.local):
 
 
 def _matched(known: _Waiting, output: Any) -> Record | None:
-    lengths, (first, last) = _lengths(output), _ends(output)
-    if not _equal(first, known.ends[0]):
-        return None
+    lengths, ends = _lengths(output), _ends(output)
     repeats = max(1, len(lengths) // len(known.lengths))  # once per beam
     whole = Counter(lengths) == Counter(known.lengths * repeats)
-    if whole and _equal(last, known.ends[1]):
+    if whole and _equal(ends[0], known.ends[0]) and _equal(ends[1], known.ends[1]):
         return known.record
     if sum(lengths) < sum(known.lengths):
         raise NotImplementedError(

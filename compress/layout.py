@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .grid import Grid
 from .hosts.families import Host, Record, tiled
+from .hosts.versions import check_beams
 
 
 @dataclass
@@ -71,12 +72,18 @@ def flat(index: Tensor, length: int) -> Tensor:
     return (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()
 
 
-def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[Record, list[int]]]) -> Prompt:
+def find_spans(
+    host: Host,
+    ids: Tensor,
+    real: Tensor,
+    records: dict[str, tuple[Record, list[int]]],
+    prompts: int | None = None,
+) -> Prompt:
     """The images of a batch of prompts.
 
     `ids` [B, L] are the token ids, `real` [B, L] what is not padding, `records[modality]` the record of the
-    features and the lengths of the items as they are merged now (each sample's repeated under beams). Raises
-    ValueError when placeholders and features do not match.
+    features and the lengths of the items as they are merged now (each sample's repeated under beams),
+    `prompts` how many there are before that. Raises ValueError when placeholders and features do not match.
     """
     spans: list[Span] = []
     image = torch.full(ids.shape, -1, dtype=torch.long)
@@ -86,6 +93,7 @@ def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[R
         beams = max(1, len(lengths) // max(1, len(record.lengths)))
         grids = host.grids(record)
         cursor = original = 0
+        pictures: list[int] = []
         for row in range(ids.shape[0]):
             places = placeholder[row].nonzero().squeeze(1)
             taken, total = 0, 0
@@ -98,6 +106,7 @@ def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[R
                     f"of the {modality} items given ({lengths[cursor : cursor + taken]} tokens); prompt and "
                     "images do not belong together, or the prefill was cut into chunks"
                 )
+            pictures.append(taken)
             found = _row_spans(
                 host, record, ids[row], places, lengths[cursor : cursor + taken], original, grids
             )
@@ -108,6 +117,7 @@ def find_spans(host: Host, ids: Tensor, real: Tensor, records: dict[str, tuple[R
             cursor += taken
             if (row + 1) % beams == 0:
                 original += taken
+        check_beams(ids.shape[0], prompts, pictures)
     return Prompt(image, spans)
 
 

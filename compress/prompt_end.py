@@ -4,7 +4,7 @@ Reducers that rank by the last row must rank by the last token of the prompt: wh
 when the same answer is generated token by token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,29 +18,30 @@ PromptLength = int | Sequence[int] | Tensor | None
 
 @dataclass(frozen=True)
 class Generation:
-    """A `generate` that is under way: its model, and the length of the prompts that it was given."""
+    """A `generate` that is under way: its model, and the length and number of prompts that it was given."""
 
     model: nn.Module
     length: int
+    prompts: int = 1
 
 
 GENERATION: ContextVar[Generation | None] = ContextVar("vistok_generation", default=None)
 
 
 @contextmanager
-def generating(model: nn.Module, length: int | None):
-    """Note that `model` generates from prompts of `length` tokens (None: not known) while inside."""
-    token = GENERATION.set(None if length is None else Generation(model, length))
+def generating(model: nn.Module, shape: tuple[int, int] | None) -> Iterator[None]:
+    """Note that `model` generates from prompts of this shape [B, L] (None: not known) while inside."""
+    token = GENERATION.set(None if shape is None else Generation(model, shape[1], shape[0]))
     try:
         yield
     finally:
         GENERATION.reset(token)
 
 
-def length_of_prompts(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
-    """The length L of the prompts that `generate` is called with, [B, L] or as embeddings [B, L, D]."""
+def shape_of_prompts(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """The shape [B, L] of the prompts that `generate` is called with, as ids or as embeddings [B, L, D]."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    return next((value.shape[1] for value in given if isinstance(value, Tensor) and value.ndim > 1), None)
+    return next((tuple(x.shape[:2]) for x in given if isinstance(x, Tensor) and x.ndim > 1), None)
 
 
 @dataclass(frozen=True)

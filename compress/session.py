@@ -28,7 +28,7 @@ from .hosts.merging import VisionMerging
 from .hosts.versions import cache_in, check_growth, entries, keywords, recomputes, wants_cache, window_limit
 from .layers import LayerCuts
 from .layout import Span, flat
-from .prompt_end import GENERATION, Hints, PromptLength, generating, length_of_prompts
+from .prompt_end import GENERATION, Hints, PromptLength, generating, shape_of_prompts
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
 from .report import Report
@@ -36,7 +36,6 @@ from .undo import Undo
 
 # A core knows its session; its hooks keep the session alive, and nothing here does.
 _ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Session]] = WeakKeyDictionary()
-_LOCK = threading.Lock()
 
 
 def attach(
@@ -289,16 +288,20 @@ class Session:
             if _attached(self.model) is self:
                 del _ATTACHED[anchor]
 
-        with _LOCK:
-            other = _attached(self.model)
-            if other is not None:
+        self._undo.step(forget)
+        # One operation and no lock, which an interrupt could leave taken.
+        known, mine = None, ref(self)
+        while known is not mine:
+            known = _ATTACHED.setdefault(anchor, mine)
+            other = known()
+            if other is None:  # forgotten without being detached
+                _ATTACHED.pop(anchor, None)
+            elif other is not self:
                 raise ValueError(
                     f"this {type(self.model).__name__} already has a session with "
                     f"{', '.join(type(r).__name__ for r in other.reducers)}; detach it first, change "
                     "session.keep between calls, or attach one list of reducers"
                 )
-            self._undo.step(forget)
-            _ATTACHED[anchor] = ref(self)
 
     def _generate(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """`generate` of the model, with the length of its prompts noted while it runs."""
@@ -306,7 +309,7 @@ class Session:
 
         @wraps(stock)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with generating(model(), length_of_prompts(args, kwargs)):
+            with generating(model(), shape_of_prompts(args, kwargs)):
                 return stock(*args, **kwargs)
 
         return generate

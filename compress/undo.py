@@ -64,5 +64,5 @@ class Undo:
 
 def _remove(kinds: tuple[dict[int, Any], ...], hook: Callable[..., Any]) -> None:
     for number in [number for number, registered in kinds[0].items() if registered == hook]:
-        for kind in kinds:
+        for kind in reversed(kinds):  # the first tells what is left to do
             kind.pop(number, None)

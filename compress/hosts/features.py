@@ -20,7 +20,7 @@ from ..undo import Undo
 from . import shrink
 from .families import FAMILIES, MEDIA, Host, Record
 from .packed import PackedMerging
-from .versions import takes
+from .versions import lengths_of_samples, takes
 
 _PACKED = ("grid_thw", "cu_seqlens", "image_sizes", "spatial_shapes", "pixel_position_ids")
 _ENCODING: ContextVar[bool] = ContextVar("vistok_encoding", default=False)
@@ -96,9 +96,9 @@ class FeatureRecorder:
                 self.merging.reset()
             with _encoding(), self._watching() as seen:
                 output = stock(*args, **{**kwargs, "return_dict": True})
-            if not self.pixels:  # or the record would keep pictures alive
-                arguments = {k: v for k, v in arguments.items() if not k.startswith("pixel_values")}
             record = self._record(modality, output, arguments, seen)
+            if not self.pixels:  # or the record would keep pictures alive
+                record.arguments = {k: v for k, v in arguments.items() if not k.startswith("pixel_values")}
             self.done(modality, output, record)
             return output
 
@@ -188,7 +188,10 @@ class FeatureRecorder:
 
     def _record(self, modality: str, output: Any, arguments: dict[str, Any], seen: Any) -> Record:
         rows, keys = seen
-        record = Record(modality, [len(item) for item in output.pooler_output], arguments)
+        lengths = [len(item) for item in output.pooler_output]
+        if self.host.family.segment == "tiles":
+            lengths = lengths_of_samples(lengths, arguments)
+        record = Record(modality, lengths, arguments)
         tiles = self._tiles(record)
         for layer, found in rows.items():
             if not self.packed and sum(map(len, found)) != tiles[-1][1]:

@@ -209,7 +209,10 @@ def _qwen(host: Host, record: Record, span: Span, grid: Grid) -> list[Tensor]:
         return_dict=True,
     )
     layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-    return [features[0][grid.flat.to(features[0].device)] for features in layers]
+    return [
+        item[grid.flat.to(item.device)]
+        for item in (x if isinstance(x, Tensor) and x.ndim == 2 else x[0] for x in layers)
+    ]
 
 
 _FAMILIES: dict[str, Callable[[Host, Record, Span, Grid], list[Tensor]]] = {

@@ -8,6 +8,7 @@ know. What a signature cannot show is compared with the facts while the model ru
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -251,6 +252,34 @@ def check_growth(
                 f"({old} before and {new} new ones); {release()} keeps its cache in a way that reducers do "
                 "not know, so nothing was answered. Detach the reducer"
             )
+
+
+# Features ---------------------------------------------------------------------------------------------------
+
+
+def lengths_of_samples(lengths: list[int], arguments: Mapping[str, Any]) -> list[int]:
+    """Visual tokens per sample of a family whose pictures come as [samples, most tiles, C, H, W], filled up
+    with zeros. Before 5.18 its features are one item per tile, later one per sample."""
+    pixels = arguments["pixel_values"]
+    if len(lengths) == len(pixels):
+        return lengths
+    tiles = pixels.flatten(2).any(-1).sum(1).tolist()
+    if sum(tiles) != len(lengths):
+        raise TypeError(f"{len(lengths)} items of features came from {sum(tiles)} tiles; {release()}")
+    starts = [sum(tiles[:i]) for i in range(len(tiles) + 1)]
+    return [sum(lengths[a:b]) for a, b in pairwise(starts)]
+
+
+def check_beams(rows: int, prompts: int | None, pictures: Sequence[int]) -> None:
+    """Raise NotImplementedError where the release would hand the pictures of one prompt to another: before
+    5.18 under beams, for `prompts` (None: not known) of which one has several `pictures`, expanded to `rows`.
+    """
+    expanded = prompts is not None and rows > prompts
+    if not ENCODES_BEFORE_FORWARD and expanded and max(pictures, default=0) > 1:
+        raise NotImplementedError(
+            f"{release()} mixes up the pictures of a prompt with several of them under beam search and "
+            "num_return_sequences; install transformers 5.18 or later, or generate one sequence"
+        )
 
 
 # Per-token arguments ----------------------------------------------------------------------------------------
