@@ -13,7 +13,7 @@ from .hosts.shrink import encoder
 from .hosts.versions import at_tokens, cache_given, entries
 from .layout import Layout, Span, compact, gather
 from .masks import shrunk, slide
-from .reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count
+from .reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count, keeps_everything
 
 
 def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
@@ -128,7 +128,7 @@ def decide(
             "pixel values and the precision of the vision tower"
         )
     budget = budget_of(keep, image, reducer.default_keep)
-    if budget == 1.0 and isinstance(budget, float):
+    if keeps_everything(budget):
         return Selection(numbers), numbers
     selection = reducer.reduce(image, budget)
     if not len(selection.kept):

@@ -101,6 +101,7 @@ def find_spans(
                 total += lengths[cursor + taken]
                 taken += 1
             if total != len(places):
+                check_beams(ids.shape[0], prompts, [2])  # prompts of several pictures meet others'
                 raise ValueError(
                     f"prompt {row} holds {len(places)} {modality} placeholders, which is not a whole number "
                     f"of the {modality} items given ({lengths[cursor : cursor + taken]} tokens); prompt and "

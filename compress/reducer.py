@@ -47,6 +47,16 @@ def fraction_or_count(keep: float | int, what: str = "keep") -> float | int:
     return keep
 
 
+def keeps_everything(budget: float | int | None) -> bool:
+    """Whether a budget is the fraction 1.0, at which an image is left as it is, separators included."""
+    return isinstance(budget, float) and budget == 1.0
+
+
+def token_count(grid: Grid | int) -> int:
+    """N, of a layout or given as a number."""
+    return grid if isinstance(grid, int) else grid.num_tokens
+
+
 @dataclass
 class Image:
     """One image (or video) as a reducer sees it, N visual tokens in the order they enter the language model.
@@ -194,8 +204,7 @@ class FeatureReducer(Reducer):
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
         """How many tokens of an image stay, from its layout (or its number of tokens) and the budget
         alone."""
-        tokens = grid if isinstance(grid, int) else grid.num_tokens
-        return count_of(budget, tokens)
+        return count_of(budget, token_count(grid))
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
         """The tokens to keep as a mask [N] with exactly `count` True; features [N, D], `scores` as the
@@ -255,7 +264,7 @@ class VisionReducer(Reducer):
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
         """How many tokens of an image stay, from its layout (or its number of tokens) and the budget
         alone."""
-        return count_of(budget, grid if isinstance(grid, int) else grid.num_tokens)
+        return count_of(budget, token_count(grid))
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
         """Without a tower: the tokens to keep as a mask [N] with exactly `count` True, one of each group that

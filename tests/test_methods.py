@@ -77,6 +77,14 @@ def test_the_number_of_tokens_follows_from_layout_and_budget(vlm, make):
 
 @EVERY_METHOD
 @EVERY_MODEL
+def test_keeping_everything_counts_separators_too(vlm, make):
+    reducer = make()
+    for image, _ in images(vlm, reducer):
+        assert reducer.retained_count(image.grid or image.num_tokens, 1.0) == image.num_tokens
+
+
+@EVERY_METHOD
+@EVERY_MODEL
 def test_rows_of_a_batch_keep_what_they_keep_alone(vlm, make):
     model, _, inputs = fixture(vlm)
     settings = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": matrix.placeholders(model)}

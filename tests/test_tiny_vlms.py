@@ -21,7 +21,7 @@ from oracles import (
 )
 from tiny_vlms import FIXTURES, MORE, tiny_vlm
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 ONE_PICTURE = ("blip2", "instructblip")
 VIDEO = ("qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_vl", "llava_onevision", "llava_next_video")
 # Positions count from the prompt's start and masks are causal, or cut out of the one stock code makes. Not

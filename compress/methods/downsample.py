@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import select
 from ..grid import Grid, unpadded
-from ..reducer import FeatureReducer, Image, Selection, count_of
+from ..reducer import FeatureReducer, Image, Selection, count_of, keeps_everything, token_count
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,8 @@ class Downsample(FeatureReducer):
 
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
         """h · w, the tokens that stay; a bare number of tokens is taken for the largest square in it."""
+        if keeps_everything(budget):
+            return token_count(grid)
         if isinstance(grid, int):
             side = math.isqrt(grid)
             return shrunken(Grid.single(side, side), count_of(budget, grid)).num_tokens

@@ -7,7 +7,7 @@ from torch import Tensor, stack
 
 from ..anyres import Geometry, TileSelection, hired
 from ..grid import Grid
-from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of
+from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of, keeps_everything, token_count
 from ..select import top_k_mask
 
 
@@ -46,8 +46,8 @@ class HiRED(FeatureReducer):
 
     def retained_count(self, grid: Grid | int, budget: float | int) -> int:
         """The budget in tokens; without redistribution up to as many stay."""
-        if self.geometry == "correct":
-            return count_of(budget, grid if isinstance(grid, int) else grid.num_tokens)
+        if self.geometry == "correct" or keeps_everything(budget):
+            return count_of(budget, token_count(grid))
         encoded = grid if isinstance(grid, int) else grid.num_tiles * grid.tokens_per_tile
         return min(budget if isinstance(budget, int) else int(encoded * budget), encoded)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..anyres import split_budget
 from ..fold import Folded, prumerge
 from ..grid import Grid
-from ..reducer import FeatureReducer, Image, Selection, TowerLayer
+from ..reducer import FeatureReducer, Image, Selection, TowerLayer, keeps_everything, token_count
 from ..select import top_k, uniform
 
 
@@ -47,6 +47,8 @@ class PruMerge(FeatureReducer):
         """The budget in tokens. Raises ValueError without one: the picture decides."""
         if budget is None:
             raise ValueError("PruMerge chooses its number of tokens by the picture; give keep to fix it")
+        if keeps_everything(budget):
+            return token_count(grid)
         tokens = grid if isinstance(grid, int) else int((~grid.separators).sum())
         return min(super().retained_count(grid, budget), tokens)
 

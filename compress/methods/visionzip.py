@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fold import visionzip, visionzip_order
 from ..grid import Grid
-from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of
+from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of, keeps_everything, token_count
 
 
 @dataclass(kw_only=True)
@@ -50,6 +50,8 @@ class VisionZip(FeatureReducer):
     def retained_count(self, grid: Grid | int, budget: float | int | None) -> int:
         """Equally many tokens of every tile, at most the budget; without one `dominant` and `contextual`
         of each."""
+        if keeps_everything(budget):
+            return token_count(grid)
         tokens, tiles, each = grid, 1, grid
         if isinstance(grid, Grid):
             tokens, tiles, each = grid.num_tokens, grid.num_tiles, grid.tokens_per_tile
