@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import Device, Name, Weights, note, table
+from ..console import Device, Name, Weights, note, say, table
 from ..console import device as named_device
 from ..files import check_target
 
@@ -66,7 +66,7 @@ def recon(
     column: Column = None,
     limit: Limit = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Tokens an image, for tokenizers with a choice.")
+        int | None, typer.Option("--tokens", help="Tokens per image, for tokenizers with a choice.")
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -356,7 +356,7 @@ def speed(
             write(out / "speed.json", {**measured, "results": [each.record() for each in found]})
     if html:
         write_speed(out / "report.html", found, repeats)
-    print(f"{out}: {'JSON and report.html' if html else 'JSON'}")
+    say(f"{out}: {'JSON and report.html' if html else 'JSON'}")
 
 
 def _check_out(out: Path, *names: str) -> None:
@@ -399,4 +399,4 @@ def _show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> Non
         total = sum(seconds for _, seconds in spent)
         shares = ", ".join(f"{seconds / total:.0%} {stage}" for stage, seconds in spent[:4])
         print(f"{record.rate:.1f} images/s; of the time {shares}")
-    print(f"{out}: {'JSON and report.html' if html else 'JSON'}")
+    say(f"{out}: {'JSON and report.html' if html else 'JSON'}")

@@ -44,7 +44,7 @@ def _settings_table(record: CurvesRecord) -> Table:
 
 
 def charts(record: CurvesRecord) -> list[Chart]:
-    """One chart a metric, over bytes an image."""
+    """One chart per metric, over bytes per image."""
     return [
         chart(record, name)
         for name in record.points[0].metrics
@@ -53,7 +53,7 @@ def charts(record: CurvesRecord) -> list[Chart]:
 
 
 def chart(record: CurvesRecord, metric: str) -> Chart:
-    """A metric over bytes an image, a line for each tokenizer and codec."""
+    """A metric over bytes per image, a line for each tokenizer and codec."""
     series = []
     for codec in dict.fromkeys(point.codec for point in record.points):
         points = [point for point in record.points if point.codec == codec]
@@ -72,7 +72,7 @@ def chart(record: CurvesRecord, metric: str) -> Chart:
             )
     label, unit, _ = FORMATS[metric]
     shown = f"{label}, {unit}" if unit else label
-    return curves(f"{label} for bytes", "bytes an image", f"{shown} (n = {record.n:,})", series)
+    return curves(f"{label} for bytes", "bytes per image", f"{shown} (n = {record.n:,})", series)
 
 
 def write_curves(path: Path, result: Result) -> None:

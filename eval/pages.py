@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .charts import Chart, bars, histogram
+from .metrics.summary import decibels
 from .record import Record, environment
 from .report import Card, Gallery, Report, Strip, Table, error_map, write_html
 
@@ -35,9 +36,9 @@ FORMATS: dict[str, tuple[str, str, str]] = {
     "precision": ("precision", "", ".4f"),
     "recall": ("recall", "", ".4f"),
     "pfid": ("pFID", "", ".3f"),
-    "tokens-per-image": ("tokens an image", "", ".4g"),
-    "bits-per-image": ("bits an image", "", ",.1f"),
-    "bits-per-pixel": ("bits a pixel", "", ".4g"),
+    "tokens-per-image": ("tokens per image", "", ".4g"),
+    "bits-per-image": ("bits per image", "", ",.1f"),
+    "bits-per-pixel": ("bits per pixel", "", ".4g"),
     "codebook-usage": ("codebook used", "", ".2%"),
     "perplexity": ("perplexity", "", ",.1f"),
     "bit-entropy": ("entropy of a bit", "", ".4f"),
@@ -149,7 +150,7 @@ def tables(record: Record) -> list[Table]:
 
 
 def skipped(record: Record) -> list[Table]:
-    """What was not computed and why, a row a reason; nothing if all was."""
+    """What was not computed and why, one row per reason; nothing if all was."""
     reasons: dict[str, list[str]] = {}
     for name, reason in record.skipped.items():
         reasons.setdefault(reason, []).append(FORMATS.get(name, (name,))[0])
@@ -206,7 +207,6 @@ def _examples(result: "Result") -> list[Gallery]:
                 ("reconstruction", picture.reconstruction),
                 ("error", error),
             ]
-            quality = f"{picture.psnr:.2f} dB" if math.isfinite(picture.psnr) else "exact"
-            strips.append(Strip(shown, f"{picture.name}, {quality}"))
+            strips.append(Strip(shown, f"{picture.name}, {decibels(picture.psnr)}"))
         galleries.append(Gallery(f"{name} images by PSNR", strips, ERROR_NOTE))
     return [gallery for gallery in galleries if gallery.strips]

@@ -166,7 +166,7 @@ class _Curves:
 
     @torch.no_grad()
     def _choose(self) -> tuple[Tensor, list[float]]:
-        """The first images, and the bytes an image of every setting of every tokenizer."""
+        """The first images, and the bytes per image of every setting of every tokenizer."""
         first = first_readable(self.dataset, self.size, self.config.batch_size)
         if first is None:
             raise ValueError(f"none of the {len(self.dataset)} images of {self.dataset.source} can be read")
@@ -196,7 +196,7 @@ class _Curves:
                 if chosen := codecs.best_within(name, pictures, within):
                     found.append(CodecSweep(name, chosen))
                 else:
-                    self.skipped[name] = f"nothing of it fits {max(within):,.0f} bytes an image"
+                    self.skipped[name] = f"nothing of it fits {max(within):,.0f} bytes per image"
         return found
 
     def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:

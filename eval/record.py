@@ -34,7 +34,7 @@ class Record:
     """One evaluation. A metric is {"value": …}, with "low" and "high" for a mean, or {"skipped": reason}.
 
     `n` is the number of images the metrics are of (None where only their statistics are known), `seconds` the
-    time of each stage summed over processes, `rate` images a second of the whole pass.
+    time of each stage summed over processes, `rate` images per second of the whole pass.
     """
 
     protocol: dict[str, Any]
@@ -69,8 +69,12 @@ def environment() -> dict[str, Any]:
 def write(path: Path, record: Any) -> None:
     """Write a record (a dataclass or a mapping) as JSON, after `environment`; infinities become text."""
     with atomic_write(path) as aside:
-        text = json.dumps({**environment(), **_plain(record)}, indent=2, allow_nan=False)
-        aside.write_text(text + "\n", encoding="utf-8")
+        aside.write_text(as_json({**environment(), **_plain(record)}), encoding="utf-8")
+
+
+def as_json(record: Any) -> str:
+    """The JSON text of a record (a dataclass or a mapping); infinities become "inf", and NaN is refused."""
+    return json.dumps(_plain(record), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

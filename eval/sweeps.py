@@ -45,7 +45,7 @@ class TokenizerSweep:
         self.resized = self.own != self.size
 
     def choose(self, images: Tensor) -> list[float]:
-        """Decide on lengths with the first images [B, 3, S, S]; bytes an image of each."""
+        """Decide on lengths with the first images [B, 3, S, S]; bytes per image of each."""
         tokens = self.model.encode(self._own(images))
         full = tokens.num_tokens
         if self.model.adaptive:

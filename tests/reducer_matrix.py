@@ -84,7 +84,12 @@ def fingerprint(model: hf.PreTrainedModel) -> list[Any]:
     """What attaching could leave behind: hooks, instance attributes, attention implementations."""
     found: list[Any] = []
     for name, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._forward_hooks_always_called)
+        hooks = [
+            # transformers leaves hooks of its own in layers whose states someone has asked for.
+            [h for h in registered.values() if not getattr(h, "__module__", "").startswith("transformers.")]
+            for registered in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        hooks.append(list(module._forward_hooks_always_called))
         own = sorted(key for key, value in vars(module).items() if callable(value) and key != "forward_fn")
         found.append((name, [len(h) for h in hooks], own))
         if isinstance(module, hf.PreTrainedModel):

@@ -1,6 +1,7 @@
 """The command line, run for real on the shipped tokenizer and photographs."""
 
 import json
+import math
 import subprocess
 import sys
 from importlib.resources import files
@@ -123,6 +124,27 @@ def test_reconstruct_writes_pictures_and_json_and_goes_on_after_a_bad_image(run,
     assert all(r["bytes"] == 32 and 10 < r["psnr"] < 40 for r in record["images"])
     assert all(Image.open(r["picture"]).width > 256 for r in record["images"])
     assert "chelsea" in out
+
+
+def test_a_picture_that_comes_back_exactly_makes_no_mean_infinite(run, tmp_path):
+    """A tokenizer that answers black pictures gives a black one back exactly."""
+    model = vistok.load("vistok-mini")
+    for parameter in list(model.decoder.parameters())[-2:]:
+        parameter.data.zero_()
+    list(model.decoder.parameters())[-1].data.fill_(-5)
+    model.save_pretrained(tmp_path / "black")
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    Image.new("RGB", (64, 64), (51, 51, 51)).save(tmp_path / "grey.png")
+    status, out, err = run("reconstruct", "black.png", "grey.png", "--tokenizer", "./black", "--out", "both")
+    assert status == 0, err
+    record = json.loads((tmp_path / "both" / "reconstructions.json").read_text(), parse_constant=pytest.fail)
+    assert record["mean"]["psnr"] == pytest.approx(20 * math.log10(5)) and record["mean"]["exact"] == 1
+    assert [image["psnr"] for image in record["images"]] == ["inf", record["mean"]["psnr"]]
+    assert "13.98, 1 exact" in out and "inf" not in out
+    status, out, _ = run("reconstruct", "black.png", "--tokenizer", "./black", "--out", "one")
+    assert status == 0 and "all exact" in out and "inf" not in out
+    status, out, _ = run("encode", "black.png", "--tokenizer", "./black", "--target-psnr", 20, "-o", "a.vtok")
+    assert status == 0 and "exact" in out and "inf" not in out
 
 
 def test_reconstruct_keeps_both_of_two_images_with_one_name(run, tmp_path):

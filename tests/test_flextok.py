@@ -404,7 +404,7 @@ def test_counts_beyond_the_registers_are_refused(model, count):
 
 def test_images_without_tokens_or_with_too_many_are_refused_at_decoding(model):
     tokens = model.encode(pictures(2))
-    with pytest.raises(ValueError, match="1 to 8 tokens an image; an image here has none"):
+    with pytest.raises(ValueError, match="1 to 8 tokens per image; an image here has none"):
         model.decode(Tokens(indices=tokens.indices, lengths=torch.tensor([3, 0]), codebook_sizes=(60,)))
     with pytest.raises(ValueError, match="1 to 8 tokens"):
         model.decode(tokens.indices.repeat(1, 2))

@@ -6,6 +6,7 @@ import sys
 try:
     import json
     import logging
+    import math
     import time
     import warnings
     from collections.abc import Callable, Iterator
@@ -255,6 +256,7 @@ def reconstruct(
 ) -> None:
     """Encode and decode images: side-by-side PNGs, a table and JSON of PSNR, SSIM and bytes."""
     from .eval.metrics.image import psnr, ssim
+    from .eval.metrics.summary import decibels
     from .image_inputs import gather
     from .images import side_by_side, to_pil
     from .picture_names import picture_paths, save_picture
@@ -276,7 +278,7 @@ def reconstruct(
             record |= {name: values[index] for name, values in measured.items()}
             picture = pictures[batch[index]]
             pair = [to_pil(pixels[index])[0], to_pil(decoded[index])[0]]
-            label = f"{record['tokens']} tokens, {record['bytes']:g} bytes, {record['psnr']:.2f} dB"
+            label = f"{record['tokens']} tokens, {record['bytes']:g} bytes, {decibels(record['psnr'])}"
             save_picture(side_by_side([pair], ["original", label]), picture)
             records.append(record | {"picture": str(picture)})
     if records:
@@ -298,19 +300,30 @@ _FIGURES = {
 
 
 def _tabulate(title: str, records: list[dict[str, Any]]) -> dict[str, float]:
-    """Print one row per image and one of means, and return the means."""
+    """Print one row per image and one of means, and return the means: of PSNR without the images that came
+    back exactly, which are counted as "exact"."""
+    from .eval.metrics.summary import interval, psnr_text
+
     columns = [name for name in _FIGURES if name in records[0]]
     mean = {name: sum(record[name] for record in records) / len(records) for name in columns}
+    measured = interval([record["psnr"] for record in records])
+    mean |= {"psnr": measured["value"]}
 
     def row(name: str, record: dict[str, Any]) -> list[str]:
-        words = {True: "yes", False: "no"}
-        cells = [(record[column], _FIGURES[column][1]) for column in columns]
-        return [name, *(words[v] if isinstance(v, bool) else text.format(v) for v, text in cells)]
+        return [name, *(_cell(record[column], _FIGURES[column][1]) for column in columns)]
 
     rows = [row(record["image"], record) for record in records]
     header = ["image", *(_FIGURES[name][0] for name in columns)]
-    _table(title, header, [*rows, row(f"mean of {len(records)}", mean)])
-    return mean
+    averages = row(f"mean of {len(records)}", mean)
+    averages[1 + columns.index("psnr")] = psnr_text(measured)
+    _table(title, header, [*rows, averages])
+    return mean | ({"exact": measured["exact"]} if "exact" in measured else {})
+
+
+def _cell(value: float | bool, style: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "exact" if value == math.inf else style.format(value)
 
 
 @app.command()
@@ -328,6 +341,7 @@ def encode(
     """Images → one token file; with a target, of as many tokens as each image needs."""
     from dataclasses import replace
 
+    from .eval.metrics.summary import decibels
     from .image_inputs import gather
     from .tokens import Tokens
 
@@ -350,9 +364,9 @@ def encode(
         print(f"{output.stat().st_size} bytes, {payload:g} of them tokens")
         for index, record in enumerate(records):
             length = f"{record['tokens']:4d} tokens  " if coded.lengths is not None else ""
-            decibels = f"{record['psnr']:.2f} dB  " if "psnr" in record else ""
+            quality_text = f"{decibels(record['psnr'])}  " if "psnr" in record else ""
             short = "" if record.get("reached", True) else "  not reached"
-            say(f"  {index:5d}  {length}{decibels}{record['image']}{short}")
+            say(f"  {index:5d}  {length}{quality_text}{record['image']}{short}")
         _warn_of_unreached(records, quality, model)
     bad.finish()
 
@@ -702,10 +716,11 @@ def _check_json_target(path: Path) -> None:
 
 
 def _write_json(path: Path, record: Any) -> None:
+    from .eval.record import as_json
     from .files import atomic_write
 
     with atomic_write(path) as aside:
-        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(as_json(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,13 @@ def psnr_text(metric: Mapping[str, float]) -> str:
     return f"{metric['value']:.2f}" + (f", {metric['exact']} exact" if "exact" in metric else "")
 
 
+def decibels(psnr: float) -> str:
+    """The PSNR of one image as text: "31.20 dB", or "exact" for an image that came back exactly."""
+    return "exact" if math.isinf(psnr) else f"{psnr:.2f} dB"
+
+
 def summarise(values: Tensor | np.ndarray, seed: int = 0) -> Mean:
-    """Mean of values [n], one an image, with its percentile bootstrap interval over images.
+    """Mean of values [n], one per image, with its percentile bootstrap interval over images.
 
     The sum is exact, so the mean is the same to the bit in whatever order the images came; the interval
     depends on order and seed. Infinite values (the PSNR of equal images) are carried through. ValueError for
@@ -55,7 +60,7 @@ def summarise(values: Tensor | np.ndarray, seed: int = 0) -> Mean:
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(
-            f"a mean is taken over values [n], one an image, n at least 1; got {list(values.shape)}"
+            f"a mean is taken over values [n], one per image, n at least 1; got {list(values.shape)}"
         )
     if np.isnan(values).any():
         missing = np.flatnonzero(np.isnan(values))[:10].tolist()

@@ -359,7 +359,7 @@ class FlexTok(Tokenizer):
         guidance = _checked_guidance(GUIDANCE if guidance is None else guidance)
         if lengths is not None and bool((lengths < 1).any()):
             raise ValueError(
-                f"{self.label} decodes 1 to {self.num_tokens} tokens an image; an image here has none"
+                f"{self.label} decodes 1 to {self.num_tokens} tokens per image; an image here has none"
             )
         batch = len(latents)
         x = self._noise(batch, self._checked_size(size), generator, noise)

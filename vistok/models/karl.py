@@ -702,7 +702,7 @@ class Karl(Tokenizer):
     ) -> Tokens:
         """Images [B, 3, H, W] in [0, 1] → tokens; `tokens.lengths` [B] says how many each image needs.
 
-        `target` is the mean absolute error of a pixel value to aim at, 0 to 1, one number or one an image:
+        `target` is the mean absolute error of a pixel value to aim at, 0 to 1, one number or one per image:
         the smallest level of `TARGETS` that is not below it is used (the last for more). 0.05 is the
         original's default; 0.03 keeps more detail, 0.07 takes fewer tokens. `num_tokens` is how many an image
         is offered; `halting=False` keeps all of them. `sample_posterior` draws the VAE's grid from its
@@ -714,7 +714,7 @@ class Karl(Tokenizer):
         count = self.check_num_tokens(num_tokens)
         if not count:
             most = self.config.max_latent_tokens
-            raise ValueError(f"{self.label} takes 1 to {most} tokens an image; 0 was asked for")
+            raise ValueError(f"{self.label} takes 1 to {most} tokens per image; 0 was asked for")
         images = self.check_images(images)
         bins = self.target_bins(target, len(images))
         noise = self._posterior_noise(images, generator) if sample_posterior else None
@@ -743,7 +743,7 @@ class Karl(Tokenizer):
         return self.quantizer.join(values, _all_places(values))
 
     def target_bins(self, target: float | Sequence[float] | Tensor, batch: int) -> Tensor:
-        """Wanted errors, one or one an image → the levels of TARGETS they select, int64 [batch]."""
+        """Wanted errors, one or one per image → the levels of TARGETS they select, int64 [batch]."""
         accepted = f"a mean absolute error of 0 to 1, one number or one for each of {batch} images"
         try:
             # Compared in float32, or 0.05 would not select 0.05.
@@ -823,7 +823,7 @@ class Karl(Tokenizer):
             return self.num_tokens
         # Every token of a batch may be halted, so that none is left to decode.
         if not 0 <= num_tokens <= most:
-            raise ValueError(f"{self.label} takes 1 to {most} tokens an image; {num_tokens} was asked for")
+            raise ValueError(f"{self.label} takes 1 to {most} tokens per image; {num_tokens} was asked for")
         return num_tokens
 
     # Training -----------------------------------------------------------------------------------------------

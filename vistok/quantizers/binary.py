@@ -95,7 +95,7 @@ def _entropy_loss(logits: Tensor, probability: Tensor) -> Tensor:
 def bits_to_integers(bits: Tensor) -> Tensor:
     """Bits bool [..., D], D up to 64 → int64 [...], bit j worth 2^j; with D = 64 the last is the sign.
 
-    `integers.numpy().astype("<u8").tobytes()` is the byte form: 8 little-endian bytes a token.
+    `integers.numpy().astype("<u8").tobytes()` is the byte form: 8 little-endian bytes per token.
     """
     return (bits.long() << _places(bits.shape[-1], bits.device)).sum(-1)
 

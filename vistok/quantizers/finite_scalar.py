@@ -14,7 +14,7 @@ class FiniteScalarQuantizer(Quantizer):
     """FSQ (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023, arXiv 2309.15505).
 
     `levels` gives the number of values of each of the D channels; the codebook size is their product. It may
-    also be one such row a token [K, D], all with the same product, so that tokens that carry more energy
+    also be one such row per token [K, D], all with the same product, so that tokens that carry more energy
     round more finely; a channel with one level is not used. Latents are unbounded floats; decoded latents lie
     on a grid in [-1, 1]. No parameters, no losses.
     """
@@ -23,7 +23,7 @@ class FiniteScalarQuantizer(Quantizer):
         super().__init__()
         table = torch.tensor(levels, dtype=torch.int64, device="cpu")  # values are read, also under "meta"
         if table.ndim not in (1, 2) or not table.numel() or table.min() < 1:
-            raise ValueError(f"levels={levels!r}: give one row of positive counts, or one such row a token")
+            raise ValueError(f"levels={levels!r}: give one row of positive counts, or one such row per token")
         sizes = sorted({math.prod(row) for row in table.reshape(-1, table.shape[-1]).tolist()})
         if len(sizes) > 1:
             raise ValueError(f"tokens have codebooks of sizes {sizes}; every row must have the same product")
