@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import hub
 from ..configuration import shorten
 from ..console import safe_text
-from ..files import check_source
+from ..files import check_source, looks_like_path
 from ..images import MAX_FILE_BYTES
 from ..train.patterns import expand
 from ..train.stored import pictures, read_picture, shard_pictures
@@ -23,7 +24,7 @@ from .inventory import Inventory
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _ACCEPTED = (
     "a folder of images, image files, tar shards (val-{000..010}.tar, *.tar), a manifest.jsonl, or a hub "
-    "dataset (owner/name)"
+    "dataset (hf://owner/name)"
 )
 
 
@@ -31,7 +32,7 @@ _ACCEPTED = (
 class Dataset:
     """Images in a fixed order, undecoded; `open_dataset` makes one. It may be sent to worker processes.
 
-    `kind` is "folder", "files", "shards", "manifest" or "hub"; `names` has one name an image, for messages
+    `kind` is "folder", "files", "shards", "manifest" or "hub"; `names` has one name per image, for messages
     and records.
     """
 
@@ -68,12 +69,13 @@ def open_dataset(
 
     A folder gives every image in it and its subfolders, by name; shards (uncompressed webdataset tar files,
     braces and wildcards welcome) theirs in stored order; a manifest is JSON lines with the path of an image
-    under "image", relative to the manifest. A hub dataset, `owner/name` or `owner/name:configuration`, is
-    downloaded to the hub's cache, one split of it; a folder of parquet files is read as one without the hub.
+    under "image", relative to the manifest. A hub dataset, `hf://owner/name` or `hf://owner/name:configuration`
+    (without the prefix where it does not look like a path here), is downloaded to the hub's cache, one split
+    of it; a folder of parquet files is read as one without the hub.
     Several files or folders may be given as a list.
 
     `column` is the key in a manifest ("image" unless given), the extension in shards that hold several images
-    a sample ("seg.png"), the column of a hub dataset; `split` is for hub datasets.
+    per sample ("seg.png"), the column of a hub dataset; `split` is for hub datasets.
 
     Raises:
         FileNotFoundError: no such file, folder or hub dataset, or no image in it.
@@ -98,7 +100,9 @@ def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
         if Path(source).suffix.lower() == ".jsonl":
             _refuse("a manifest", split=split)
             return _manifest(source, column or "image")
-        if not os.path.exists(source) and _HUB_NAME.fullmatch(source) and not _has_file_suffix(source):
+        if source.startswith(hub.PREFIX):
+            return _hub(source.removeprefix(hub.PREFIX), split, column)
+        if _HUB_NAME.fullmatch(source) and not looks_like_path(source):
             return _hub(source, split, column)
     files = list(dict.fromkeys(file for each in given for file in _files(each)))
     tars = [file for file in files if _is_tar(file)]
@@ -130,11 +134,6 @@ def _files(given: str) -> list[str]:
 
 def _is_tar(path: str) -> bool:
     return ".tar" in [suffix.lower() for suffix in Path(path).suffixes] or path.lower().endswith(".tgz")
-
-
-def _has_file_suffix(source: str) -> bool:
-    """Whether owner/name is rather a path: names on the hub may hold dots, but not such endings."""
-    return _is_tar(source) or Path(source).suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".npz"}
 
 
 def _refuse(kind: str, **options: str | None) -> None:
@@ -187,7 +186,7 @@ def _manifest(path: str, key: str) -> Dataset:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}): give JSON lines in UTF-8") from error
     if not names:
-        raise FileNotFoundError(f'{path} names no image: give one line {{"{key}": "photo.jpg"}} an image')
+        raise FileNotFoundError(f'{path} names no image: give one line {{"{key}": "photo.jpg"}} per image')
     root = Path(path).parent
     if not any(os.path.isfile(Path(root, name)) for name in names):
         raise FileNotFoundError(
@@ -274,6 +273,8 @@ def _hub(source: str, split: str | None, column: str | None) -> Dataset:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    if not _HUB_NAME.fullmatch(source):
+        raise ValueError(f"{hub.PREFIX}{source} is not a hub dataset; give {hub.PREFIX}owner/name")
     repository, _, configuration = source.partition(":")
     try:
         HfApi().dataset_info(repository, timeout=10)
@@ -288,6 +289,7 @@ def _hub(source: str, split: str | None, column: str | None) -> Dataset:
             f"reached ({type(error).__name__}). Where there is internet, run hf download {repository} "
             "--repo-type dataset --local-dir FOLDER, and give FOLDER"
         ) from error
+    hub.announce(f"datasets/{repository}")
     return _rows(source, repository, configuration or None, split, column)
 
 

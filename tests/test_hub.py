@@ -71,7 +71,7 @@ def hub():
     server.shutdown()
 
 
-def run(hub, source, folder):
+def run(hub, source, folder, script=SCRIPT):
     environment = {
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
@@ -82,9 +82,9 @@ def run(hub, source, folder):
         "NO_PROXY": "127.0.0.1",
     }
     environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-c", SCRIPT, source, str(folder / "state.pt")]
+    command = [sys.executable, "-c", script, source, str(folder / "state.pt")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
-    if done.returncode == 0:
+    if done.returncode == 0 and script is SCRIPT:
         return torch.load(folder / "state.pt"), done.stderr
     return None, done.stderr
 
@@ -116,6 +116,27 @@ def test_nothing_is_asked_for_a_name_without_the_prefix(hub, mini, tmp_path):
         state, err = run(hub, name, tmp_path)
         assert state is None and "FileNotFoundError" in err
     assert not hub.asked
+
+
+OPEN_DATASETS = """
+import sys
+from vistok.eval.sources import open_dataset
+for source in sys.argv[1].split():
+    try: open_dataset(source)
+    except Exception as error: print(type(error).__name__, error, file=sys.stderr)
+"""
+
+
+def test_a_mistyped_path_of_pictures_is_not_asked_of_the_hub(hub, tmp_path):
+    (tmp_path / "flowers").mkdir()
+    names = ("data/val", "flowers/vall", "./a/b", "a/b.tar.gz", "a/b.jpeg")
+    _, err = run(hub, " ".join(names), tmp_path, OPEN_DATASETS)
+    assert not hub.asked
+    for name, line in zip(names, err.splitlines(), strict=True):
+        assert f"FileNotFoundError there is no file or folder {name}" in line
+    _, err = run(hub, "hf://data/val hf://a/b/c", tmp_path, OPEN_DATASETS)
+    assert "ValueError hf://a/b/c is not a hub dataset; give hf://owner/name" in err
+    assert hub.asked and all("/datasets/data/val" in path for path in hub.asked)
 
 
 def test_a_repository_that_does_not_exist_is_named(hub, tmp_path):
