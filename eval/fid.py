@@ -234,6 +234,7 @@ def _result(config: FidConfig, wanted: list[str], sides: dict[str, _Side | Gauss
         metrics=metrics,
         warnings=_warnings(metrics, counts["a"], counts["b"]),
         bad_images=[row for side in images.values() for row in side.state.unreadable()],
+        left_out=[row for side in images.values() for row in side.dataset.left_out_summary()],
         duplicates=[group for side in images.values() for group in side.state.duplicates(side.dataset.names)],
         seconds=seconds,
         rate=sum(side.count for side in images.values()) / spent if spent else None,

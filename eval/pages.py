@@ -114,14 +114,16 @@ def lead(record: Record) -> str:
     """How many images, and how they were taken."""
     bad = f"{len(record.bad_images):,} unreadable" if record.bad_images else ""
     twice = f"{len(record.duplicates):,} images more than once" if record.duplicates else ""
-    told = [
+    others = sum(row["count"] for row in record.left_out)
+    facts = [
         images(record),
         bad,
+        f"{others:,} files left out" if others else "",
         twice,
         str(record.protocol.get("images", "")),
         f"seed {record.seed}",
     ]
-    return " · ".join(each for each in told if each)
+    return " · ".join(each for each in facts if each)
 
 
 def cards(record: Record) -> list[Card]:
@@ -164,6 +166,9 @@ def circumstances(record: Record) -> list[Table | Chart]:
     if record.bad_images:
         bad = [[row["name"], row["reason"]] for row in record.bad_images]
         parts.append(Table(f"{len(bad):,} unreadable images", ["image", "reason"], bad))
+    if record.left_out:
+        rows = [[f"{row['count']:,}", row["reason"], ", ".join(row["first"])] for row in record.left_out]
+        parts.append(Table("Files left out", ["files", "reason", "the first"], rows))
     if record.duplicates:
         same = [[", ".join(group)] for group in record.duplicates]
         parts.append(Table(f"{len(same):,} images that occur more than once", ["equal pixels"], same))

@@ -293,6 +293,7 @@ class _Curves:
             metrics=metrics,
             warnings=warn_of_few(points[0].metrics, len(kept)),
             bad_images=state.unreadable(),
+            left_out=self.dataset.left_out_summary(),
             duplicates=state.duplicates(self.dataset.names),
             seconds=state.seconds,
             rate=len(kept) / passes.duration(state),

@@ -252,6 +252,7 @@ class _Reconstruction:
             metrics=_in_order(metrics),
             warnings=warn_of_few(metrics, len(kept)),
             bad_images=state.unreadable(),
+            left_out=self.dataset.left_out_summary(),
             duplicates=state.duplicates(self.dataset.names),
             seconds=state.seconds,
             rate=len(kept) / passes.duration(state),

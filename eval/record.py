@@ -33,6 +33,7 @@ PACKAGES = (
 class Record:
     """One evaluation. A metric is {"value": …}, with "low" and "high" for a mean, or {"skipped": reason}.
 
+    `left_out` has the files of the data that are not images, by reason, with how many and the first names;
     `n` is the number of images the metrics are of (None where only their statistics are known), `seconds` the
     time of each stage summed over processes, `rate` images per second of the whole pass.
     """
@@ -45,6 +46,7 @@ class Record:
     metrics: dict[str, dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
     bad_images: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     rate: float | None = None

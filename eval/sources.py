@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .. import hub
 from ..configuration import shorten
 from ..console import safe_text
 from ..files import check_source, looks_like_path
+from ..image_files import ImageFolder
 from ..images import MAX_FILE_BYTES
 from ..train.patterns import expand
 from ..train.stored import pictures, read_picture, shard_pictures
@@ -33,12 +34,14 @@ class Dataset:
     """Images in a fixed order, undecoded; `open_dataset` makes one. It may be sent to worker processes.
 
     `kind` is "folder", "files", "shards", "manifest" or "hub"; `names` has one name per image, for messages
-    and records.
+    and records. `left_out` has the files of folders and the members of shards that are not images, each with
+    the reason.
     """
 
     source: str
     kind: str
     names: Sequence[str]
+    left_out: Sequence[tuple[str, str]] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -48,6 +51,16 @@ class Dataset:
         """Of all names in order: other images, or another order, give another one."""
         joined = "\n".join(self.names).encode(errors="surrogateescape")  # names of files may be no UTF-8
         return hashlib.sha256(joined).hexdigest()[:16]
+
+    def left_out_summary(self) -> list[dict[str, Any]]:
+        """What was left out, for records: for each reason how many, and the first names."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out:
+            reasons.setdefault(reason, []).append(name)
+        return [
+            {"source": self.source, "reason": reason, "count": len(names), "first": names[:3]}
+            for reason, names in reasons.items()
+        ]
 
     def inventory(self) -> Inventory:
         """The files that hold the images, as they are now."""
@@ -104,7 +117,8 @@ def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
             return _hub(source.removeprefix(hub.PREFIX), split, column)
         if _HUB_NAME.fullmatch(source) and not looks_like_path(source):
             return _hub(source, split, column)
-    files = list(dict.fromkeys(file for each in given for file in _files(each)))
+    listed = [_files(each) for each in given]
+    files = list(dict.fromkeys(file for each, _ in listed for file in each))
     tars = [file for file in files if _is_tar(file)]
     if len(tars) == len(files):
         _refuse("tar shards", split=split)
@@ -112,7 +126,8 @@ def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
     if tars:
         raise ValueError(f"{_told(given)} mixes images and tar files ({tars[0]}): give one kind")
     _refuse("image files", split=split, column=column)
-    return Files(_told(given), "files", files, root="")
+    left_out = [row for _, rows in listed for row in rows]
+    return Files(_told(given), "files", files, root="", left_out=left_out)
 
 
 def _told(given: list[str]) -> str:
@@ -120,16 +135,22 @@ def _told(given: list[str]) -> str:
     return ", ".join(given) if len(given) <= 4 else f"{', '.join(given[:3])} and {len(given) - 3} more"
 
 
-def _files(given: str) -> list[str]:
-    """One element of a list: a file, the images of a folder, or what a pattern stands for."""
+def _files(given: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """One element of a list: a file, the images of a folder, or what a pattern stands for; and what of a
+    folder was left out."""
     if os.path.isdir(given):
-        return pictures(given)
+        found = pictures(given)
+        return [str(path) for path in found.images], _reasons(found)
     if os.path.lexists(given):
         check_source(given)
-        return [given]
+        return [given], []
     if any(character in given for character in "{*?["):
-        return expand(given)
+        return expand(given), []
     raise FileNotFoundError(f"there is no file or folder {given}: give {_ACCEPTED}")
+
+
+def _reasons(found: ImageFolder) -> list[tuple[str, str]]:
+    return [(str(path), reason) for path, reason in found.left_out]
 
 
 def _is_tar(path: str) -> bool:
@@ -172,7 +193,8 @@ def _folder(root: str, split: str | None, column: str | None) -> Dataset:
             raise FileNotFoundError(f"{error}; it holds tar files: give '{Path(root, '*.tar')}'") from None
         raise
     _refuse("a folder of images", split=split, column=column)
-    return Files(root, "folder", [Path(file).relative_to(root).as_posix() for file in found], root)
+    names = [path.relative_to(root).as_posix() for path in found.images]
+    return Files(root, "folder", names, root, left_out=_reasons(found))
 
 
 def _manifest(path: str, key: str) -> Dataset:
@@ -231,16 +253,17 @@ class Shards(Dataset):
 
 
 def _shards(source: str, files: list[str], extension: str | None) -> Dataset:
-    names, places = [], []
-    for shard, (file, members) in enumerate(shard_pictures(files)):
-        for name, *place in members:
+    names, places, left_out = [], [], []
+    for shard, (file, found) in enumerate(zip(files, shard_pictures(files), strict=True)):
+        left_out += [(f"{file}:{name}", "a member of a sample without a picture") for name in found.left_out]
+        for name, *place in found.pictures:
             if extension is None or name.endswith("." + extension.removeprefix(".")):
                 names.append(f"{file}:{name}")
                 places.append((shard, *place))
     if not names:
         wanted = "png, jpg, webp, …" if extension is None else f"column {extension!r}"
         raise FileNotFoundError(f"no image ({wanted}) in {source}")
-    return Shards(source, "shards", names, files, np.array(places, dtype=np.int64))
+    return Shards(source, "shards", names, files, np.array(places, dtype=np.int64), left_out=left_out)
 
 
 # The hub ----------------------------------------------------------------------------------------------------

@@ -601,3 +601,23 @@ def test_the_pipeline_bar_compares_the_median_of_pairs():
     speed.bare[0] = pipeline.Took(8.4, 7.5)
     assert not speed.passed
     assert "MISSED" in speed.table()[1][4]
+
+
+def test_what_a_source_leaves_out_is_kept_with_the_reason(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        noise(0).save(tmp_path / name / "00.png")
+        (tmp_path / name / "notes.txt").write_text("notes")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "one" / "00.png", "00.png")
+        tar.add(tmp_path / "one" / "notes.txt", "01.txt")
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    for source, names in (
+        (folders[0], [f"{folders[0]}/notes.txt"]),
+        (folders, [f"{folder}/notes.txt" for folder in folders]),
+        (tmp_path / "a.tar", [f"{tmp_path / 'a.tar'}:01.txt"]),
+    ):
+        with pytest.warns(UserWarning, match="left out"):
+            (row,) = open_dataset(source).left_out_summary()
+        assert (row["count"], row["first"]) == (len(names), names) and row["reason"]
+    assert open_dataset(tmp_path / "one" / "00.png").left_out_summary() == []

@@ -18,7 +18,7 @@ from filled_networks import backbone_file, inception_file
 from tiny_tokenizers import pictures, shared
 
 from vistok import create, load, to_tensor
-from vistok.eval import commands, reconstruction
+from vistok.eval import commands, pages, reconstruction
 from vistok.eval.decoding import captions
 from vistok.eval.instruments import WeightFiles
 from vistok.eval.metrics.image import psnr, ssim
@@ -26,6 +26,7 @@ from vistok.eval.metrics.perceptual import load_lpips
 from vistok.eval.metrics.statistics import FeatureStatistics, frechet_distance
 from vistok.eval.metrics.summary import summarise
 from vistok.eval.reconstruction import ReconConfig
+from vistok.eval.record import write
 
 pytest_plugins = ("quick_inception",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")
@@ -172,6 +173,22 @@ def test_a_stochastic_decoder_draws_by_image_whatever_the_batch(folder, tmp_path
     assert alone == pytest.approx(together, rel=1e-5)
     other = evaluate(folder, tmp_path / "c", seed=1, **options).values["psnr"]
     assert abs(other - together).min() > 1e-3
+
+
+def test_the_record_and_the_report_hold_what_was_left_out(folder, tmp_path):
+    for name in ("b.txt", "a.txt", "c.csv"):
+        (folder / name).write_text("a,b")
+    with pytest.warns(UserWarning, match="left out 3 files"):
+        result = evaluate(folder, tmp_path / "out")
+    write(tmp_path / "out" / "record.json", result.record)
+    pages.write_reconstruction(tmp_path / "out" / "report.html", result)
+    found = read(tmp_path / "out" / "record.json")["left_out"]
+    assert [(row["count"], row["first"], row["source"]) for row in found] == [
+        (2, [str(folder / "a.txt"), str(folder / "b.txt")], str(folder)),
+        (1, [str(folder / "c.csv")], str(folder)),
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "3 files left out" in page and "c.csv" in page
 
 
 def test_unreadable_and_repeated_images_are_named_and_change_nothing_else(folder, tmp_path, quick_inception):

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from ..files import check_source
-from ..image_files import list_images
+from ..image_files import ImageFolder, list_images
 from ..images import MAX_FILE_BYTES, image_extensions, load_image
 from .patterns import expand
-from .tar_members import Member, find_pictures, left_out_line, read_member
+from .tar_members import TarPictures, find_pictures, left_out_line, read_member
 
 
 def check_size_and_seed(source: Any, smallest: int = 1) -> None:
@@ -119,10 +119,9 @@ def _opened(encoded: bytes, least: int) -> Image.Image:
     return image
 
 
-def pictures(root: str | Path) -> list[str]:
-    """Every picture in a folder and its subfolders, linked ones too: sorted paths that begin with `root`.
-
-    One warning reports what was left out and why.
+def pictures(root: str | Path) -> ImageFolder:
+    """Find every picture in a folder and its subfolders, linked ones too; one warning reports what was left
+    out and why.
 
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
@@ -139,7 +138,7 @@ def pictures(root: str | Path) -> list[str]:
         )
     if line:
         warnings.warn(line, stacklevel=2)
-    return [str(path) for path in listed.images]
+    return listed
 
 
 def read_picture(path: str | Path) -> bytes:
@@ -167,7 +166,7 @@ class Folder(_Stored):
         super().__post_init__()
         if not isinstance(self.path, str | os.PathLike):
             raise ValueError(f"path is {self.path!r}: give a folder of pictures")
-        self.files = pictures(self.path)
+        self.files = [str(path) for path in pictures(self.path).images]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -202,8 +201,8 @@ class Shards(_Stored):
             raise ValueError("pattern is an empty list: give at least one tar file")
         self.files = list(dict.fromkeys(file for pattern in patterns for file in expand(pattern)))
         rows = []
-        for shard, (_, members) in enumerate(shard_pictures(self.files)):
-            rows += [(shard, member.offset, member.length) for member in members]
+        for shard, found in enumerate(shard_pictures(self.files)):
+            rows += [(shard, member.offset, member.length) for member in found.pictures]
         if not rows:
             raise FileNotFoundError(
                 f"no picture in {', '.join(patterns)}: accepted are {', '.join(sorted(image_extensions()))}"
@@ -225,12 +224,12 @@ class Shards(_Stored):
         return f"{self.files[shard]}:{header.name}"
 
 
-def shard_pictures(files: Sequence[str]) -> Iterator[tuple[str, list[Member]]]:
-    """Each tar file with its pictures; at the end one warning reports members without a picture."""
+def shard_pictures(files: Sequence[str]) -> Iterator[TarPictures]:
+    """The pictures of each tar file; at the end one warning reports members without a picture."""
     left_out: list[str] = []
     for file in files:
         found = find_pictures(file)
         left_out += found.left_out
-        yield file, found.pictures
+        yield found
     if line := left_out_line(left_out, len(files)):
         warnings.warn(line, stacklevel=3)
