@@ -54,16 +54,16 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
         raise NotImplementedError(
             "inputs can be prepared for vision-language models with placeholder tokens only"
         )
-    if not ENCODES_BEFORE_FORWARD:
-        raise NotImplementedError(
-            f"{release()} takes no features made before the forward, so inputs cannot be prepared; install "
-            "transformers 5.18 or later, or generate with the session attached"
-        )
     inside = [type(r).__name__ for r in session.reducers if r.stage in (Stage.LAYER, Stage.CACHE)]
     if inside:
         raise NotImplementedError(
             f"{' and '.join(inside)} act inside the language model, so the inputs cannot be shortened up "
             "front; attach reducers of the FEATURES or VISION stage alone"
+        )
+    if not ENCODES_BEFORE_FORWARD:
+        raise NotImplementedError(
+            f"{release()} takes no features made before the forward, so inputs cannot be prepared; install "
+            "transformers 5.18 or later, or generate with the session attached"
         )
     if "input_ids" not in inputs:
         raise ValueError(

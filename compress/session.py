@@ -252,7 +252,7 @@ class Session:
                 "features alone"
             )
         pixels = features is not None and features.wants_pixels
-        self._features = FeatureRecorder(host, wanted, states, self._made, pixels=pixels)
+        self._features = FeatureRecorder(host, wanted, states, self._made, self._earlier, pixels=pixels)
         if vision is not None:
             check_groups(host, vision)
             merging = tower.install(

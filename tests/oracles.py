@@ -20,6 +20,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+# Older releases make features inside the forward alone, and stock code mixes up pictures under beams.
+BEFORE_5_18 = not hasattr(hf.GenerationMixin, "_supports_mm_encoder_outputs")
 Inputs = Mapping[str, Any]
 Positions = Literal["keep", "compact"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reducer_matrix as matrix
 import torch
-from oracles import decoder
+from oracles import BEFORE_5_18, decoder
 from reducer_matrix import DECODING
 from tiny_vlms import FIXTURES, tiny_vlm
 from vision_oracle import merged_groups
@@ -57,8 +57,16 @@ def encode(model, inputs, modality="image"):
 
 def features(output):
     """All that the language model gets of each image: tokens, and what deepstack adds to them."""
+    items = output.pooler_output
     deepstack = getattr(output, "deepstack_features", None) or []
-    return [torch.cat(parts, -1) for parts in zip(output.pooler_output, *deepstack, strict=True)]
+    if BEFORE_5_18:  # one tensor per layer
+        deepstack = [layer.split([len(item) for item in items]) for layer in deepstack]
+    return [torch.cat(parts, -1) for parts in zip(items, *deepstack, strict=True)]
+
+
+def joined(features):
+    """Features of all images [N, D], given as one tensor or as one per image."""
+    return features if isinstance(features, torch.Tensor) else torch.cat(features)
 
 
 # Nothing merged ---------------------------------------------------------------------------------------------
@@ -252,7 +260,7 @@ def test_tome_equals_explicit_softmaxes_and_loops(name, attention, prop_attn):
     close(torch.cat(output.pooler_output), pooled)
     for level, block in enumerate(getattr(tower, "deepstack_visual_indexes", [])):
         expected = tower.deepstack_merger_list[level](states[block])
-        close(torch.cat(output.deepstack_features[level]), expected)
+        close(joined(output.deepstack_features[level]), expected)
 
 
 def window_order(tower, grids):

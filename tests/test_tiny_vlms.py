@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from oracles import (
+    BEFORE_5_18,
     columns_masked,
     kept_tokens,
     masked_generate,
@@ -166,7 +167,7 @@ def test_oracles_that_keep_everything_are_the_stock_model(name, attn):
         logits = model(**prompt).logits
         assert torch.equal(shortened_logits(model, prompt, everything)[real], logits[real])
         close(masked_logits(model, prompt, everything, 1)[real], logits[real])
-        for num_beams in beams:
+        for num_beams in beams[: 1 if BEFORE_5_18 else None]:
             stock = generate(model, prompt, num_beams=num_beams)
             settings = {"max_new_tokens": NEW, "num_beams": num_beams}
             assert torch.equal(shortened_generate(model, prompt, everything, **settings).tokens, stock)
@@ -194,7 +195,7 @@ def test_shortening_is_masking_from_the_first_layer(name, attn):
         short, masked = shortened_logits(model, prompt, keep), masked_logits(model, prompt, keep, 0)
         close(short, masked, 2e-5)
         assert (short - model(**prompt).logits)[kept].abs().max() > 0.1
-        for num_beams in (1, 3):
+        for num_beams in (1,) if BEFORE_5_18 else (1, 3):
             settings = {"max_new_tokens": NEW, "num_beams": num_beams}
             one = shortened_generate(model, prompt, keep, **settings)
             two = masked_generate(model, prompt, keep, 0, **settings)
@@ -236,6 +237,7 @@ def test_a_row_of_the_shortened_batch_is_that_row_alone(name):
             close(single.logits[0], together.logits[row], 2e-5)
 
 
+@pytest.mark.skipif(BEFORE_5_18, reason="no features can be given")
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3"])
 def test_compact_positions_are_those_stock_gives_a_short_prompt(name, num_beams):

@@ -646,8 +646,11 @@ TEXTS: dict[str, dict[str, Any]] = {  # their windows stand in no list of layer 
         "use_sliding_window": True,
     },
 }
-for text, settings in TEXTS.items():
-    MORE[f"llava_{text}"] = partial(llava, text, sliding_window=4096, **settings)
-    MORE[f"llava_{text}_narrow"] = partial(llava, text, sliding_window=12, **settings)
+WINDOWED = {
+    f"llava_{text}{name}": partial(llava, text, sliding_window=window, **settings)
+    for text, settings in TEXTS.items()
+    for name, window in (("", 4096), ("_narrow", 12))
+}
+MORE |= WINDOWED
 if is_num2words_available():
     MORE["smolvlm"] = smolvlm

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention_rows, column_sums, probing
+from ..earlier import EarlierCalls
 from ..layout import Span
 from ..reducer import TowerLayer, VisionReducer
 from ..undo import Undo
@@ -58,11 +59,12 @@ class FeatureRecorder:
         layers: dict[TowerLayer, bool | Literal["joined"]],
         states: TowerLayer | Literal[False] | None,
         done: Callable[[str, Any, Record], None],
-        merging: Any = None,
+        earlier: EarlierCalls,
+        *,
         pixels: bool = False,
     ) -> None:
-        self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, merging
-        self.pixels = pixels
+        self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, None
+        self.pixels, self.earlier = pixels, earlier
         if layers or states:
             _check_readable(host)
         if pixels:
@@ -88,6 +90,8 @@ class FeatureRecorder:
 
         @wraps(stock)  # generate reads the signature
         def get_features(*args: Any, **kwargs: Any) -> Any:
+            if self.earlier.include_this_one():
+                return stock(*args, **kwargs)
             if _ENCODING.get():  # some families make features of videos by those of images
                 return stock(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments

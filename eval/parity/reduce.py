@@ -196,7 +196,7 @@ def _vit(case: Case) -> Outputs:
 
 
 def _vision_transformer(case: Case) -> nn.Module:
-    """timm's class for a case: with a distillation token or a norm after pooling where the weights have one."""
+    """timm's class for a case, with a distillation token or a norm after pooling if its weights have one."""
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
 
