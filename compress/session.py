@@ -25,7 +25,16 @@ from .hosts import cutpoints, standalone, tower
 from .hosts.families import Record, resolve
 from .hosts.features import FeatureRecorder, check_groups
 from .hosts.merging import VisionMerging
-from .hosts.versions import cache_in, check_growth, entries, keywords, recomputes, wants_cache, window_limit
+from .hosts.versions import (
+    cache_in,
+    check_growth,
+    entries,
+    keywords,
+    recomputes,
+    release,
+    wants_cache,
+    window_limit,
+)
 from .layers import LayerCuts
 from .layout import Span, flat
 from .prompt_end import GENERATION, Hints, PromptLength, generating, shape_of_prompts
@@ -271,6 +280,7 @@ class Session:
         core, lm, undo = host.core, host.lm, self._undo
         if self.model is not core:
             undo.pre_hook(self.model, self._model_before)
+            undo.hook(self.model, self._model_after, always=True)
         if hasattr(self.model, "generate"):
             undo.attribute(self.model, "generate", self._generate(self.model.generate))
         undo.pre_hook(core, self._core_before, prepend=True)
@@ -358,6 +368,11 @@ class Session:
     # Hooks --------------------------------------------------------------------------------------------------
 
     def _made(self, modality: str, output: Any, record: Record) -> None:
+        if getattr(self._hints, "passed_by", False):
+            raise RuntimeError(
+                f"{self.host.name} made {modality} features in a forward that was given none and no pixel "
+                f"values that reducers know, so nothing would be dropped; {release()}"
+            )
         self._made_features.add(modality, output, record)
         call = current(self.host)
         if call is not None:  # else generate makes features before its first forward
@@ -367,6 +382,9 @@ class Session:
         arguments = keywords(model, args, kwargs)
         self._hints.of_call = Hints(arguments.get("labels"), arguments.get("logits_to_keep", 0))
 
+    def _model_after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._hints.of_call = None
+
     def _core_before(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._earlier.include_this_one():
             return None
@@ -375,6 +393,7 @@ class Session:
             self._leave(stale)
         hints, self._hints.of_call = getattr(self._hints, "of_call", None), None
         call, arguments = begin(self.host, args, kwargs, self._made_features)
+        self._hints.passed_by = not call.prefill
         if not call.prefill and call.state is None:
             return None
         generation = GENERATION.get()
@@ -392,6 +411,7 @@ class Session:
             watch(call.outer_probes)
 
     def _core_after(self, core: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._hints.passed_by = False
         self._leave(current(self.host))
 
     def _lm_before(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -46,6 +46,15 @@ def decoder(model: hf.PreTrainedModel) -> nn.Module:
     return module
 
 
+def checkpoint_layers(model: hf.PreTrainedModel, on: bool) -> None:
+    """Turn gradient checkpointing, which is called activation checkpointing since 5.24, on or off."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
 def the_cache(values: Mapping[str, Any]) -> hf.Cache | None:
     """The cache among a call's arguments or an output's fields; releases call it by different names."""
     caches = [value for value in values.values() if isinstance(value, hf.Cache)]

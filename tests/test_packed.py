@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reducer_matrix as matrix
 import torch
-from oracles import BEFORE_5_18, decoder
+from oracles import BEFORE_5_18, checkpoint_layers, decoder
 from reducer_matrix import DECODING
 from tiny_vlms import FIXTURES, tiny_vlm
 from vision_oracle import merged_groups
@@ -625,10 +625,10 @@ def test_what_cannot_work_is_refused_by_name():
     with pytest.raises(RuntimeError, match="block 0 was called on its own"):
         tower.blocks[0](torch.zeros(4, 48))
     model.train()
-    model.gradient_checkpointing_enable()
+    checkpoint_layers(model, True)
     with torch.enable_grad(), pytest.raises(ValueError, match="recompute"):
         encode(model, inputs)
-    model.gradient_checkpointing_disable()
+    checkpoint_layers(model, False)
     model.eval()
     merging.remove()
     pixtral, inputs = fresh("mistral3")

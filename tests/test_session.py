@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from oracles import going_on, real_tokens, the_cache, visual_tokens
+from oracles import checkpoint_layers, going_on, real_tokens, the_cache, visual_tokens
 from PIL import Image
 from reducer_matrix import kept_rows, outputs, placeholders
 from test_attach import Cut
@@ -122,7 +122,7 @@ def test_gradients_flow_and_checkpointing_does_not_change_them():
     for checkpointing in (False, True):
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model, True)
         model.zero_grad()
         with compress.attach(model, [DivPrune(), Cut(k=2)], keep=0.5):
             model(**inputs, labels=labels).loss.backward()

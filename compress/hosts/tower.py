@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..reducer import Budget, VisionReducer
 from ..undo import Undo
 from .merging import BlockParts, VisionMerging, refuse_replaced
 from .packed import PixtralMerging, QwenMerging
-from .versions import forward_slot
+from .versions import forward_slot, recomputes
 
 _CLIP = BlockParts("layer_norm1", "self_attn", "layer_norm2", "mlp", keys="k_proj")
 _INTERNVL = BlockParts(
@@ -85,8 +86,8 @@ def install(
         if merging.earlier.include_this_one():
             return type(tower).forward(tower, *args, **kwargs)
         as_tuple = kwargs.pop("return_dict", getattr(tower.config, "return_dict", True)) is False
-        if tower.training and getattr(blocks[0], "gradient_checkpointing", False):
-            raise ValueError("merging cannot recompute layers: call model.gradient_checkpointing_disable()")
+        if torch.is_grad_enabled() and recomputes(tower):
+            raise ValueError("merging cannot recompute layers: turn the model's gradient checkpointing off")
         merging.reset()
         trace, args, kwargs = merging.start(tower, *args, **kwargs)
         with merging.run(trace):

@@ -170,8 +170,7 @@ def check_checkpointing(layer: nn.Module) -> None:
     if not _HOOKS_RUN_ONCE and torch.is_grad_enabled() and recomputes(layer):
         raise NotImplementedError(
             f"gradient checkpointing of {release()} runs the hooks of a layer twice, so no reducer can act "
-            "inside it; call model.gradient_checkpointing_disable(), use a reducer of features, or a later "
-            "release"
+            "inside it; turn it off, use a reducer of features, or install transformers 5.23 or later"
         )
 
 
