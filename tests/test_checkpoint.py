@@ -101,7 +101,7 @@ def test_training_wrappers_are_opened(mini, wrapper, tmp_path):
 def test_weights_replaces_the_published_file(tmp_path):
     # The sizes are the registry's, so tiny weights cannot fit; the message shows that this file was read.
     path = safe(create("titok", **TINY, **SINGLE).state_dict(), tmp_path / "anything.safetensors")
-    with pytest.raises(ValueError, match=r"anything\.safetensors(.*\n)*.*misshapen  latent_tokens"):
+    with pytest.raises(ValueError, match=r"anything\.safetensors.*misshapen latent_tokens"):
         load("titok-bl64-vq", weights=path)
 
 
@@ -260,16 +260,17 @@ def test_every_key_that_does_not_fit_is_listed(mini, saved):
     save_file(state, saved / "model.safetensors")
     with pytest.raises(ValueError) as raised:
         load(saved)
-    lines = str(raised.value).splitlines()
-    assert "model.safetensors" in lines[0]
-    assert "5 keys" in lines[0]
-    assert sorted(line.strip() for line in lines[1:]) == [
-        "misshapen  encoder.norm.bias: checkpoint [7], model [32]",
-        "missing    decoder.absent [32]",
-        "missing    encoder.norm.weight [32]",
+    message = str(raised.value)
+    assert "model.safetensors" in message and "\n" not in message
+    assert "(2 missing, 2 unexpected, 1 misshapen: " in message and "…" not in message
+    for misfit in (
+        "misshapen encoder.norm.bias: checkpoint [7], model [32]",
+        "missing decoder.absent [32]",
+        "missing encoder.norm.weight [32]",
         "unexpected another [1]",
         "unexpected encoder.extra [2, 3]",
-    ]
+    ):
+        assert misfit in message
 
 
 # ---- TiTok checkpoints without, or with the original's, configuration --------------------------------------
@@ -319,7 +320,7 @@ def test_maskgit_vqgan_weights_are_recognised_by_their_keys(tmp_path):
     assert TiTok.recognise(shapes, None) is None
     small = create("maskgit-vqgan", channel_mult=(1, 1), hidden_channels=32)
     path = pickled(small.state_dict(), tmp_path / "vqgan.bin")
-    with pytest.raises(ValueError, match=r"does not fit this MaskGITVQGAN.*\n.*encoder\.down\.2"):
+    with pytest.raises(ValueError, match=r"does not fit this MaskGITVQGAN.*encoder\.down\.2"):
         load(path)
 
 

@@ -7,11 +7,13 @@ import warnings
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from test_checkpoint import cached
 from torch import nn
 
 from vistok import Tokens, create, load
@@ -22,7 +24,7 @@ from vistok.eval.verify import verify
 from vistok.models.flextok import FlexTok, draw_lengths
 from vistok.models.flextok_config import FlexTokConfig
 from vistok.models.flextok_network import Conditions
-from vistok.models.flextok_vae import vae_config
+from vistok.models.flextok_vae import load_vae, vae_config
 from vistok.nn import flow
 from vistok.quantizers import FiniteScalarQuantizer
 from vistok.registry import entries
@@ -414,6 +416,20 @@ def test_images_without_tokens_or_with_too_many_are_refused_at_decoding(model):
         model.decode(torch.full((1, 3), 60))
 
 
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, "strong", True])
+def test_sampling_takes_finite_guidance_only(guidance):
+    """Of any velocity, not only FlexTok's."""
+
+    def velocity(step, x, guided):
+        return x, x
+
+    for given in (guidance, lambda time: guidance):
+        with pytest.raises(ValueError, match="finite number"):
+            flow.sample(velocity, torch.ones(1, 2), 2, given)
+    expected = flow.sample(velocity, torch.ones(1, 2), 2, 3.0)
+    assert torch.equal(flow.sample(velocity, torch.ones(1, 2), 2, lambda time: np.float32(3)), expected)
+
+
 @pytest.mark.parametrize("guidance", [math.nan, math.inf, "strong"])
 def test_guidance_must_be_finite_or_a_function(model, guidance):
     with pytest.raises(ValueError, match="finite number or a function"):
@@ -573,9 +589,40 @@ def test_the_configuration_that_comes_with_the_weights_wins(tmp_path, monkeypatc
 
 
 def test_weights_without_any_configuration_say_what_they_need(tmp_path):
-    published_files(tmp_path, head=True)
-    with pytest.raises(ValueError, match=r"max_timestep.*FlexTok\.from_pretrained"):
+    published_files(tmp_path, head=False)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"max_timestep.*beside them or in the head.*config='path/to"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_repository_of_someone_is_read_with_the_configuration_that_comes_with_it(tmp_path, head):
+    (tmp_path / "files").mkdir()
+    model = published_files(tmp_path / "files", head=head)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
+    options = cached(tmp_path / "hub", "someone/flextok", files)
+    for loader in (load, FlexTok.from_pretrained):
+        assert loader("hf://someone/flextok", **options).config == model.config
+        assert loader(tmp_path / "files").config == model.config
+
+
+@pytest.mark.parametrize("source", ["someone/flextok", "runs/flextok"])
+def test_nothing_is_asked_of_the_hub_for_a_name_without_the_prefix(headless, source, caplog):
+    for read in (FlexTok.from_pretrained, load_vae, headless.attach_vae):
+        with pytest.raises(FileNotFoundError, match=f"hf://|no file or folder {source}"):
+            read(source)
+    assert "downloading" not in caplog.text
+
+
+def test_a_section_in_the_head_of_a_file_that_is_no_literal_is_not_run(tmp_path):
+    for text in ("(" * 10_000, "__import__('os')", "[" * 5000 + "]" * 5000, "9" * 2**21):
+        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"encoder": text, "vae": "{}"})
+        assert FlexTok.config_in_file(tmp_path / "model.safetensors") is None
+
+
+def test_a_table_of_positions_beyond_memory_is_refused_before_it_is_made():
+    with pytest.raises(ValueError, match="latent_size 65536 in patches of 2 needs a position table of"):
+        create("flextok", latent_size=65536)
 
 
 def test_a_missing_key_is_named(model, tmp_path):
@@ -664,8 +711,18 @@ def test_the_wrong_vae_is_refused(model, headless, tmp_path):
     with pytest.raises(ValueError, match="Linear was given"):
         headless.attach_vae(nn.Linear(1, 1))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="no AutoencoderKL"):
+    with pytest.raises(ValueError, match="is not an AutoencoderKL"):
         headless.attach_vae(tmp_path)
+    vae(model).save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for faults in (
+        {"block_out_channels": [2**20] * 4},
+        {"block_out_channels": "wide"},
+        {"norm_num_groups": 0},
+    ):
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config | faults))
+        with pytest.raises(ValueError, match="the configuration"):
+            headless.attach_vae(tmp_path / "vae")
     with pytest.raises(ValueError, match="has its VAE in its checkpoint"):
         model.attach_vae(vae(model))
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -688,6 +745,19 @@ def test_a_missing_factor_is_asked_of_the_vaes_repository(monkeypatch):
     monkeypatch.setattr("vistok.models.flextok_vae._hub_config", lambda repo: {})
     with pytest.raises(ValueError, match="owner/name's has the VAE's scaling_factor"):
         other.encode(pictures(1))
+    for value in ("wide", math.nan, -1, 0):
+        monkeypatch.setattr(
+            "vistok.models.flextok_vae._hub_config", lambda repo, value=value: {"scaling_factor": value}
+        )
+        with pytest.raises(ValueError, match="the scaling_factor of owner/name is"):
+            other.encode(pictures(1))
+
+
+def test_a_repository_that_only_a_configuration_names_is_not_downloaded(caplog):
+    model = build(vae_scaling_factor=None, vae_source="owner/name")
+    with pytest.raises(FileNotFoundError, match="'owner/name', which is not in the cache"):
+        model.encode(pictures(1))
+    assert "downloading" not in caplog.text
 
 
 # ---- the yardstick, training, precision --------------------------------------------------------------------

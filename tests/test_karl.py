@@ -395,7 +395,7 @@ def test_a_cut_checkpoint_says_what_it_lacks(quantized, tmp_path):
     torch.save(state, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match="lacks 'latent_tokens'"):
         load(tmp_path / "cut.pth")
-    with pytest.raises(ValueError, match="missing    latent_tokens"):
+    with pytest.raises(ValueError, match="missing latent_tokens"):
         load(tmp_path / "cut.pth", config={"family": "karl", "config": CASES["vqgan-quantized"]})
 
 

@@ -7,6 +7,7 @@ import logging
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHTS_NAMES)
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MAX_CONFIG_BYTES = 2**24
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SHOWN = 5  # keys of each kind in messages
+_SHOWN = 5  # keys in messages
 
 _logger = logging.getLogger("vistok")
 
@@ -301,10 +302,10 @@ def misfits(module: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str
         return not any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
 
     return [
-        [f"missing    {k} {list(v.shape)}" for k, v in expected.items() if k not in state and counts(k)],
+        [f"missing {k} {list(v.shape)}" for k, v in expected.items() if k not in state and counts(k)],
         [f"unexpected {k} {list(v.shape)}" for k, v in state.items() if k not in expected and counts(k)],
         [
-            f"misshapen  {k}: checkpoint {list(state[k].shape)}, model {list(v.shape)}"
+            f"misshapen {k}: checkpoint {list(state[k].shape)}, model {list(v.shape)}"
             for k, v in expected.items()
             if k in state and state[k].shape != v.shape
         ],
@@ -322,17 +323,18 @@ def load_strictly(
     """Put `state` into `module`, floating tensors cast to `dtype`.
 
     Raises:
-        ValueError: keys that misfit (as `misfits` has them: the first of each kind, and how many there are),
+        ValueError: keys that misfit (the first five of `misfits`, and how many there are of each kind),
             values as `check_values`, integers where the model has floats and the reverse, and values that
             `dtype` cannot hold.
     """
     kinds = misfits(module, state, ignore)
     if any(kinds):
-        lines = [line for kind in kinds for line in kind[:_SHOWN]]
-        more = [f"… {len(kind) - _SHOWN} more {kind[0].split()[0]}" for kind in kinds if len(kind) > _SHOWN]
+        counts = ", ".join(f"{len(kind):,} {kind[0].split()[0]}" for kind in kinds if kind)
+        in_turn = [line for lines in zip_longest(*kinds) for line in lines if line is not None]
+        first = "; ".join(in_turn[:_SHOWN]) + ("; …" if len(in_turn) > _SHOWN else "")
         raise ValueError(
-            f"{source} does not fit this {type(module).__name__} ({sum(map(len, kinds))} keys). Check that "
-            "the name or config is that of these weights.\n  " + "\n  ".join(lines + more)
+            f"{source} does not fit this {type(module).__name__} ({counts}: {first}); check that the name or "
+            "config is that of these weights"
         )
     expected = module.state_dict()
     check_values({key: value for key, value in state.items() if key in expected}, source)

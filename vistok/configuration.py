@@ -98,6 +98,19 @@ def describe(kind: Any) -> str:
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 
+def understood(work: Any, source: Any, *arguments: Any) -> Any:
+    """Run what reads the configuration of the file `source`; any error in it becomes one on that file."""
+    try:
+        return work(*arguments)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the configuration of {source} does not describe a model ({type(error).__name__}: "
+            f"{shorten(str(error), 160)}); check its values or fetch it again"
+        ) from error
+
+
 def shorten(value: Any, length: int = 60) -> str:
     """The value as messages show it, on one line and not longer than `length` characters."""
     try:

@@ -49,8 +49,8 @@ def note(text: object) -> None:
 
 
 def complain(text: str) -> None:
-    """Print an error in red on stderr; the lines that vistok itself put into it stay lines."""
-    typer.secho("\n".join(map(safe_text, text.split("\n"))), fg="red", err=True)
+    """Print an error in red on stderr, as one line."""
+    typer.secho(safe_text(text), fg="red", err=True)
 
 
 def show_warning(

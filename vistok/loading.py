@@ -154,9 +154,13 @@ def _identify(
     located: checkpoint.Located,
     entry: registry.Entry | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Family and fields: by the `given` config, the registry row, a config.json, or the keys."""
+    """Family and fields: by the `given` config, the registry row, a config.json, the file's own, or the
+    keys."""
     known = registry.families()
     config = given or located.config
+    if config is None:
+        own = (family.config_in_file(located.weights) for family in known.values())
+        config = next(filter(None, own), None)
     named = (config or {}).get("family")
     if named is not None:
         if not isinstance(named, str) or named not in known:
@@ -173,12 +177,14 @@ def _identify(
                 f"mapping of {named} fields to values"
             )
         return known[named], dict(fields)
-    if entry and given is None:
+    if entry and given is None and not (config and known[entry.family].own_config_wins):
         return known[entry.family], dict(entry.config)
     for choice in choices:
         shapes = {key: value.shape for key, value in choice.tensors.items()}
         for family in known.values():
-            fields = _understood(family.recognise, located.weights, shapes, dict(config) if config else None)
+            fields = configuration.understood(
+                family.recognise, located.weights, shapes, dict(config) if config else None
+            )
             if fields is not None:
                 return family, fields
     keys = list(choices[0].tensors)
@@ -196,20 +202,7 @@ def _build(family: Any, fields: dict[str, Any], bound: StateDict | None, source:
         with init_empty_weights(include_buffers=False):
             return family.create(**fields)
     with bounded_build(*count(bound.tensors), source):
-        return _understood(lambda: family.create(**fields), source)
-
-
-def _understood(work: Any, source: Path, *arguments: Any) -> Any:
-    """Run what reads a configuration; any error in it becomes one line on the file's configuration."""
-    try:
-        return work(*arguments)
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"the configuration of {source} does not describe a model ({type(error).__name__}: "
-            f"{configuration.shorten(str(error), 160)}); check its values or fetch it again"
-        ) from error
+        return configuration.understood(lambda: family.create(**fields), source)
 
 
 def _fitting(model: Any, choices: list[StateDict]) -> StateDict:

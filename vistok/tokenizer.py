@@ -49,6 +49,8 @@ class Tokenizer(nn.Module):
     """Whether pictures are drawn from noise, in `steps`, with `guidance`."""
     checkpoint_ignores: ClassVar[tuple[str, ...]] = ()
     """Patterns of keys that a checkpoint may have or lack without harm (training statistics)."""
+    own_config_wins: ClassVar[bool] = False
+    """Whether the configuration that comes with published weights is taken instead of the registry's."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -96,6 +98,11 @@ class Tokenizer(nn.Module):
 
         `config` is the config.json found with it, in whatever form its authors wrote it.
         """
+        return None
+
+    @classmethod
+    def config_in_file(cls, weights: Path) -> dict[str, Any] | None:
+        """The configuration that a weights file of this family itself holds, or None."""
         return None
 
     @classmethod

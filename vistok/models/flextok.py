@@ -13,7 +13,6 @@ The published weights are not open source: Apple's licence allows research use o
 """
 
 import copy
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoint, registry
+from .. import hub, registry
 from ..adaptive import AdaptiveTokens, encode_to_quality
 from ..nn import flow
 from ..quantizers import FiniteScalarQuantizer
@@ -70,7 +69,6 @@ __all__ = [
 ]
 
 STEPS, GUIDANCE = 20, 7.5  # the authors' recommendation, with normalized guidance
-_HUB_OPTIONS = ("revision", "cache_dir", "local_files_only")
 
 
 @register_family("flextok")
@@ -88,6 +86,7 @@ class FlexTok(Tokenizer):
     config_class = FlexTokConfig
     ordered = True
     stochastic = True
+    own_config_wins = True
 
     def __init__(self, config: FlexTokConfig) -> None:
         super().__init__(config)
@@ -128,43 +127,27 @@ class FlexTok(Tokenizer):
         if not config:
             raise ValueError(
                 "these FlexTok weights come without the configuration that has max_timestep and the VAE's "
-                "scaling factor: give config='path/to/config.json', or load them with "
-                "FlexTok.from_pretrained, which reads it from the head of a .safetensors file"
+                "scaling factor, beside them or in the head of their .safetensors file: give "
+                "config='path/to/config.json'"
             )
         parsed = FlexTokConfig.parse(config)
         has_vae = any(key.startswith("vae.") for key in shapes)
         return {field.name: getattr(parsed, field.name) for field in fields(parsed)} | {"vae": has_vae}
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        weights: str | Path | None = None,
-        config: Mapping[str, Any] | str | Path | None = None,
-        **options: Any,
-    ) -> Self:
-        """As every tokenizer's; the configuration that travels with published weights wins over the
-        registry's.
+    def config_in_file(cls, weights: Path) -> dict[str, Any] | None:
+        """The configuration in the head of a published .safetensors file, or None."""
+        return header_config(weights)
 
-        It is config.json, or the head of the .safetensors file. A published name warns of its licence once.
-        """
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """As every tokenizer's; a published name warns of its licence once."""
         rows = (entry for entry in registry.entries().values() if entry.family == cls.family)
-        entry = next((entry for entry in rows if str(source) in (entry.name, entry.repo)), None)
+        repo = str(source).removeprefix(hub.PREFIX)
+        entry = next((entry for entry in rows if repo in (entry.name, entry.repo)), None)
         if entry is not None:
             warnings.warn(f"{entry.name}: {entry.license}", stacklevel=2)
-            path, repo = weights, entry.repo
-        else:
-            path, repo = weights if weights is not None else source, str(source)
-        if config is None:
-            if path is not None and Path(path).expanduser().exists():
-                located = checkpoint.locate(path)
-                config = located.config or header_config(located.weights)
-            elif weights is None and (path is None or repo.count("/") == 1):
-                hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-                located = checkpoint.fetch(repo, None if entry is None else entry.file, **hub)
-                config = located.config or header_config(located.weights)
-        return super().from_pretrained(source, weights=weights, config=config, **options)
+        return super().from_pretrained(source, **options)
 
     def attach_vae(self, source: nn.Module | str | Path, scaling_factor: float | None = None) -> None:
         """Give weights without a VAE theirs: an AutoencoderKL, its name (flextok-vae-c16), repository or
@@ -356,7 +339,7 @@ class FlexTok(Tokenizer):
     ) -> Tensor:
         """Quantized latents [B, K, D] → VAE latents [B, C, h, w]; see `decode`."""
         steps = STEPS if steps is None else steps
-        guidance = _checked_guidance(GUIDANCE if guidance is None else guidance)
+        guidance = GUIDANCE if guidance is None else guidance
         if lengths is not None and bool((lengths < 1).any()):
             raise ValueError(
                 f"{self.label} decodes 1 to {self.num_tokens} tokens per image; an image here has none"
@@ -498,29 +481,6 @@ class FlexTok(Tokenizer):
         (velocity,) = self.decoder(noised, self.decoder.modulations(times), [conditions])
         loss = F.mse_loss(velocity.float(), (noise - clean).float())
         return TrainingOutput(None, quantized.codes, quantized.losses | {"flow": loss})
-
-
-def _checked_guidance(guidance: flow.Guidance) -> flow.Guidance:
-    """A finite scale, or a function of the time whose every value is checked to be one."""
-    if callable(guidance):
-
-        def scale(time: float) -> float:
-            value = guidance(time)
-            if not _is_finite(value):
-                raise ValueError(
-                    f"guidance returned {value!r} for the time {time:g}; it must return a finite number"
-                )
-            return float(value)
-
-        return scale
-    if not _is_finite(guidance):
-        raise ValueError(f"guidance is a finite number or a function of the time; got {guidance!r}")
-    return guidance
-
-
-def _is_finite(value: Any) -> bool:
-    number = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
 
 
 # Nested dropout ---------------------------------------------------------------------------------------------

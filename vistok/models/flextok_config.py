@@ -17,6 +17,7 @@ from .ranges import require_between, require_depths, require_multiple, require_s
 KeptTokens = Literal["uniform", "pow2", "uniform_pow2"]
 Times = Literal["mode", "logit_normal", "stratified"]
 
+_LARGEST_TABLE = 2**28
 LICENSE = "apple-amlr (not open source: research only)"
 
 
@@ -75,6 +76,12 @@ class FlexTokConfig:
                     "and of 4"
                 )
         require_multiple(self, "latent_size", "patch_size")
+        positions = (self.latent_size // self.patch_size) ** 2 * max(self.encoder_dim, self.decoder_dim)
+        if positions > _LARGEST_TABLE:
+            raise ValueError(
+                f"latent_size {self.latent_size} in patches of {self.patch_size} needs a position table of "
+                f"{positions:,} numbers; up to {_LARGEST_TABLE:,} are taken: give a smaller latent_size"
+            )
         require_multiple(self, "vae_block_out_channels", "vae_norm_num_groups")
         if self.frequency_embedding_size % 2:
             raise ValueError(
@@ -155,6 +162,7 @@ _TRAINING_ONLY = (
     *("mode_scale", "use_act_checkpoint", "compile_*", "weight_init_style", "zero_init_*", "*_init*"),
 )
 _SIDES = ("patch_sizes", "max_sizes")
+_LARGEST_SECTION = 2**20  # characters of one section in the head of a file
 _WIRING = ("_target_", "_partial_", "*_key", "*_keys")
 
 
@@ -297,7 +305,7 @@ def header_config(path: Path) -> dict[str, Any] | None:
     config: dict[str, Any] = {}
     for name, text in header.items():
         try:
-            config[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+            config[name] = ast.literal_eval(text) if len(text) <= _LARGEST_SECTION else text
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # nested too deeply for the parser
             config[name] = text
     return config if isinstance(config.get("encoder"), Mapping) else None

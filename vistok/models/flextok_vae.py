@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, hub
+from ..bounded_build import bounded_build, count
+from ..configuration import convert, understood
+from ..files import looks_like_path
 from ..nn.cache import few_at_a_time
 from ..nn.upsample import upsample_conv
 from ..nn.winograd import ExactGroupNorm, norm_silu_conv
@@ -69,12 +72,16 @@ class FlexTokVAE(nn.Module):
         """Factor on the latents; read from the VAE's repository where the checkpoint does not say it."""
         if self._scaling_factor is None:
             config = _hub_config(self.source) if self.source else {"scaling_factor": 1.0}  # fresh weights
-            if not config.get("scaling_factor"):
+            factor = config.get("scaling_factor")
+            if factor is None:
                 raise ValueError(
                     f"neither the tokenizer's configuration nor {self.source}'s has the VAE's "
                     "scaling_factor: give config={…, 'vae': {…, 'scaling_factor': …}}"
                 )
-            self._scaling_factor = float(config["scaling_factor"])
+            factor = convert(float, factor, f"the scaling_factor of {self.source}")
+            if not factor > 0:
+                raise ValueError(f"the scaling_factor of {self.source} is {factor}; it is a positive number")
+            self._scaling_factor = factor
         return self._scaling_factor
 
     def posterior(self, images: Tensor) -> Any:
@@ -123,48 +130,62 @@ def _exact(norm: nn.GroupNorm) -> ExactGroupNorm:
 
 
 def _hub_config(repo: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
+    """config.json of a VAE's repository, downloaded if it is one of VAES, else only read from the cache."""
     try:
-        return checkpoint.read_config(Path(hf_hub_download(repo, checkpoint.CONFIG_NAME)))
+        unasked = repo not in VAES.values()  # a configuration file may name any repository
+        return checkpoint.read_config(hub.get_file(repo, checkpoint.CONFIG_NAME, local_files_only=unasked))
     except Exception as error:  # the client raises many kinds for "no network" and "no such repository"
         raise FileNotFoundError(
             f"the VAE's scaling_factor is in {checkpoint.CONFIG_NAME} of the hub repository {repo!r}, "
-            f"which the hub did not give ({type(error).__name__}). Give it in the tokenizer's configuration"
+            f"which is not in the cache and was not downloaded ({type(error).__name__}). Give it in the "
+            "tokenizer's configuration"
         ) from error
 
 
 def load_vae(source: str | Path) -> nn.Module:
-    """An AutoencoderKL by short name (flextok-vae-c4, -c8, -c16), hub repository, folder or weights file.
+    """Load an AutoencoderKL: flextok-vae-c4, -c8, -c16, a hub repository (`hf://owner/name`), folder or file.
 
-    Raises FileNotFoundError, and ValueError for what is no AutoencoderKL.
+    Raises:
+        FileNotFoundError: there is no such file, or the hub does not give it.
+        ValueError: what is there is not an AutoencoderKL.
     """
-    from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
 
-    name = VAES.get(str(source), str(source))
-    if name in VAES.values():
-        warnings.warn(f"{name}: {LICENSE}", stacklevel=2)
-    if Path(name).expanduser().exists() or isinstance(source, Path) or name.count("/") != 1:
-        located = checkpoint.locate(name)
-        beside = located.weights.parent / checkpoint.CONFIG_NAME
-        config = located.config or (checkpoint.read_config(beside) if beside.is_file() else None)
-    else:
-        located = checkpoint.fetch(name, VAE_FILE)
-        config = located.config
-    state = {_current_name(key): value for key, value in checkpoint.read(located.weights).items()}
+    located = _locate_vae(source)
+    beside = located.weights.parent / checkpoint.CONFIG_NAME
+    config = located.config or (checkpoint.read_config(beside) if beside.is_file() else None)
+    choice = checkpoint.read_choices(located.weights)[0]
+    state = {_current_name(key): value for key, value in choice.tensors.items()}
     kind = (config or {}).get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL" or "decoder.conv_in.weight" not in state:
         raise ValueError(
-            f"{source} ({kind}, keys such as {next(iter(state), None)}) is no AutoencoderKL of diffusers, "
-            f"which FlexTok takes: {', '.join(VAES)}"
+            f"{source} ({kind}, keys such as {next(iter(state), None)}) is not an AutoencoderKL of "
+            f"diffusers, which FlexTok takes: {', '.join(VAES)}"
         )
     if config is None:
         config = vae_config(FlexTokConfig(latent_channels=state["decoder.conv_in.weight"].shape[1]))
-    with init_empty_weights(include_buffers=False):
-        model = AutoencoderKL.from_config(config)
+    with bounded_build(*count(state), located.weights):
+        model = understood(lambda: AutoencoderKL.from_config(config), located.weights)
     checkpoint.load_strictly(model, state, source=located.weights)
     return model
+
+
+def _locate_vae(source: str | Path) -> checkpoint.Located:
+    """The weights of a VAE on this machine; only one of VAES or `hf://owner/name` is ever downloaded."""
+    name = VAES.get(str(source), str(source))
+    repo = name.removeprefix(hub.PREFIX)
+    if repo in VAES.values():
+        warnings.warn(f"{repo}: {LICENSE}", stacklevel=3)
+    if isinstance(source, Path) or looks_like_path(name):
+        return checkpoint.locate(source)
+    if name.startswith(hub.PREFIX) or repo in VAES.values():
+        if repo.count("/") != 1 or not all(repo.split("/")):
+            raise ValueError(f"{source} is not a hub repository; give {hub.PREFIX}owner/name")
+        return checkpoint.fetch(repo, VAE_FILE)
+    raise FileNotFoundError(
+        f"{source} is neither a file or folder here nor one of {', '.join(VAES)}; a repository of the "
+        f"Hugging Face hub is given as {hub.PREFIX}owner/name"
+    )
 
 
 def _current_name(key: str) -> str:

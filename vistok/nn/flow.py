@@ -5,8 +5,9 @@ x_t = t · noise + (1 - t) · data for t in [0, 1], and a model learns the veloc
 """
 
 import math
+import numbers
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +91,33 @@ def normalized_guidance(
     return conditional + (scale - 1) * update, average
 
 
+def checked_guidance(guidance: Any) -> Guidance:
+    """Return a guidance scale, or a function of the time that checks every scale it gives.
+
+    Raises:
+        ValueError: it is neither a finite number nor a function; the function raises it for other values.
+    """
+    if callable(guidance):
+
+        def scale(time: float) -> float:
+            value = guidance(time)
+            if not _is_finite(value):
+                raise ValueError(
+                    f"guidance returned {value!r} for the time {time:g}; it must return a finite number"
+                )
+            return float(value)
+
+        return scale
+    if not _is_finite(guidance):
+        raise ValueError(f"guidance is a finite number or a function of the time; got {guidance!r}")
+    return float(guidance)
+
+
+def _is_finite(value: Any) -> bool:
+    number = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
+
+
 # Sampling ---------------------------------------------------------------------------------------------------
 
 
@@ -100,10 +128,12 @@ def sample(
 
     Step i of 0 … steps - 1 is at time 1 - i/steps: x ← x - v/steps, in the dtype of `noise`. A `guidance` of
     1 needs no unconditional velocity; a function of the time always guides. `normalized` takes
-    `normalized_guidance`, else `classifier_free_guidance`. ValueError for fewer than one step.
+    `normalized_guidance`, else `classifier_free_guidance`. ValueError for fewer than one step, and for a
+    guidance that `checked_guidance` refuses.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is the number of Euler steps, an integer of 1 or more; {steps!r} was given")
+    guidance = checked_guidance(guidance)
     x, average = noise, None
     for step in range(steps):
         scale = guidance((steps - step) / steps) if callable(guidance) else guidance
