@@ -145,6 +145,52 @@ def test_a_signal_cleans_up(tmp_path, number, status):
     assert process.returncode == status and "Traceback" not in err and not list(tmp_path.glob("out/.*"))
 
 
+TURNED_INTO_OTHERS = """
+import signal, sys
+from vistok import registry
+number = signal.Signals[sys.argv[1]]
+def entries():
+    try: signal.raise_signal(number)
+    except BaseException: raise EOFError("a worker's pipe is closed")
+registry.entries = entries
+from vistok.cli import main
+sys.argv = ["vistok", "list"]
+main()
+"""
+AT_EXIT = """
+import atexit, signal, sys
+from vistok.cli import main
+number = signal.Signals[sys.argv[1]]
+sys.argv = ["vistok", "--help"]
+atexit.register(lambda: signal.raise_signal(number))
+main()
+"""
+
+
+@pytest.mark.parametrize("script", [TURNED_INTO_OTHERS, AT_EXIT])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_decides_the_status_whatever_it_interrupts(script, name, status):
+    """Libraries turn what a signal raises into their own errors; others come while the interpreter exits."""
+    command = [sys.executable, "-c", script, name]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == status and not done.stderr.strip()
+
+
+def test_an_end_of_input_that_nobody_asked_for_is_an_error():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            FAILING.replace('KeyError("somewhere deep")', 'EOFError("of a pipe")'),
+            "list",
+        ],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 1 and "unexpected error, EOFError: of a pipe" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["list", "--json"], ["info", "vistok-mini"], ["--help"]])
 def test_a_closed_pipe_is_quiet(arguments):
     process = subprocess.Popen([*VISTOK, *arguments], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)

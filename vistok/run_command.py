@@ -1,5 +1,6 @@
 """Run a command line so that whatever ends it is one line and an exit status, never a traceback."""
 
+import atexit
 import contextlib
 import errno
 import os
@@ -54,11 +55,19 @@ def run_command(app: Callable[..., Any], arguments: list[str]) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal of few letters shows the others escaped
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = _status(app, arguments, debug, stop)
-        return _flushed(status)
+        status = _flushed(_status(app, arguments, debug, stop))
+        return status if stop.status is None else stop.status
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        atexit.register(_end_quietly)
+
+
+def _end_quietly() -> None:
+    """While the interpreter exits, a signal ends it at once: all is written, and a traceback says nothing."""
+    for number, status in ((signal.SIGINT, _INTERRUPTED), (signal.SIGTERM, _TERMINATED)):
+        with contextlib.suppress(ValueError):
+            signal.signal(number, lambda number, frame, status=status: os._exit(status))
 
 
 def _status(app: Callable[..., Any], arguments: list[str], debug: bool, stop: _Stop) -> int:
@@ -73,18 +82,18 @@ def _status(app: Callable[..., Any], arguments: list[str], debug: bool, stop: _S
         return error.code or 0
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except typer.Abort:
-        return _report("stopped", 1)
     except BrokenPipeError:  # the reader of the output is gone, as with `| head`
         _forget_output()
         return 1
     except typer.TyperException as error:
         return _usage(error)
     except BaseException as error:
-        if stop.status is not None:  # libraries turn an interrupt during their import into other errors
+        if stop.status is not None:  # libraries turn interrupts into other errors, as of their worker's pipe
             return stop.status
+        if isinstance(error, typer.Abort) and error.__cause__ is not None:  # typer's form of an EOFError
+            error = error.__cause__
         if debug:
-            traceback.print_exc()
+            traceback.print_exception(error)
             return 1
         return _report(_sentence(error), 1)
 
