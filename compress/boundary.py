@@ -47,7 +47,8 @@ def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
 
 def budget_of(keep: Budget, image: Image, default: float | None) -> float | int | None:
     """The budget of one image: what `keep` says or returns for it, else the method's default."""
-    keep = keep(image) if callable(keep) else keep
+    if callable(keep):
+        return fraction_or_count(keep(image))
     return default if keep is None else fraction_or_count(keep)
 
 
@@ -248,5 +249,10 @@ def enter(host: Host, call: Call, kwargs: dict[str, Any]) -> None:
     embeds = kwargs.get("inputs_embeds")
     call.positions = None if embeds is None else explicit_positions(kwargs, call.length)
     call.full = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
+    if call.mask is not None and call.mask.shape[1] < call.length + call.full:
+        raise ValueError(
+            f"attention_mask has {call.mask.shape[1]} columns; it must cover the {call.length} tokens in the "
+            f"cache and the {call.full} new ones"
+        )
     if call.prefill:
         read_prompt(host, call, embeds.shape[1])

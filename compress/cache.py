@@ -110,6 +110,17 @@ class ReducedDynamicCache(DynamicCache):
             state.numbers = {i: n[:, : n.shape[1] - within] for i, n in state.numbers.items()}
             state.read = {i: count - within for i, count in state.read.items()}
 
+    def reset(self) -> None:
+        """Empty the cache; it is a stock one again."""
+        super().reset()
+        del self.reduction
+        self.__class__ = DynamicCache
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows of the batch in another order."""
+        super().reorder_cache(beam_idx)
+        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         super().batch_repeat_interleave(repeats)
@@ -121,9 +132,15 @@ class ReducedDynamicCache(DynamicCache):
         self._rows(lambda x: x[indices])
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        state = self.reduction
+        state, changed = self.reduction, {}
+
+        def once(x: Tensor | None) -> Tensor | None:  # layers that share a tensor go on sharing it
+            if x is not None and id(x) not in changed:
+                changed[id(x)] = change(x)
+            return None if x is None else changed[id(x)]
+
         for name in ("columns", "removed"):
-            setattr(state, name, [x if x is None else change(x) for x in getattr(state, name)])
+            setattr(state, name, [once(x) for x in getattr(state, name)])
         state.numbers = {i: change(numbers) for i, numbers in state.numbers.items()}
         state.next = change(state.next)
 

@@ -111,17 +111,22 @@ def current(host: Host | None) -> Call | None:
 
 
 def begin(
-    host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], made: MadeFeatures
+    host: Host,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    made: MadeFeatures,
+    generation: Generation | None,
 ) -> tuple[Call, dict[str, Any]]:
     """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
 
-    `made` knows the features that this thread has made or prepared and that no forward has met yet. Raises
+    `made` knows the features that this thread has made or prepared and that no forward has met yet, and
+    `generation` is the `generate` that this model is in. Raises
     NotImplementedError for static caches, masks that are already 4-D and chunked prefill, ValueError for
     images without placeholders.
     """
     arguments = keywords(host.core, args, kwargs)
     cache = cache_given(host.core, arguments)
-    call = Call(host, cache=cache, state=state_of(cache))
+    call = Call(host, cache=cache, state=state_of(cache), generation=generation)
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = any(name.startswith("pixel_values") and value is not None for name, value in arguments.items())
     if outputs and made.are_prepared(outputs):
@@ -137,7 +142,7 @@ def begin(
         )
     call.mask = mask
     if outputs or pixels:
-        call.records = made.records_of(outputs)
+        call.records = made.records_of(outputs, generating=generation is not None)
         _begin_prefill(host, call, arguments, outputs)
     if call.state is not None:
         _correct(call, arguments)
@@ -147,6 +152,11 @@ def begin(
 def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, Any]) -> None:
     if call.cache is not None:
         check_kind(call.cache)
+        if host.family.bidirectional and call.cache.get_seq_length():
+            raise NotImplementedError(
+                f"{host.name} attends in both directions within a picture, which reducers follow from an "
+                "empty cache only; give the whole conversation with all its pictures"
+            )
     call.ids = arguments.get("input_ids")
     if call.ids is None:
         call.ids = _ids_of(host, arguments["inputs_embeds"])
@@ -184,7 +194,8 @@ def _correct(call: Call, arguments: dict[str, Any]) -> None:
         if mask is None:
             since = torch.arange(new, device=tokens.device)[None] + (logical - state.length)
         else:
-            since = (mask[:, state.length :].long().cumsum(1) - 1).clamp_min(0)[:, -new:]
+            read = mask[:, state.length : logical + new].long()
+            since = (read.cumsum(1) - 1).clamp_min(0)[:, -new:]
         positions = state.next.to(since.device)[:, None] + since
         if state.planes:
             positions = positions.expand(state.planes, batch, new)
@@ -212,7 +223,9 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
                 f"through get_{modality}_features while the reducer was attached, so nothing could be "
                 "dropped; attach again, or give the features as mm_encoder_outputs"
             )
-    real = torch.ones_like(call.ids, dtype=torch.bool) if call.mask is None else call.mask[:, -length:].bool()
+    real = torch.ones_like(call.ids, dtype=torch.bool)
+    if call.mask is not None:
+        real = call.mask[:, call.length : call.length + length].bool()
     prompts = None if call.generation is None else call.generation.prompts
     call.prompt = find_spans(host, call.ids, real, records, prompts)
     index = torch.arange(length, device=real.device).expand(real.shape[0], -1)
@@ -229,9 +242,10 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
         span.places = span.places.to(real.device)
 
 
-def finish(call: Call, cache: Cache, compact: bool, lease: Lease) -> None:
+def finish(call: Call, cache: Cache, compact: bool, lease: Lease, evicting: bool) -> None:
     """Write into the cache what its layers hold after a prefill that dropped tokens, for as long as the
-    session's `lease` runs."""
+    session's `lease` runs. When `evicting`, tokens of the prompt cannot be taken back: read again, they would
+    see what is left."""
     state, length = call.state, call.length + call.full
     columns, ragged, gap, removed = [], [], [], []
     shared: dict[tuple[int, int], tuple[Tensor, bool]] = {}
@@ -257,7 +271,7 @@ def finish(call: Call, cache: Cache, compact: bool, lease: Lease) -> None:
         positions = positions[-3:].amax(0)  # a fourth plane, in front, counts text
     valid = call.entering.valid.to(positions.device)
     last = positions.expand(valid.shape).masked_fill(~valid, -1).amax(1)
-    text = (call.start.valid & (call.prompt.image < 0)).all(0)
+    text = (call.answered if evicting else call.start.valid & (call.prompt.image < 0)).all(0)
     tail = int(text.flip(0).long().cumprod(0).sum())
     fresh = CacheState(length, columns, ragged, removed, gap, last + 1, planes, compact, tail, lease)
     for i in () if state is None else state.numbers:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, past_columns
-from .hosts.versions import has_window, holds_keys, replace_entries
+from .hosts.versions import holds_keys, replace_entries
 from .layout import Layout, compact
 from .reducer import CacheReducer, Stage, count_of
 
@@ -17,6 +17,8 @@ def choose_evicted(call: Call, reducer: CacheReducer, i: int, keys: Tensor, valu
     layout, size = call.layouts[i], keys.shape[2]
     first = size - layout.valid.shape[1]  # column of the call's first token
     image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
+    ends = ((layout.index == call.last[:, None]) & layout.valid).long().argmax(1)  # of the prompts
+    window = call.host.window(i) if call.host.layer_type(i) == "sliding_attention" else None
     gone = torch.zeros(len(keys), size, dtype=torch.bool, device=image.device)
     for number, span in enumerate(call.prompt.spans):
         places = (image[span.row] == number).nonzero().squeeze(1)
@@ -24,6 +26,8 @@ def choose_evicted(call: Call, reducer: CacheReducer, i: int, keys: Tensor, valu
             continue
         budget = call.budgets[Stage.CACHE][number]
         count = len(places) if budget is None else count_of(budget, len(places))
+        if window is not None:  # what the first token of the answer will not see is not counted
+            places = places[places > ends[span.row] + 1 - window]
         columns = places + first
         columns = columns[columns >= 0]
         if count >= len(columns):
@@ -65,7 +69,7 @@ def evict(call: Call, reducer: CacheReducer) -> None:
     write the remaining ones into the cache's state."""
     state, cache = call.cache.reduction, call.cache
     shared: dict[tuple[tuple[int, ...], int], Tensor] = {}
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.layers[: len(call.layouts)]):
         if not holds_keys(cache, i) or not layer.is_initialized:
             continue
         size, layout = layer.keys.shape[2], call.layouts[i]
@@ -92,6 +96,6 @@ def evict(call: Call, reducer: CacheReducer) -> None:
         places = index + (total - size) - call.entries[i]  # among the tokens of this call
         call.held[i] = Layout(layout.index.gather(1, places.clamp_min(0)), valid & (places >= 0), ragged)
         state.gap[i] = state.length - index.shape[1]
-        if has_window(cache, i):
+        if call.host.layer_type(i) == "sliding_attention":
             state.read[i] = int(numbers[0, -1]) + 1
             state.numbers[i] = numbers[:, -size:].gather(1, index)

@@ -61,13 +61,15 @@ class MadeFeatures(threading.local):
             return record.reduced
         if modality in self._waiting:  # these were just made
             return False
-        first = _ends(output)[0]
-        return any(_holds(known, first) for reference in self._prepared if (known := reference()) is not None)
+        return any(
+            _contains(known, output) for reference in self._prepared if (known := reference()) is not None
+        )
 
-    def records_of(self, outputs: dict[str, Any]) -> dict[str, Record]:
+    def records_of(self, outputs: dict[str, Any], generating: bool) -> dict[str, Record]:
         """The records of features that reach a forward; features of the caller have none.
 
-        Raises NotImplementedError for pieces of features that were just made, as a chunked prefill gives.
+        Raises NotImplementedError, while `generating`, for pieces of features that were just made, as a
+        chunked prefill gives.
         """
         waiting, records = self._waiting, {}
         if outputs:  # a chunk of text alone leaves them waiting
@@ -75,19 +77,19 @@ class MadeFeatures(threading.local):
         for modality, output in outputs.items():
             record, known = record_of(output), waiting.get(modality)
             if record is None and known is not None:
-                record = _matched(known, output)
+                record = _matched(known, output, generating)
             if record is not None:
                 records[modality] = record
         return records
 
 
-def _matched(known: _Waiting, output: Any) -> Record | None:
+def _matched(known: _Waiting, output: Any, generating: bool) -> Record | None:
     lengths, ends = _lengths(output), _ends(output)
     repeats = max(1, len(lengths) // len(known.lengths))  # once per beam
     whole = Counter(lengths) == Counter(known.lengths * repeats)
     if whole and _equal(ends[0], known.ends[0]) and _equal(ends[1], known.ends[1]):
         return known.record
-    if sum(lengths) < sum(known.lengths):
+    if generating and sum(lengths) < sum(known.lengths):
         raise NotImplementedError(
             f"this prefill is cut into chunks (prefill_chunk_size): {sum(lengths)} of {sum(known.lengths)} "
             "visual tokens came, so a reducer would see pieces of an image; leave prefill_chunk_size unset, "
@@ -109,9 +111,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b.to(a))
 
 
-def _holds(output: Any, vector: Tensor) -> bool:
-    """Whether `vector` [D] is one of the features [n, D] of an output."""
-    return any(
-        item.shape[-1:] == vector.shape and bool((item == vector.to(item)).all(-1).any())
-        for item in output.pooler_output
-    )
+def _contains(whole: Any, piece: Any) -> bool:
+    """Whether the features [n, D] of an output are a stretch of those of another."""
+    known, given = (torch.cat([x.flatten(0, -2) for x in output.pooler_output]) for output in (whole, piece))
+    count = len(given)
+    if not 0 < count <= len(known) or known.shape[1] != given.shape[1]:
+        return False
+    given = given.to(known)
+    starts = (known[: len(known) - count + 1] == given[0]).all(-1).nonzero().flatten().tolist()
+    return any(torch.equal(known[start : start + count], given) for start in starts)

@@ -11,7 +11,15 @@ from .attention import Probe, Seen, attention_rows, mask_rows, probing
 from .cache import extended
 from .call import Call, current, past_columns
 from .hosts.families import Host
-from .hosts.versions import at_tokens, check_checkpointing, keywords, without_cache, writes_cache
+from .hosts.versions import (
+    at_tokens,
+    check_checkpointing,
+    keywords,
+    release,
+    takes,
+    without_cache,
+    writes_cache,
+)
 from .layout import Layout, compact, gather
 from .masks import build, check, shrunk, slide, windowed
 from .reducer import LayerReducer, LayerTokens, Stage, count_of
@@ -190,7 +198,12 @@ class LayerCuts:
             if call is None or not (call.prefill or call.state is not None):
                 return None
             kwargs = keywords(module, args, kwargs)
-            hidden = kwargs.pop("hidden_states")
+            hidden = kwargs.pop("hidden_states", None)
+            if hidden is None:
+                raise TypeError(
+                    f"layer {i} of {self.host.name} takes no hidden_states any more: its forward was "
+                    "replaced while a reducer is attached; replace it first, then attach"
+                )
             if not call.prefill:
                 changed = self._continue(call, i, hidden, kwargs)
                 return None if changed is None else ((hidden,), changed)
@@ -319,8 +332,19 @@ class LayerCuts:
                     changed[name] = call.derived[key][1]
         if renumbered:
             positions, embeddings = self._renumbered(call, i, hidden, shifted)
-            changed |= {"position_embeddings": embeddings, "position_ids": positions}
+            changed |= self._placed(i, embeddings, positions)
         return changed
+
+    def _placed(self, i: int, embeddings: Any, positions: Tensor) -> dict[str, Any]:
+        """The arguments that give layer i new positions. Raises TypeError when it takes none by name."""
+        given = {"position_embeddings": embeddings, "position_ids": positions}
+        known = {name: value for name, value in given.items() if takes(self.host.layers[i], name)}
+        if not known:
+            raise TypeError(
+                f"layer {i} of {self.host.name} takes neither position_embeddings nor position_ids by name "
+                f"({release()}), so its tokens cannot be renumbered; attach with positions='keep'"
+            )
+        return known
 
     def _numbered(self, call: Call) -> tuple[Tensor, Tensor]:
         """Position ids [B, L'] that entered the language model, and the first real one of each row [B, 1]."""
@@ -390,7 +414,7 @@ class LayerCuts:
                 positions = call.positions.to(hidden.device) - state.removed[i].to(hidden.device)[:, None]
                 call.derived[key] = (positions, self.host.rotary(i, hidden, positions))
             positions, embeddings = call.derived[key]
-            changed = {**(changed or kwargs), "position_embeddings": embeddings, "position_ids": positions}
+            changed = {**(changed or kwargs), **self._placed(i, embeddings, positions)}
         return changed
 
     def _later_mask(self, call: Call, i: int, hidden: Tensor) -> Tensor | None:

@@ -131,6 +131,11 @@ def _row_spans(
     first: int,
     grids: list[Grid | None],
 ) -> list[Span]:
+    if first + len(lengths) > len(grids):
+        raise ValueError(
+            f"{host.name} repeats its features item by item, so prompts of several pictures cannot be told "
+            "apart; generate one sequence per prompt"
+        )
     starts = [0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()]
     segment = host.family.segment
     if segment == "items":

@@ -4,7 +4,8 @@ Reducers that rank by the last row must rank by the last token of the prompt: wh
 when the same answer is generated token by token.
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .hosts.versions import cache_in
 
 PromptLength = int | Sequence[int] | Tensor | None
 
@@ -38,10 +41,30 @@ def generating(model: nn.Module, shape: tuple[int, int] | None) -> Iterator[None
         GENERATION.reset(token)
 
 
-def shape_of_prompts(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """The shape [B, L] of the prompts that `generate` is called with, as ids or as embeddings [B, L, D]."""
+def shape_of_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The shape [B, L] of the prompts that `generate` is called with, what its cache has read included."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    return next((tuple(x.shape[:2]) for x in given if isinstance(x, Tensor) and x.ndim > 1), None)
+    shape = next((tuple(x.shape[:2]) for x in given if isinstance(x, Tensor) and x.ndim > 1), None)
+    cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+    read = 0 if cache is None else cache.get_seq_length()
+    if shape is None or not read:
+        return shape
+    if isinstance(mask, Tensor):  # over all that was read, also where only new tokens are given
+        return shape[0], max(shape[1], mask.shape[1])
+    return shape[0], shape[1] if shape[1] > read else read + shape[1]
+
+
+def generation_on_stack(model: nn.Module) -> Generation | None:
+    """The stock `generate` of `model` that the caller runs in, where it was not called through the session:
+    by a method taken before, or through the class."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_locals if frame.f_code.co_name == "generate" else {}
+        if names.get("self") is model and "kwargs" in names:
+            shape = shape_of_prompts([names.get("inputs")], names["kwargs"])
+            return None if shape is None else Generation(model, shape[1], shape[0])
+        frame = frame.f_back
+    return None
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import report
 from .attention import change_masks, watch, watched
 from .boundary import budget_of, choose, enter, shorten, view
-from .cache import Lease
+from .cache import Lease, state_of
 from .call import CURRENT, Call, begin, current, finish
 from .earlier import EarlierCalls
 from .eviction import evict, hide_from_answers
@@ -37,7 +39,7 @@ from .hosts.versions import (
 )
 from .layers import LayerCuts
 from .layout import Span, flat
-from .prompt_end import GENERATION, Hints, PromptLength, generating, shape_of_prompts
+from .prompt_end import GENERATION, Hints, PromptLength, generating, generation_on_stack, shape_of_prompts
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
 from .report import Report
@@ -151,7 +153,10 @@ class Session:
     @prompt_length.setter
     def prompt_length(self, length: PromptLength) -> None:
         if length is not None:
-            counts = torch.as_tensor(length).reshape(-1)
+            try:
+                counts = torch.as_tensor(length).reshape(-1)
+            except (TypeError, ValueError, RuntimeError):
+                counts = torch.empty(0)
             if (
                 counts.is_floating_point()
                 or counts.dtype == torch.bool
@@ -201,7 +206,11 @@ class Session:
         """Which tokens of each image of the last prompt reached a layer (the last one unless told), or stayed
         in its cache, and the part of the picture that each shows. Raises RuntimeError before a prompt with
         images."""
-        return explain(self._call(), layer, cache)
+        call = self._call()
+        count = len(call.layouts)
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
+            raise ValueError(f"layer is {layer!r}; the model has layers 0 to {count - 1} (-1 is the last)")
+        return explain(call, layer, cache)
 
     def overlay(self, image: Any, *, index: int = 0, layer: int = -1) -> Any:
         """The picture with the patches of kept tokens lit and the others dimmed, as a PIL image.
@@ -278,6 +287,12 @@ class Session:
         if layer is not None or cache is not None:
             self._cuts = LayerCuts(host, layer, self._compact(layer), self._note, cache is not None)
         core, lm, undo = host.core, host.lm, self._undo
+        ranked = [r for r in (layer, cache) if r is not None and (r is cache or r.rows is not None)]
+        if ranked and self.model is core and not hasattr(core, "generate"):
+            raise TypeError(
+                f"{type(ranked[0]).__name__} must know where the prompt ends, which a call of the whole "
+                f"model says and one of its {type(core).__name__} does not; attach to the whole model"
+            )
         if self.model is not core:
             undo.pre_hook(self.model, self._model_before)
             undo.hook(self.model, self._model_after, always=True)
@@ -380,7 +395,10 @@ class Session:
 
     def _model_before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = keywords(model, args, kwargs)
-        self._hints.of_call = Hints(arguments.get("labels"), arguments.get("logits_to_keep", 0))
+        labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
+        if labels is None and shifted is not None:
+            labels = F.pad(shifted, (1, 0), value=-100)[:, :-1]
+        self._hints.of_call = Hints(labels, arguments.get("logits_to_keep", 0))
 
     def _model_after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._hints.of_call = None
@@ -392,13 +410,13 @@ class Session:
         if stale is not None:  # an interrupt has left it behind
             self._leave(stale)
         hints, self._hints.of_call = getattr(self._hints, "of_call", None), None
-        call, arguments = begin(self.host, args, kwargs, self._made_features)
+        generation = GENERATION.get()
+        if generation is None or generation.model is not self.model:
+            generation = generation_on_stack(self.model)
+        call, arguments = begin(self.host, args, kwargs, self._made_features, generation)
         self._hints.passed_by = not call.prefill
         if not call.prefill and call.state is None:
             return None
-        generation = GENERATION.get()
-        if generation is not None and generation.model is self.model:
-            call.generation = generation
         call.hints, call.prompt_length = hints or Hints(), self._prompt_length
         call.outer, call.outer_probes = CURRENT.get(), watch(None)  # another model's, if this runs inside it
         CURRENT.set(call)
@@ -416,9 +434,14 @@ class Session:
 
     def _lm_before(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = current(self.host)
-        if call is None:
-            return None
         kwargs = keywords(lm, args, kwargs)
+        if call is None:
+            if state_of(cache_in(kwargs)) is not None and not self._earlier.include_this_one():
+                raise RuntimeError(
+                    f"the language model of {self.host.name} was called on its own with a cache that a "
+                    "reducer has shortened, whose masks and positions the model corrects; call the model"
+                )
+            return None
         enter(self.host, call, kwargs)
         if call.prefill:
             kwargs = self._reduce(call, kwargs)
@@ -432,8 +455,20 @@ class Session:
             call.check_prompt_end(type(layer).__name__)
         if self._cuts is not None:
             watch(self._cuts.probes(call))
+        if eviction is not None and call.unsettled is not None:
+            warnings.warn(
+                f"{type(eviction).__name__} evicts once the prompt has been read, and labels that reach back "
+                "to an image do not say where that is: it has no effect here. Set labels of prompt "
+                "tokens to -100, or session.prompt_length",
+                stacklevel=2,
+            )
         if eviction is None or not bool(call.answered.any()):
             return
+        if torch.is_grad_enabled() and recomputes(self.host.lm):
+            raise NotImplementedError(
+                f"{type(eviction).__name__} hides what it evicts from answers in this forward, and gradient "
+                "checkpointing would compute them again without that; turn gradient checkpointing off"
+            )
         if self.host.kernel not in ("sdpa", "eager"):
             raise NotImplementedError(
                 f"{type(eviction).__name__} must hide what it evicts from the answers in this forward, and "
@@ -509,6 +544,11 @@ class Session:
         cache, kept = cache_in(output), wants_cache(lm, keywords(lm, args, kwargs))
         if kept and recomputes(lm):
             kept = entries(cache, 0) > call.entries[0]
+        if call.prefill and len(call.layouts) != len(self.host.layers):
+            raise RuntimeError(
+                f"{len(call.layouts)} of the {len(self.host.layers)} layers of {self.host.name} ran, so the "
+                "reducer's plan does not hold; set num_hidden_layers before attaching"
+            )
         if kept:
             planned = [layout.valid.shape[1] for layout in call.layouts] or [call.full] * len(call.entries)
             check_growth(self.host.name, self.host.attentions, cache, call.entries, planned)
@@ -523,7 +563,7 @@ class Session:
         eviction = self._stages.get(Stage.CACHE)
         if kept and (dropped or call.state is not None or eviction is not None):
             features = self._stages.get(Stage.FEATURES)
-            finish(call, cache, self._compact(features), self._lease)
+            finish(call, cache, self._compact(features), self._lease, eviction is not None)
             if eviction is not None:
                 evict(call, eviction)
         if call.layouts[-1] is not call.start:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,13 +196,15 @@ def test_arguments_per_token_are_gathered_by_shape(shape):
 
 def test_what_is_not_per_token_stays_or_is_refused_by_name():
     index = torch.tensor([[0, 3], [1, 2]])
-    for value in (None, 3, "x", torch.ones(4, 5), torch.ones(7)):
+    for value in (None, 3, "x", torch.ones(4, 5)):
         assert at_tokens("x", value, index, 7) is value
-    for shape in ((7, 4), (2, 3, 7), (2, 1, 7, 7), (5, 3, 7)):
+    for shape in ((7,), (7, 4), (2, 3, 7), (2, 1, 7, 7), (5, 3, 7), (2, 1, 7, 4), (2, 2, 7, 4)):
         with pytest.raises(TypeError, match=r"argument router has the shape .* on 7 tokens"):
             at_tokens("router", torch.ones(shape), index, 7)
-    with pytest.raises(TypeError, match="argument places"):
-        at_tokens("places", torch.arange(7), index, 7)
+    with pytest.raises(TypeError, match="argument places is a SimpleNamespace"):
+        at_tokens("places", SimpleNamespace(x=torch.ones(2, 7)), index, 7)
+    pair = namedtuple("Pair", "cos sin")(torch.ones(1, 7, 3), torch.ones(1, 7, 3))
+    assert at_tokens("rotary", pair, index, 7).sin.shape == (2, 2, 3)
 
 
 def test_hooks_read_only_arguments_that_are_checked():
@@ -209,6 +212,7 @@ def test_hooks_read_only_arguments_that_are_checked():
     optional = {  # None where a model has no such thing
         "use_cache",
         "labels",
+        "shift_labels",
         "logits_to_keep",
         "mm_encoder_outputs",
         "visual_pos_masks",

@@ -285,7 +285,9 @@ def resolve(model: nn.Module) -> Host:
     if not isinstance(tower, nn.Module) or tower is core:
         raise TypeError(f"reducers cannot attach to {name}: it has no vision tower")
     parts = {"core": core, "language model": lm}
-    for layer in {type(layer): layer for layer in lm.layers}.values():
+    kinds = {type(layer): layer for layer in lm.layers}
+    replaced = [layer for layer in lm.layers if "forward" in vars(layer)]
+    for layer in [*kinds.values(), *replaced]:
         check_parts(name, {**parts, "decoder layer": layer, "attention": layer.self_attn})
     ids = {
         modality: int(token)

@@ -8,6 +8,7 @@ know. What a signature cannot show is compared with the facts while the model ru
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -292,21 +293,32 @@ def at_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
     for a tensor that has a dimension of length L elsewhere.
     """
     if isinstance(value, tuple | list):
-        return type(value)(at_tokens(name, part, index, length) for part in value)
+        parts = [at_tokens(name, part, index, length) for part in value]
+        return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
     if isinstance(value, dict):
-        return {key: at_tokens(f"{name}[{key!r}]", part, index, length) for key, part in value.items()}
-    if not isinstance(value, Tensor) or length not in value.shape:
+        changed = copy(value)  # outputs of transformers are dictionaries, too
+        for key, part in value.items():
+            changed[key] = at_tokens(f"{name}[{key!r}]", part, index, length)
+        return changed
+    if not isinstance(value, Tensor):
+        inside = [] if isinstance(value, Cache | nn.Module) else getattr(value, "__dict__", {}).values()
+        if any(isinstance(part, Tensor) and length in part.shape for part in inside):
+            raise TypeError(
+                f"the argument {name} is a {type(value).__name__} that holds tensors of {length} tokens; a "
+                f"reducer cannot shorten it ({release()})"
+            )
+        return value
+    if length not in value.shape:
         return value
     shape, batch = value.shape, len(index)
     square = value.ndim > 3 and shape[-1] == shape[-2] == length  # a mask, whose columns would stay
+    planes = value.ndim > 2 and shape[1] in (1, batch) and shape[2] == length and not square
+    heads = planes and value.ndim > 3 and batch > 1 and shape[0] == batch  # or planes: nobody can tell
     if value.ndim > 1 and shape[0] in (1, batch) and shape[1] == length and not square:
         rows = index.to(value.device)
         return value.expand(batch, *shape[1:])[torch.arange(batch, device=rows.device)[:, None], rows]
-    if value.ndim > 2 and shape[1] in (1, batch) and shape[2] == length and not square:
-        planes = [at_tokens(name, plane, index, length) for plane in value]
-        return torch.stack(planes)
-    if value.ndim == 1 and value.is_floating_point():
-        return value  # a parameter that happens to be as long
+    if planes and not heads:
+        return torch.stack([at_tokens(name, plane, index, length) for plane in value])
     raise TypeError(
         f"the argument {name} has the shape {tuple(shape)} on {length} tokens, and which of its entries "
         f"belong to which token is not known; a reducer cannot shorten it ({release()})"

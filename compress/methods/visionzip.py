@@ -1,5 +1,6 @@
 """VisionZip: the tokens that the class token looks at, and the others merged into a few."""
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,14 +49,20 @@ class VisionZip(FeatureReducer):
         return self.layer
 
     def retained_count(self, grid: Grid | int, budget: float | int | None) -> int:
-        """Equally many tokens of every tile, at most the budget; without one `dominant` and `contextual`
-        of each."""
+        """Equally many tokens of every tile, at least one and otherwise at most the budget; without a budget
+        `dominant` and `contextual` of each."""
         if keeps_everything(budget):
             return token_count(grid)
         tokens, tiles, each = grid, 1, grid
         if isinstance(grid, Grid):
             tokens, tiles, each = grid.num_tokens, grid.num_tiles, grid.tokens_per_tile
         total = (self.dominant + self.contextual) * tiles if budget is None else count_of(budget, tokens)
+        if total < tiles:
+            warnings.warn(
+                f"VisionZip keeps at least one token of each of an image's {tiles} tiles, which is more than "
+                f"the budget of {total}",
+                stacklevel=2,
+            )
         return tiles * max(1, min(total // tiles, tokens // tiles, each))
 
     def scores(self, image: Image) -> Tensor:
