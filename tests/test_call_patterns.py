@@ -123,7 +123,9 @@ def test_eviction_under_narrow_windows_is_the_same_in_every_way_of_running(text,
     settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": placeholders(model)}
     with compress.attach(model, KeyNorm(), keep=2):
         expected = model.generate(**inputs, **settings)
-        ways = [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}]
+        ways = [{"use_cache": False}]
+        if not BEFORE_5_18:  # there a rolled back window is noticed, and raises
+            ways.append({"prompt_lookup_num_tokens": 3})
         ways.append(going_on(model, hf.DynamicCache()))  # without a configuration: no windows of its own
         for way in ways:
             assert torch.equal(model.generate(**inputs, **settings, **way), expected), way
@@ -144,6 +146,7 @@ def test_rows_of_a_shortened_cache_may_change_places():
         torch.testing.assert_close(swapped.logits.flip(0), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(BEFORE_5_18, reason="stock dynamic caches keep their length when they are reset")
 @everyone
 def test_a_cache_that_was_reset_starts_anew(llava, reducer):
     model, inputs, _ = llava
