@@ -59,12 +59,15 @@ def attach(
     """Have a stock model spend fewer visual tokens, until `detach` (or the end of a `with` block).
 
     `model` is a transformers VLM; a timm VisionTransformer or a CLIP or SigLIP tower takes merging reducers.
-    `reducer` is a name (`list_reducers()`), an instance, or a list of these, at most one a stage. `keep` is
-    the budget of every method: a fraction in (0, 1] of an image's tokens, a count of tokens an image, or a
+    `reducer` is a name (`list_reducers()`), an instance, or a list of these, at most one per stage. `keep` is
+    the budget of every method: a fraction in (0, 1] of an image's tokens, a count of tokens per image, or a
     function of the image that returns either; without it each method uses its own. `positions`: kept tokens
     "keep" their position ids, are renumbered ("compact"), or as the paper of each method does ("paper").
 
     Weights and sources of the model stay as they are, and after `detach` its outputs are bit-identical.
+    Logits and the last hidden state come back at the length of the whole prompt, with zeros for dropped
+    tokens; `hidden_states` and `attentions` of single layers hold the tokens that are left there. Calls that
+    began in other threads before this one go on without the reducer.
     Raises TypeError for models that cannot host a reducer and ValueError for a model with a session already.
     """
     if positions not in ("keep", "compact", "paper"):
