@@ -40,7 +40,9 @@ Lpips = Annotated[
 Clip = Annotated[str, typer.Option("--clip-weights", help="File, or a cached pretrained tag of open_clip.")]
 ClipModel = Annotated[str, typer.Option("--clip-model", help="open_clip's name.")]
 Subset = Annotated[int, typer.Option("--kid-subset-size", min=2, help="Images in each of KID's subsets.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of intervals, KID, Inception score and noise.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of intervals, KID, Inception score and noise.")
+]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
 Workers = Annotated[
     int | None,

@@ -291,7 +291,7 @@ class _Curves:
             tokenizer=", ".join(names),
             data={"source": self.dataset.source, "kind": self.dataset.kind, "images": len(self.dataset)},
             metrics=metrics,
-            warnings=warn_of_few(points[0].metrics, len(kept)),
+            warnings=[*warn_of_few(points[0].metrics, len(kept)), *self._lengths_left_out()],
             bad_images=state.unreadable(),
             left_out=self.dataset.left_out_summary(),
             duplicates=state.duplicates(self.dataset.names),
@@ -300,6 +300,15 @@ class _Curves:
             points=points,
         )
         return Result(record, lambda: self._pictures(kept.tolist(), record), state)
+
+    def _lengths_left_out(self) -> list[str]:
+        """One line per tokenizer that has fewer tokens than lengths that were asked for."""
+        sweeps = [sweep for sweep in self.sweeps if isinstance(sweep, TokenizerSweep) and sweep.too_long]
+        return [
+            f"{sweep.name} has {sweep.model.num_tokens} tokens: without --lengths "
+            f"{', '.join(map(str, sweep.too_long))}"
+            for sweep in sweeps
+        ]
 
     def _protocol(self) -> dict[str, Any]:
         config = self.config

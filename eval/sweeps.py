@@ -43,6 +43,7 @@ class TokenizerSweep:
         except ValueError:
             self.own = self.model.image_size
         self.resized = self.own != self.size
+        self.too_long: list[int] = []  # lengths that were asked for, beyond those of the tokenizer
 
     def choose(self, images: Tensor) -> list[float]:
         """Decide on lengths with the first images [B, 3, S, S]; bytes per image of each."""
@@ -54,6 +55,7 @@ class TokenizerSweep:
         elif self.model.ordered:
             lengths = self.lengths or [*_powers_below(full), full]
             kept = sorted({length for length in lengths if length <= full})
+            self.too_long = sorted({length for length in lengths if length > full})
             if not kept:
                 told = ", ".join(map(str, lengths))
                 raise ValueError(f"{self.name} has 1 to {full} tokens; --lengths {told} is beyond them all")

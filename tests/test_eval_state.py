@@ -289,6 +289,15 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(folder, tmp_
     assert command(1 << 30, *arguments).returncode == 0 and (out / "reconstruction.json").is_file()
 
 
+def test_workers_that_cannot_hand_a_batch_over_are_one_sentence(folder, tmp_path):
+    """Shared memory is full too: torch would print a traceback and wait for the batch for ever."""
+    arguments = ["recon", "--tokenizer", "vistok-mini", "--data", str(folder), "--metrics", "psnr"]
+    full = command(8192, *arguments, "--out", str(tmp_path / "out"), "--workers", "1", "--no-html")
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("vistok: ")]
+    assert "a process that reads pictures ended" in line and "/dev/shm" in line
+
+
 @pytest.mark.parametrize(
     ("command_name", "name"),
     [("recon", "reconstruction.json"), ("tokens", "rate_distortion.png"), ("fid", "fid.json"), ("speed", "")],

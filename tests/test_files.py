@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,12 @@ def test_names_of_any_length_and_letters_are_written(tmp_path, name):
 def test_names_that_cannot_be_are_refused_in_one_sentence(tmp_path, name):
     with pytest.raises(OSError, match="; name another"):
         check_target(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux only")
+def test_an_error_of_the_folder_names_the_target_and_no_temporary_file():
+    with pytest.raises(OSError, match=r"^/proc/a\.json cannot be written|folder /proc is not writable"):
+        write(Path("/proc/a.json"))
 
 
 @pytest.fixture

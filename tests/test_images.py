@@ -597,3 +597,11 @@ def test_tensors_on_a_gpu_stay_there_and_come_out_the_same(dtype):
     assert found.device.type == "cuda"
     assert torch.allclose(found.cpu(), to_tensor(images, 16), atol=1e-6)
     assert pixels(to_pil(found)[0]) == pixels(to_pil(found.cpu())[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"abc"])
+def test_bytes_of_no_format_are_refused_without_an_address_in_memory(content):
+    with pytest.raises(
+        ValueError, match=f"the image of {len(content)} bytes .*: no format that Pillow opens$"
+    ):
+        to_tensor(content, 8)

@@ -65,10 +65,10 @@ def test_every_prefix_of_an_ordered_tokenizer_is_a_point(folder, tmp_path):
 
 
 def test_lengths_that_were_asked_for(folder, tmp_path):
-    assert [p.setting for p in points(folder, tmp_path / "out", lengths=(3, 1, 3, 99))] == [
-        "1 token",
-        "3 tokens",
-    ]
+    model, options = shared("mini"), {"baselines": (), "metrics": PLAIN, "lengths": (3, 1, 3, 99)}
+    record = measure(folder, tmp_path / "out", model, **options).record
+    assert [point.setting for point in record.points] == ["1 token", "3 tokens"]
+    assert "mini has 6 tokens: without --lengths 99" in record.warnings
 
 
 def test_adaptive_tokenizers_have_a_point_for_each_target_and_fixed_ones_one(folder, tmp_path):

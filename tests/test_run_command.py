@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vistok import Tokens
 from vistok.console import safe_text
 
 PHOTO = Path(str(files("vistok.assets"))) / "chelsea.jpg"
@@ -78,6 +80,7 @@ def test_any_file_name_goes_through_every_command(tmp_path):
         (["enkode"], "No such command 'enkode'"),
         (["encode", "a.png"], "Missing option"),
         (["reconstruct", "a.png", "--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["eval", "fid", "a", "b", "--seed", "-5"], "Invalid value for '--seed'"),
     ],
 )
 def test_a_usage_error_is_one_line_and_status_2(arguments, message):
@@ -198,6 +201,20 @@ def test_a_closed_pipe_is_quiet(arguments):
     err = process.stderr.read()
     process.wait(timeout=60)
     assert err == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["encode", PHOTO, "-o", "a.vtok"], 0), (["info", "x"], 1)]
+)
+def test_closed_streams_change_no_result(tmp_path, closed, arguments, status):
+    line = f"{shlex.join(map(str, [*VISTOK, *arguments]))} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == status and "Traceback" not in done.stderr
+    if status == 0:
+        assert len(Tokens.load(tmp_path / "a.vtok")) == 1 and done.stderr == ""
 
 
 def test_a_full_disk_behind_a_redirection_is_one_line():

@@ -235,6 +235,8 @@ BAD_IMAGES = {
     "normalised": (torch.full((1, 3, SIDE, SIDE), -1.0), ["[-1, -1]", "mean/std"]),
     "8-bit range": (torch.full((1, 3, SIDE, SIDE), 255.0), ["255", "divide"]),
     "array": (torch.zeros(1, 3, SIDE, SIDE).numpy(), ["ndarray", "to_tensor"]),
+    "without values": (torch.zeros(1, 3, SIDE, SIDE, device="meta"), ["meta device", "to_tensor"]),
+    "sparse": (torch.zeros(1, 3, SIDE, SIDE).to_sparse(), ["sparse", "to_tensor"]),
 }
 
 

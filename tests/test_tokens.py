@@ -511,6 +511,8 @@ def test_latents_of_two_dtypes_are_not_joined_and_nothing_is_not_a_batch():
         Tokens.cat([latents, latents.to(torch.float16)])
     with pytest.raises(ValueError, match="at least one"):
         Tokens.cat([])
+    with pytest.raises(TypeError, match="joins Tokens; a Tensor was given"):
+        Tokens.cat([latents, torch.zeros(1, 2)])
 
 
 # Equality, representation, conversion -----------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path):
     os.kill(worker, signal.SIGKILL)
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 1 and "Traceback" not in errors
-    assert "was ended from outside" in errors and "start again to continue" in errors
+    assert "ended before its work was done" in errors and "start again to continue" in errors
 
 
 def test_pictures_that_none_can_be_read_are_one_sentence(tmp_path):

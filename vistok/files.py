@@ -49,7 +49,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     aside = path.parent / f"{_prefix()}{os.getpid()}-{secrets.token_hex(4)}.tmp"
     _open_names.add(aside.name)
     try:
-        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        _create(aside, path)
         yield aside
         with suppress(FileNotFoundError):
             aside.chmod(stat.S_IMODE(path.stat().st_mode))
@@ -64,6 +64,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         _open_names.discard(aside.name)
+
+
+def _create(aside: Path, path: Path) -> None:
+    try:
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise type(error)(f"{path} cannot be written ({error.strerror}); name another place") from error
 
 
 def check_target(path: str | Path, *, folder: bool = False) -> Path:

@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .color_profiles import to_srgb
@@ -179,7 +179,9 @@ def _decoding(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(_bomb_message(name, str(error))) from error
     except Exception as error:  # On a broken file PIL's decoders raise nearly anything, SyntaxError included.
-        raise ValueError(f"{name} is not an image, or a truncated or broken one: {error}") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no format that Pillow opens" if unknown else error
+        raise ValueError(f"{name} is not an image, or a truncated or broken one: {reason}") from error
 
 
 def _bomb_message(name: str, found: str) -> str:

@@ -51,6 +51,9 @@ def run_command(app: Callable[..., Any], arguments: list[str]) -> int:
     for number, handler in ((signal.SIGINT, stop.interrupt), (signal.SIGTERM, stop.terminate)):
         with contextlib.suppress(ValueError):  # not in the main thread
             previous[number] = signal.signal(number, handler)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: a file opened later must not take its place
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal of few letters shows the others escaped
             stream.reconfigure(errors="backslashreplace")

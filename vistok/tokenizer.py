@@ -229,6 +229,9 @@ class Tokenizer(nn.Module):
             raise ValueError(
                 f"images are {images.dtype}; {self.label} takes floats in [0, 1]: divide by 255, or {fix}"
             )
+        if images.is_meta or images.layout != torch.strided:
+            kind = "have no values (they are on the meta device)" if images.is_meta else "are sparse"
+            raise ValueError(f"images {kind}; {self.label} takes dense tensors in memory: {fix}")
         self.check_image_size(images.shape[2], images.shape[3], fix)
         if images.numel() and not torch.compiler.is_compiling():
             low, high = (float(bound) for bound in images.aminmax())

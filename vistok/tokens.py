@@ -242,9 +242,11 @@ class Tokens:
 
         Where K differs, the shorter are padded and lengths are set. Names stay if all parts have them.
         ValueError for an empty list and for parts that differ in kind, dtype, D or Q, codebook sizes,
-        tokenizer or device.
+        tokenizer or device. TypeError for a part that is not Tokens.
         """
         parts = list(parts)
+        if others := [part for part in parts if not isinstance(part, Tokens)]:
+            raise TypeError(f"Tokens.cat joins Tokens; a {type(others[0]).__name__} was given")
         if not parts:
             raise ValueError("Tokens.cat got no Tokens: it takes at least one")
         expected = {**parts[0]._signature(), "device": parts[0].device}

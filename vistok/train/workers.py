@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.queues import Queue
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,8 +21,14 @@ def worker_started(number: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     # A signal to the whole group: torch would report a killed worker while its parent already ends.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)
     # torch's own watch is for idle workers only, and the server that forks workers lives as long as they do.
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_unsent(error: Exception, batch: Any) -> None:
+    """End a worker that cannot hand a batch over, as when shared memory is full: its parent waits for it."""
+    os._exit(1)
 
 
 def _end_with_parent() -> None:
@@ -96,6 +103,6 @@ def worker_errors() -> Iterator[None]:
 def _ended(reason: str) -> OSError:
     reason = reason.strip().partition("\n")[0].rstrip(". ")
     return OSError(
-        f"a process that reads pictures was ended from outside ({reason}); start again to continue, with "
-        "fewer workers if memory is short"
+        f"a process that reads pictures ended before its work was done ({reason}); start again to "
+        "continue, with fewer workers, or none, if memory or shared memory (/dev/shm) is short"
     )
