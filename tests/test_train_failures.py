@@ -163,6 +163,15 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(output, finished, da
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
 
 
+def test_a_run_killed_while_it_keeps_the_earlier_checkpoint_leaves_no_file_of_it(output, finished):
+    """Then both names are of one file, and renaming one to the other would leave both."""
+    os.replace(output / "checkpoint-previous.pt", output / "checkpoint.pt")
+    os.link(output / "checkpoint.pt", output / "checkpoint-previous.pt")
+    run(output)
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in finished.iterdir())
+    assert state(output / "checkpoint-previous.pt")["step"] == 2 and rows(output) == rows(finished)
+
+
 def test_without_a_whole_checkpoint_one_sentence_has_a_way_on(output):
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         DAMAGES["cut"](output / name)

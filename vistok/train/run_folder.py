@@ -183,6 +183,7 @@ def _keep(path: Path, name: Path) -> None:
     try:
         os.link(path, beside)
         os.replace(beside, name)
+        beside.unlink(missing_ok=True)  # of two names of one file, renaming leaves both
     except OSError:  # file systems without links: for a moment there is only the earlier one
         os.replace(path, name)
 
