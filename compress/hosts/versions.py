@@ -313,7 +313,8 @@ def at_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
     shape, batch = value.shape, len(index)
     square = value.ndim > 3 and shape[-1] == shape[-2] == length  # a mask, whose columns would stay
     planes = value.ndim > 2 and shape[1] in (1, batch) and shape[2] == length and not square
-    heads = planes and value.ndim > 3 and batch > 1 and shape[0] == batch  # or planes: nobody can tell
+    # With as many rows as planes, [B, heads, L, D] looks like planes; rotations have planes and no heads.
+    heads = planes and value.ndim > 3 and shape[0] == batch > 1 and not name.startswith("position_embeddings")
     if value.ndim > 1 and shape[0] in (1, batch) and shape[1] == length and not square:
         rows = index.to(value.device)
         return value.expand(batch, *shape[1:])[torch.arange(batch, device=rows.device)[:, None], rows]
