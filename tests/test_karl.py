@@ -575,3 +575,64 @@ def test_families_stand_in_their_order_whatever_was_imported_first():
     code = "import vistok.models.titok, vistok.registry as r; print(list(r.families()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.index("'karl'") < found.index("'titok'") < found.index("'instella'")
+
+
+# ---- images twice as wide as high --------------------------------------------------------------------------
+
+
+def wide_pictures(count):
+    return torch.cat([pictures(count), pictures(count, seed=1)], 3)
+
+
+def test_wide_images_go_through_the_vae_and_come_back_in_their_size(models):
+    model, images = models("vae-continuous"), wide_pictures(2)
+    tokens = model.encode(images, target=0.05)
+    decoded = model.decode(tokens, size=(SIDE, 2 * SIDE))
+    assert decoded.shape == images.shape and torch.equal(model.reconstruct(images, target=0.05), decoded)
+    alone = model.decode(model.encode(images[1:], target=0.05), size=(SIDE, 2 * SIDE))
+    torch.testing.assert_close(decoded[1:], alone, rtol=1e-4, atol=1e-5)
+    assert model.decode(tokens).shape == (2, 3, SIDE, SIDE)
+
+
+def test_positions_of_a_wide_grid_are_the_nearest_of_the_table(models):
+    """Row i of h takes row i * 64 / h of the table, column j of w column j * 64 / w, in both directions."""
+    model = copy.deepcopy(models("vae-continuous"))
+    table, rows = model.config.max_grid_tokens, SIDE // model.config.patch_size
+    wide = (
+        model.encode(wide_pictures(1), halting=False),
+        model.draw(
+            torch.ones(1, 1, model.config.vq_token_dim),
+            torch.zeros(1, 1, dtype=torch.long),
+            size=(SIDE, 2 * SIDE),
+        ),
+    )
+    down = torch.arange(rows) * table // rows
+    across = torch.arange(2 * rows) * table // (2 * rows)
+    used = torch.zeros(table, table, dtype=torch.bool)
+    used[down[:, None], across] = True
+    for name in ("encoder_positional_embedding", "decoder_positional_embedding"):
+        getattr(model, name).data[:, ~used] = 1e3
+    again = (
+        model.encode(wide_pictures(1), halting=False),
+        model.draw(
+            torch.ones(1, 1, model.config.vq_token_dim),
+            torch.zeros(1, 1, dtype=torch.long),
+            size=(SIDE, 2 * SIDE),
+        ),
+    )
+    assert again[0] == wide[0] and torch.equal(again[1], wide[1])
+    model.encoder_positional_embedding.data[:, down[0], across[1]] += 1
+    assert model.encode(wide_pictures(1), halting=False) != wide[0]
+
+
+def test_other_sizes_are_refused_and_the_vqgan_takes_squares_only(models):
+    vae, vqgan = models("vae-continuous"), models("vqgan-quantized")
+    for model, images in (
+        (vqgan, wide_pictures(1)),
+        (vae, wide_pictures(1).transpose(2, 3)),
+        (vae, wide_pictures(1)[..., : SIDE + SIDE // 2]),
+    ):
+        with pytest.raises(ValueError, match=f"takes {SIDE}×{SIDE}"):
+            model.encode(images)
+        with pytest.raises(ValueError, match=f"takes {SIDE}×{SIDE}.*give another size"):
+            model.decode(model.encode(pictures(1)), size=tuple(images.shape[2:]))

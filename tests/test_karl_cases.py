@@ -128,3 +128,27 @@ def test_a_decoder_alone_is_run_on_recorded_codes(tmp_path):
     assert missed(path) == []
     tensors[f"{prefix}.active"] = 1 - active
     assert set(missed(write(tmp_path, config, state, tensors))) == compared
+
+
+def test_a_wide_image_on_the_vae_is_compared(tmp_path):
+    model, config = filled("karl-vae")
+    recipe = IMAGES.replace(f"(3,{SIDE},{SIDE})", f"(3,{SIDE},{2 * SIDE})")
+    assert recipe != IMAGES
+    inputs = {"images": recipe, "vae_noise": "np.random.RandomState(504).standard_normal((1,8,4,8))"}
+    image = np.random.RandomState(40).uniform(0, 1, (3, SIDE, 2 * SIDE)).astype(np.float32)
+    images = torch.from_numpy(image)[None]
+    noise = torch.from_numpy(np.random.RandomState(504).standard_normal((1, 8, 4, 8)).astype(np.float32))
+    with torch.no_grad():
+        features = model.base.features(images, noise)
+        analysis = model.analyse(images, model.target_bins(0.05, 1), 12, features)
+        active = torch.tensor([[1, 0, 1, 1] * 3], dtype=torch.uint8)
+        places = active[0].nonzero()[:, 0]
+        drawn = model.draw(analysis.values[:, places], places[None], size=(SIDE, 2 * SIDE))
+        recon = model.render(drawn, (SIDE, 2 * SIDE))
+    tensors = {"factorized": analysis.values, "decoder_out": drawn, "recon": recon}
+    tensors |= {"l1": (recon - images).abs().mean((1, 2, 3))}
+    tensors = {f"im0.T12.e0.05.{name}": value for name, value in tensors.items()}
+    recorded = tensors | {"im0.T12.e0.05.active": active}
+    path = write(tmp_path, config, model.state_dict(), recorded, inputs=inputs)
+    rows = {row.name: row.passed for row in verify(path)}
+    assert all(rows[name] for name in tensors)

@@ -113,6 +113,13 @@ class _Run:
             raise self.case.refusal(f"{self.prefix} is of image {self.image}; the recipe has {len(pictures)}")
         return pictures[self.image]
 
+    def _size(self) -> tuple[int, int] | None:
+        """Height and width of the image, None in a case that records no images."""
+        inputs = self.case.data.get("inputs")
+        if not isinstance(inputs, dict) or "images" not in inputs:
+            return None
+        return tuple(self.images().shape[2:])
+
     def outputs(self) -> Outputs:
         """What is recorded of the encoder, then of the decoder on recorded codes."""
         analysis = None
@@ -159,10 +166,11 @@ class _Run:
         # Batches of one image: its active tokens are the whole batch, at their places.
         active = self.recorded("active").bool()[0]
         latents = model.quantizer.join(values, places)[:, active]
-        output = model.draw(*model.quantizer.split(latents))
+        size = self._size()
+        output = model.draw(*model.quantizer.split(latents), size=size)
         yield self.part("decoder_out" if model.config.base == "vae" else "decoder_logits", output)
         if self.has("recon", "l1"):
-            decoded = model.pixels(latents, active.sum()[None])
+            decoded = model.pixels(latents, active.sum()[None], size=size)
             yield self.part("recon", decoded)
             if self.has("l1"):
                 yield self.part("l1", (decoded - self.images()).abs().mean((1, 2, 3)))

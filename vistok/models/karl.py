@@ -36,6 +36,7 @@ from ..quantizers import DiagonalGaussian, Quantized, Quantizer, VectorQuantizer
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput, require_whole
 from ..tokens import Tokens
+from .flextok_sizes import Size, read_size
 from .maskgit_vqgan import ResidualBlock
 from .ranges import require_between, require_depths, require_multiple, require_sizes
 
@@ -551,7 +552,10 @@ class Karl(Tokenizer):
     """KARL on either base tokenizer, with quantized or continuous tokens; see the module.
 
     `encode` offers an image `num_tokens` (256 by default; any up to 512, trained at multiples of 16) and
-    keeps those that `target` needs. The network's estimate is no bound: measure where a guarantee is needed.
+    keeps those that `target` needs. The network's estimate is not a bound: measure where one is needed.
+
+    On the VAE images may also be twice as wide as high, 256×512 as in the original. Tokens do not hold the
+    size; `decode(tokens, size=(256, 512))` takes it.
     """
 
     config_class = KarlConfig
@@ -725,6 +729,19 @@ class Karl(Tokenizer):
         tokens = self.as_tokens(self.quantizer.encode(self.quantizer.join(values, places)))
         return dataclasses.replace(tokens, lengths=lengths)
 
+    @torch.no_grad()
+    def decode(self, tokens: Tokens | Tensor, *, size: int | Size | None = None, **options: Any) -> Tensor:
+        """Tokens (or bare codes [B, K]) → images [B, 3, H, W] in [0, 1].
+
+        `size` is a side or (height, width) in pixels, by default `image_size`; on the VAE it may be twice as
+        wide as high. `options` are every tokenizer's. ValueError for sizes that the model does not take.
+        """
+        size = self._checked_size(size)
+        if any(options.get(name) is not None for name in ("steps", "guidance")):
+            return super().decode(tokens, **options)  # says that they do not apply
+        latents, lengths = self.dequantize(tokens)
+        return self.pixels(latents, lengths, size=size).clamp(0, 1)
+
     def reconstruct(
         self,
         images: Tensor,
@@ -733,8 +750,25 @@ class Karl(Tokenizer):
         target: float | Sequence[float] | Tensor = DEFAULT_TARGET,
         **options: Any,
     ) -> Tensor:
-        """Images → tokens for a target error → images; `options` go to `decode`."""
-        return self.decode(self.encode(images, num_tokens, target=target), **options)
+        """Images → tokens for a target error → images of the same size; `options` go to `decode`."""
+        tokens = self.encode(images, num_tokens, target=target)
+        return self.decode(tokens, **{"size": tuple(images.shape[2:])} | options)
+
+    def check_image_size(self, height: int, width: int, fix: str) -> None:
+        """Raise ValueError unless an image is a square of `image_size` or, on the VAE, two side by side."""
+        side = self.image_size
+        wide = self.config.base == "vae" and 2 * side // self.config.patch_size <= self.config.max_grid_tokens
+        if (height, width) not in ((side, side), (side, 2 * side) if wide else (side, side)):
+            also = f" or {side}×{2 * side}" if wide else ""
+            raise ValueError(
+                f"images are {height}×{width} pixels; {self.label} takes {side}×{side}{also}: {fix}"
+            )
+
+    def _checked_size(self, size: int | Size | None) -> Size:
+        """Height and width of decoded images, in pixels."""
+        size = read_size(self.image_size if size is None else size)
+        self.check_image_size(*size, "give another size")
+        return size
 
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] → all T tokens at the default target, with their places: [B, T, D + 2]."""
@@ -787,33 +821,42 @@ class Karl(Tokenizer):
 
     # Tokens → images ----------------------------------------------------------------------------------------
 
-    def pixels(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def pixels(
+        self, latents: Tensor, lengths: Tensor | None = None, *, size: int | Size | None = None
+    ) -> Tensor:
         """Latents with their places [B, K, D + 2], of which each image has the first `lengths` [B] → images
-        [B, 3, H, W], not clamped. The cost follows the lengths."""
+        [B, 3, H, W] of `size`, not clamped. The cost follows the lengths."""
+        size = self._checked_size(size)
         values, places = self.quantizer.split(latents)
         if lengths is None or not len(lengths):
-            return self.render(self.draw(values, places))
+            return self.render(self.draw(values, places, size=size), size)
         if values.device.type == "cpu" and not torch.is_grad_enabled():
             counts = enumerate(lengths.tolist())
-            outputs = [self.draw(values[i : i + 1, :k], places[i : i + 1, :k]) for i, k in counts]
-            return self.render(torch.cat(outputs))
+            rows = [(values[i : i + 1, :k], places[i : i + 1, :k]) for i, k in counts]
+            return self.render(torch.cat([self.draw(*row, size=size) for row in rows]), size)
         longest = int(lengths.max())
         present = torch.arange(longest, device=values.device) < lengths.unsqueeze(1)
-        return self.render(self.draw(values[:, :longest], places[:, :longest], present))
+        return self.render(self.draw(values[:, :longest], places[:, :longest], present, size=size), size)
 
-    def draw(self, values: Tensor, places: Tensor, present: Tensor | None = None) -> Tensor:
-        """Values [B, K, D] at places int64 [B, K], all of them or those `present` (bool [B, K]) → what the
-        decoder says of every cell, [B, N, outputs]."""
-        side = self.config.image_size // self.config.patch_size
-        position = _resized(self.decoder_positional_embedding, (side, side))
+    def draw(
+        self, values: Tensor, places: Tensor, present: Tensor | None = None, *, size: Size | None = None
+    ) -> Tensor:
+        """Values [B, K, D] at places int64 [B, K], all of them or those `present` (bool [B, K]) → the
+        decoder's output for every cell of an image of `size`, [B, N, outputs]."""
+        position = _resized(self.decoder_positional_embedding, self._cells(size))
         grid = self.decoder_mask_token + position.flatten(1).T
         tokens = self.decoder_embed(values) + self.decoder_latent_tokens_timestep_embed[places]
         return self.decoder(grid.expand(len(values), -1, -1), tokens, present)
 
-    def render(self, output: Tensor) -> Tensor:
-        """What the decoder says of every cell [B, N, outputs] → images [B, 3, H, W], not clamped."""
-        side = self.config.image_size // self.config.patch_size
-        return self.base.decoder(self.base.grid(output).transpose(1, 2).unflatten(2, (side, side)))
+    def render(self, output: Tensor, size: Size | None = None) -> Tensor:
+        """The decoder's output for every cell [B, N, outputs] → images [B, 3, H, W] of `size`, not
+        clamped."""
+        return self.base.decoder(self.base.grid(output).transpose(1, 2).unflatten(2, self._cells(size)))
+
+    def _cells(self, size: Size | None) -> tuple[int, int]:
+        """Rows and columns of the grid of an image of that size, by default a square of `image_size`."""
+        height, width = (self.image_size, self.image_size) if size is None else size
+        return height // self.config.patch_size, width // self.config.patch_size
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
         """How many tokens an image is offered, or has."""
@@ -901,11 +944,12 @@ class Karl(Tokenizer):
             places, lengths = _packed(found.active)
             values = values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
             present = torch.arange(places.shape[1], device=values.device) < lengths.unsqueeze(1)
-        output = self.draw(values, places, present)
+        size = tuple(images.shape[2:])
+        output = self.draw(values, places, present, size=size)
         losses |= quantized.losses
         distil = self.distils
         with torch.set_grad_enabled(torch.is_grad_enabled() and not distil):
-            decoded = self.render(output)
+            decoded = self.render(output, size)
         absolute = (decoded.float() - images).abs()
         if distil:
             losses |= self.base.distillation(output, features)
