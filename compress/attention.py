@@ -116,10 +116,12 @@ def watch(probes: dict[nn.Module, Probe] | None) -> dict[nn.Module, Probe] | Non
     return before
 
 
-def change_masks(changes: dict[nn.Module, MaskChange] | None) -> None:
+def change_masks(changes: dict[nn.Module, MaskChange] | None) -> dict[nn.Module, MaskChange] | None:
     """Have watched attention modules use the masks that `changes` make of theirs, in this thread of
-    execution and until the next call of this function."""
+    execution and until the next call of this function; returns those that were set before."""
+    before = _MASKS.get()
     _MASKS.set(changes)
+    return before
 
 
 def watched(implementation: str) -> str:

@@ -30,6 +30,7 @@ class Call:
     host: Host
     outer: "Call | None" = None
     outer_probes: Any = None
+    outer_masks: Any = None
     prefill: bool = False
     passed: bool = False  # features that session.prepare has reduced already
     ids: Tensor | None = None

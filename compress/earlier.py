@@ -28,6 +28,14 @@ class EarlierCalls:
         return bool(self._frames) and any(frame in self._frames for frame in _stack(sys._getframe(1)))
 
 
+def is_running(module: nn.Module) -> bool:
+    """Whether the caller runs inside a forward of `module`."""
+    return any(
+        frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module
+        for frame in _stack(sys._getframe(1))
+    )
+
+
 def _stack(frame: FrameType | None) -> Iterable[FrameType]:
     while frame is not None:
         yield frame

@@ -18,7 +18,7 @@ from .attention import change_masks, watch, watched
 from .boundary import budget_of, choose, enter, shorten, view
 from .cache import Lease, state_of
 from .call import CURRENT, Call, begin, current, finish
-from .earlier import EarlierCalls
+from .earlier import EarlierCalls, is_running
 from .eviction import evict, hide_from_answers
 from .explain import Explanation, explain
 from .features_made import MadeFeatures
@@ -386,7 +386,7 @@ class Session:
     # Hooks --------------------------------------------------------------------------------------------------
 
     def _made(self, modality: str, output: Any, record: Record) -> None:
-        if getattr(self._hints, "passed_by", False):
+        if getattr(self._hints, "passed_by", False) and is_running(self.host.core):
             raise RuntimeError(
                 f"{self.host.name} made {modality} features in a forward that was given none and no pixel "
                 f"values that reducers know, so nothing would be dropped; {release()}"
@@ -421,7 +421,8 @@ class Session:
         if not call.prefill and call.state is None:
             return None
         call.hints, call.prompt_length = hints or Hints(), self._prompt_length
-        call.outer, call.outer_probes = CURRENT.get(), watch(None)  # another model's, if this runs inside it
+        # Another model's, if this one runs inside it.
+        call.outer, call.outer_probes, call.outer_masks = CURRENT.get(), watch(None), change_masks(None)
         CURRENT.set(call)
         return (), arguments
 
@@ -430,6 +431,7 @@ class Session:
         if call is not None:
             CURRENT.set(call.outer)
             watch(call.outer_probes)
+            change_masks(call.outer_masks)
 
     def _core_after(self, core: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._hints.passed_by = False

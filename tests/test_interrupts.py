@@ -181,3 +181,35 @@ def test_a_thread_that_generates_goes_on_as_it_began(name, reducers):
             model.generate(**inputs, **settings)
         assert session.report().images
         session.detach()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("where", ["prompt", "decode step"])
+@pytest.mark.parametrize("reducers", [*SESSIONS.values(), lambda: [KeyNorm()]], ids=[*SESSIONS, "cache"])
+def test_a_generation_that_was_broken_off_leaves_no_trace_in_the_next(reducers, where, error):
+    model, _, inputs = tiny_vlm("llava")
+    inputs = inputs(images=(1,))
+    text = {name: value[:, -5:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    stock = model(**text).logits
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+
+    def fail(module, args, kwargs):
+        if failing and (where == "prompt") == (args[0].shape[1] > 1):
+            raise error("broken off")
+
+    with compress.attach(model, reducers(), keep=0.5):
+        expected = model.generate(**inputs, **settings)
+        handle = model.model.language_model.layers[2].register_forward_pre_hook(fail, with_kwargs=True)
+        failing = True
+        with pytest.raises(error):
+            model.generate(**inputs, **settings)
+        if where == "prompt":
+            with pytest.raises(error):
+                model(**inputs, labels=labels)
+        failing = False
+        assert torch.equal(model(**text).logits, stock)
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+        handle.remove()
