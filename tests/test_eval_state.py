@@ -289,6 +289,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(folder, tmp_
     assert command(1 << 30, *arguments).returncode == 0 and (out / "reconstruction.json").is_file()
 
 
+@pytest.mark.slow  # torch looks for ended workers every five seconds
 def test_workers_that_cannot_hand_a_batch_over_are_one_sentence(folder, tmp_path):
     """Shared memory is full too: torch would print a traceback and wait for the batch for ever."""
     arguments = ["recon", "--tokenizer", "vistok-mini", "--data", str(folder), "--metrics", "psnr"]

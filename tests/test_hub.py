@@ -16,6 +16,12 @@ from test_statedict import sharded
 from vistok import create, load
 
 COMMIT = "0" * 40
+EACH = """
+import sys, vistok, vistok.eval.sources
+for source in sys.argv[1].split():
+    try: {call}(source)
+    except Exception as error: print(type(error).__name__, error, file=sys.stderr)
+"""
 SCRIPT = """
 import sys, torch, vistok
 model = vistok.load(sys.argv[1])
@@ -111,30 +117,25 @@ def test_shards_are_downloaded_by_their_index(hub, mini, tmp_path):
 
 def test_nothing_is_asked_for_a_name_without_the_prefix(hub, mini, tmp_path):
     mini.save_pretrained(tmp_path / "repo")
-    for name in ("someone/mini", "runs/mini", "data/val"):
+    names = ("someone/mini", "runs/mini", "data/val")
+    for name in names:
         hub.repositories[name] = tmp_path / "repo"
-        state, err = run(hub, name, tmp_path)
-        assert state is None and "FileNotFoundError" in err
+    _, err = run(hub, " ".join(names), tmp_path, EACH.format(call="vistok.load"))
+    assert err.count("FileNotFoundError") == len(names) == len(err.splitlines())
     assert not hub.asked
 
 
-OPEN_DATASETS = """
-import sys
-from vistok.eval.sources import open_dataset
-for source in sys.argv[1].split():
-    try: open_dataset(source)
-    except Exception as error: print(type(error).__name__, error, file=sys.stderr)
-"""
+OPEN = EACH.format(call="vistok.eval.sources.open_dataset")
 
 
 def test_a_mistyped_path_of_pictures_is_not_asked_of_the_hub(hub, tmp_path):
     (tmp_path / "flowers").mkdir()
     names = ("data/val", "flowers/vall", "./a/b", "a/b.tar.gz", "a/b.jpeg")
-    _, err = run(hub, " ".join(names), tmp_path, OPEN_DATASETS)
+    _, err = run(hub, " ".join(names), tmp_path, OPEN)
     assert not hub.asked
     for name, line in zip(names, err.splitlines(), strict=True):
         assert f"FileNotFoundError there is no file or folder {name}" in line
-    _, err = run(hub, "hf://data/val hf://a/b/c", tmp_path, OPEN_DATASETS)
+    _, err = run(hub, "hf://data/val hf://a/b/c", tmp_path, OPEN)
     assert "ValueError hf://a/b/c is not a hub dataset; give hf://owner/name" in err
     assert "/api/datasets/data/val" in hub.asked
 
