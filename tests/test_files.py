@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from vistok import Tokens, load
+from vistok.eval.sources import open_dataset
 from vistok.files import atomic_write, check_target
+from vistok.images import load_image
+from vistok.train.config import read as read_training_file
 
 
 def write(path, text="new"):
@@ -87,6 +91,17 @@ def test_names_that_cannot_be_are_refused_in_one_sentence(tmp_path, name):
 def test_an_error_of_the_folder_names_the_target_and_no_temporary_file():
     with pytest.raises(OSError, match=r"^/proc/a\.json cannot be written|folder /proc is not writable"):
         write(Path("/proc/a.json"))
+
+
+def test_a_git_lfs_pointer_is_named_whatever_was_expected_in_its_place(tmp_path):
+    for read in (load, Tokens.load, load_image, read_training_file, open_dataset):
+        names = {load: "a.pt", Tokens.load: "a.vtok", load_image: "a.png", open_dataset: "a.tar"}
+        path = tmp_path / names.get(read, "a.yaml")
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+        with pytest.raises(
+            ValueError, match=rf"{path.name} is .*a git-lfs pointer in place of .*git lfs pull"
+        ):
+            read(path)
 
 
 @pytest.fixture

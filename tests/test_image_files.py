@@ -54,7 +54,6 @@ KINDS_OF_OTHERS = [
     ("a.heic", HEIC, "a HEIC photograph; pip install pillow-heif"),
     ("a.jpg", HEIC, "a HEIC photograph; pip install pillow-heif"),
     ("a.jxl", b"\xff\x0a" + bytes(20), "a JPEG XL image; pip install pillow-jxl-plugin"),
-    ("a.png", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer .*git lfs pull"),
     ("a.npy", b"\x93NUMPY" + bytes(20), "a NumPy array; load it with numpy.load"),
     ("a.csv", b"name,label\n", "a table; give the pictures"),
     ("a.pkl", pickle.dumps([1]), "a pickle, which is never opened"),

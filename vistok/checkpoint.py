@@ -4,6 +4,8 @@ import argparse
 import fnmatch
 import json
 import logging
+import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -187,12 +189,20 @@ def _read_file(path: Path) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated zip, foreign pickle, forbidden global: torch raises many kinds
         raise ValueError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}). It is truncated, or a pickle with more than weights in "
-            "it, which is refused because unpickling runs code; convert it to safetensors where you trust it."
+            f"{path} cannot be read as plain tensors ({_reason(error)}): it is truncated, or a pickle with "
+            "more than weights in it, which is refused because unpickling runs code; fetch it again, or "
+            "convert it to safetensors where you trust it"
         ) from error
     _check_extent(content, path)
     return content
+
+
+def _reason(error: Exception) -> str:
+    """What torch says of a file, in one line and without its advice to run what is in the file."""
+    if isinstance(error, pickle.UnpicklingError):
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"it holds a {name[1]}" if name else "it is not a pickle of tensors"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": ")
 
 
 def _check_zip(path: Path) -> None:

@@ -29,6 +29,10 @@ _FULL_WORDS = (
     "inline_container.cc",  # how torch.save reports it, with "unexpected pos"
 )
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the small text file begins that git-lfs keeps in place of a file that was not fetched."""
+_LARGEST_POINTER = 1024  # bytes
+
 _open_names: set[str] = set()  # temporary files that this process is writing now
 _swept: set[tuple[int, Path]] = set()  # (pid, folder) pairs whose stale temporary files were removed
 
@@ -119,8 +123,8 @@ def check_source(path: str | Path, *, limit: int | None = None) -> Path:
 
     Raises:
         FileNotFoundError: there is nothing.
-        OSError: a folder, device, pipe or socket is there.
-        ValueError: the file is larger.
+        OSError: a folder, device, pipe or socket is there, or it is not readable.
+        ValueError: the file is larger, or a git-lfs pointer.
     """
     path = Path(path).expanduser()
     try:
@@ -137,6 +141,12 @@ def check_source(path: str | Path, *, limit: int | None = None) -> Path:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not an ordinary file")
         raise OSError(f"{path} is {kind}, which is not read from; give an ordinary file")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} is not readable for you; make it so (chmod u+r), or give a copy")
+    if status.st_size <= _LARGEST_POINTER:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{path} is a git-lfs pointer in place of the file; run git lfs pull")
     if limit is not None and status.st_size > limit:
         raise ValueError(f"{path} has {status.st_size:,} bytes; files of this kind are read up to {limit:,}")
     return path
