@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,13 +105,15 @@ def test_a_git_lfs_pointer_is_named_whatever_was_expected_in_its_place(tmp_path)
             read(path)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file may grow beyond 4096 bytes, as on a disk that fills up."""
+    """No file may grow beyond 4096 bytes in here, as on a disk that fills up."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -122,9 +125,10 @@ def full_disk():
     ],
     ids=["write", "torch.save", "safetensors"],
 )
-def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, full_disk, save):
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, save):
     write(tmp_path / "file", "old")
     with (
+        full_disk(),
         pytest.raises(OSError, match=r"^no room to write .*file \(disk full") as caught,
         atomic_write(tmp_path / "file") as aside,
     ):
