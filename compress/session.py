@@ -87,7 +87,16 @@ def attach(
             )
         stages[item.stage] = item
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {model!r}; give a transformers VLM or a timm VisionTransformer")
+        inner = isinstance(getattr(model, "model", None), nn.Module)  # as in a pipeline
+        hint = f": its .model, a {type(model.model).__name__}" if inner else ""
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a transformers VLM or a timm VisionTransformer{hint}"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"model is a compiled {type(model._orig_mod).__name__}, in which new hooks do not run; attach to "
+            "the model first and compile it then, or use session.prepare(inputs)"
+        )
     model = _unwrapped(model)
     session = Session(model, stages, keep, positions)
     try:
@@ -188,6 +197,12 @@ class Session:
         self._undo.run()
         if self.host is not None:
             self._leave(current(self.host))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self.model).__name__} with reducers attached cannot be pickled or saved whole: detach "
+            "first, or save model.state_dict()"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         raise TypeError(

@@ -689,3 +689,19 @@ def test_sliding_windows_count_the_tokens_that_are_left():
         position = torch.tensor([[length - 1]])
         step = model(input_ids=ids[:, -1:], **going_on(model, the_cache(out)), position_ids=position)
     assert torch.allclose(step.logits[:, -1], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("reducer", [DivPrune(), FastV(k=1), ToMe()], ids=str)
+def test_attached_models_are_not_saved_and_other_things_are_not_attached(reducer, tmp_path):
+    model, processor, _ = tiny_vlm("llava")
+    with compress.attach(model, reducer, keep=0.5):
+        for save in (lambda: torch.save(model, tmp_path / "model.pt"), lambda: pickle.dumps(model)):
+            with pytest.raises(TypeError, match=r"cannot be pickled or saved whole: detach first, or save"):
+                save()
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+    torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(TypeError, match=r"compiled LlavaForConditionalGeneration.*attach to the model first"):
+        compress.attach(torch.compile(model), reducer)
+    pipeline = hf.pipeline("image-text-to-text", model=model, processor=processor)
+    with pytest.raises(TypeError, match=r"ImageTextToTextPipeline; give .*its \.model, a LlavaForCond"):
+        compress.attach(pipeline, reducer)

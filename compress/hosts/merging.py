@@ -155,6 +155,12 @@ class VisionMerging:
         """Forget this thread's last forward."""
         self._local.trace = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a model with {type(self.reducer).__name__} attached cannot be pickled or saved whole: detach "
+            "first, or save model.state_dict()"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "VisionMerging":
         raise TypeError(
             f"a model with {type(self.reducer).__name__} attached cannot be copied: the copy could not be "
