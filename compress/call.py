@@ -121,9 +121,8 @@ def begin(
     """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
 
     `made` knows the features that this thread has made or prepared and that no forward has met yet, and
-    `generation` is the `generate` that this model is in. Raises
-    NotImplementedError for static caches, masks that are already 4-D and chunked prefill, ValueError for
-    images without placeholders.
+    `generation` is the `generate` that this model is in. Raises NotImplementedError for static caches, masks
+    that are already 4-D and chunked prefill, ValueError for images without placeholders.
     """
     arguments = keywords(host.core, args, kwargs)
     cache = cache_given(host.core, arguments)

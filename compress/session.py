@@ -221,7 +221,7 @@ class Session:
         return report.of(self.host, self._call(), names)
 
     def explain(self, layer: int = -1, *, cache: bool = False) -> list[Explanation]:
-        """Which tokens of each image of the last prompt reached a layer (the last one unless told), or stayed
+        """Which tokens of each image of the last prompt reached a layer (the last one by default), or stayed
         in its cache, and the part of the picture that each shows. Raises RuntimeError before a prompt with
         images."""
         call = self._call()

@@ -83,10 +83,10 @@ def write_curves(path: Path, result: Result) -> None:
     cards = []
     for codec in dict.fromkeys(point.codec for point in longest):
         best = max((point for point in longest if point.codec == codec), key=lambda point: point.bytes)
-        told = f"{best.setting}, {best.bytes:,.0f} bytes"
-        cards.append(Card(f"{codec}: PSNR", _decibels(best), told))
+        detail = f"{best.setting}, {best.bytes:,.0f} bytes"
+        cards.append(Card(f"{codec}: PSNR", _decibels(best), detail))
         if "value" in (fid := best.metrics.get("fid", {})):
-            cards.append(Card(f"{codec}: rFID", f"{fid['value']:.3f}", told))
+            cards.append(Card(f"{codec}: rFID", f"{fid['value']:.3f}", detail))
     strips = [
         Strip([("original", picture.original), *picture.versions], picture.name)
         for picture in result.pictures()

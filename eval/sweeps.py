@@ -57,8 +57,8 @@ class TokenizerSweep:
             kept = sorted({length for length in lengths if length <= full})
             self.too_long = sorted({length for length in lengths if length > full})
             if not kept:
-                told = ", ".join(map(str, lengths))
-                raise ValueError(f"{self.name} has 1 to {full} tokens; --lengths {told} is beyond them all")
+                asked = ", ".join(map(str, lengths))
+                raise ValueError(f"{self.name} has 1 to {full} tokens; --lengths {asked} is beyond them all")
             self.settings = [(_tokens(length), length) for length in kept]
         else:
             self.settings = [(_tokens(full), None)]

@@ -36,7 +36,7 @@ def old_transformers():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """What vistok refuses on an old release, in a sentence that names it, is no failure there."""
+    """Skip a test where vistok refuses an old release in a sentence that names it."""
     try:
         return (yield)
     except NotImplementedError as error:

@@ -135,7 +135,7 @@ def test_evaluation_compares_the_numbers_of_files_whatever_their_profile(tmp_pat
     assert torch.equal(batch.images.float() / 255, raw)
 
 
-# ---- what is no ordinary file ------------------------------------------------------------------------------
+# ---- files that are not ordinary ---------------------------------------------------------------------------
 
 
 def test_pipes_and_devices_in_a_manifest_are_bad_images(tmp_path):
@@ -146,8 +146,8 @@ def test_pipes_and_devices_in_a_manifest_are_bad_images(tmp_path):
     names = ["good.png", "pipe.png", "/dev/zero", "huge.png", "a\0b.png", ".", "x" * 5000]
     lines = [json.dumps({"image": name}) for name in names]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
-    told = looked_at(tmp_path / "m.jsonl")
-    assert told.count("bad ") == 6 and "named pipe" in told and "1,099,511,627,776 bytes" in told
+    report = looked_at(tmp_path / "m.jsonl")
+    assert report.count("bad ") == 6 and "named pipe" in report and "1,099,511,627,776 bytes" in report
     assert _common_size([open_dataset(tmp_path / "m.jsonl")]) == (16, 20)
 
 
@@ -210,7 +210,7 @@ def test_a_declared_size_is_not_believed(tmp_path, size, kind):
         file.write(_header("0.png", len(content())) + content().ljust(512, b"\0"))
         file.write(_header("1.png", size, kind))
         file.truncate(1 << 21)
-    assert "refused" in (told := looked_at(path)) and "not a whole" in told
+    assert "refused" in (report := looked_at(path)) and "not a whole" in report
 
 
 def test_a_member_too_large_for_a_picture_is_a_bad_image(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from oracles import BEFORE_5_18
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils import is_num2words_available
@@ -57,7 +58,7 @@ def tiny_vlm(
     families cannot do every tuple in stock: PaliGemma needs a picture in the batch, Mllama in each row
     (or in none).
     """
-    if name == "vipllava" and not hasattr(hf.GenerationMixin, "_supports_mm_encoder_outputs"):
+    if name == "vipllava" and BEFORE_5_18:
         pytest.skip(
             "stock VipLLaVA fails before transformers 5.18: it reads hidden states that are not there"
         )

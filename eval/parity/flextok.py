@@ -347,14 +347,15 @@ class _Tokenizer:
         """Latents, lengths and noise that a sampling starts from."""
         case = self.case
         texts = [case.description(name) for name in names]
-        told = " ".join(texts)
+        description = " ".join(texts)
         if image is not None:
             row, kept = int(image), None
             if row >= len(registers) or (len(noise) > 1 and row >= len(noise)):
                 raise case.refusal(f"there is no image {row} to decode")
             start = noise[row] if len(noise) > 1 else noise[0][row : row + 1]
         else:
-            row, kept = int(number_after(told, "image") or 0), re.search(r"k=([\d,]+\d|\d)", told)
+            row = int(number_after(description, "image") or 0)
+            kept = re.search(r"k=([\d,]+\d|\d)", description)
             start = noise[0]
         counts = [int(k) for k in kept[1].split(",")] if kept else [registers.shape[1]]
         if row >= len(registers) or len(start) < len(counts):

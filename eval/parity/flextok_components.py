@@ -23,7 +23,7 @@ from .descriptions import number_after, numbers
 from .fields import check_size
 
 RECORDED = (r"(fsq|mask|timefreq|guid|rf)_.*", "expand_out", "sincos", "patchify_out", "keep_uniform_pow2")
-"""Names of tensors by which a case of components is told."""
+"""Names of tensors by which a case of components is recognised."""
 
 
 def components(case: Case) -> Outputs:
