@@ -129,7 +129,7 @@ def watched(implementation: str) -> str:
 
     Registers it (and the same mask function under the same name: without it no mask would be built).
     """
-    from .hosts.versions import attention_function, register_attention
+    from .hosts import attention_function, register_attention
 
     if implementation.startswith(_PREFIX):
         return implementation

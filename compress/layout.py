@@ -6,9 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .grid import Grid
-from .hosts.families import Host, Record, tiled
-from .hosts.versions import check_beams
+from .algorithms.grid import Grid
+from .families import Host, Record, tiled
+from .hosts import check_beams
 
 
 @dataclass

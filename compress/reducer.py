@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .grid import Grid
-from .merge import Matching, compose, representatives
-from .select import uniform
+from .algorithms.grid import Grid
+from .algorithms.merge import Matching, compose, representatives
+from .algorithms.select import uniform
 
 Budget = float | int | Callable[["Image"], float | int] | None
 Positions = Literal["keep", "compact", "paper"]

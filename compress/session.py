@@ -13,21 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import report
 from .attention import change_masks, watch, watched
-from .boundary import budget_of, choose, enter, shorten, view
-from .cache import Lease, state_of
-from .call import CURRENT, Call, begin, current, finish
 from .earlier import EarlierCalls, is_running
-from .eviction import evict, hide_from_answers
-from .explain import Explanation, explain
-from .features_made import MadeFeatures
-from .functional import Prepared, prepare
-from .hosts import cutpoints, standalone, tower
-from .hosts.families import Record, resolve
-from .hosts.features import FeatureRecorder, check_groups
-from .hosts.merging import VisionMerging
-from .hosts.versions import (
+from .families import Record, resolve
+from .hosts import (
     cache_in,
     check_growth,
     entries,
@@ -37,13 +26,31 @@ from .hosts.versions import (
     wants_cache,
     window_limit,
 )
-from .layers import LayerCuts
+from .language import cutpoints
+from .language.boundary import budget_of, choose, enter, shorten, view
+from .language.cache import Lease, state_of
+from .language.call import CURRENT, Call, begin, current, finish
+from .language.eviction import evict, hide_from_answers
+from .language.features_made import MadeFeatures
+from .language.layers import LayerCuts
+from .language.prepare import Prepared, prepare
+from .language.prompt_end import (
+    GENERATION,
+    Hints,
+    PromptLength,
+    generating,
+    generation_on_stack,
+    shape_of_prompts,
+)
 from .layout import Span, flat
-from .prompt_end import GENERATION, Hints, PromptLength, generating, generation_on_stack, shape_of_prompts
 from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
-from .report import Report
+from .report.counts import Report, count
+from .report.explain import Explanation, explain
 from .undo import Undo
+from .vision import standalone, tower
+from .vision.features import FeatureRecorder, check_groups
+from .vision.merging import VisionMerging
 
 # A core knows its session; its hooks keep the session alive, and nothing here does.
 _ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Session]] = WeakKeyDictionary()
@@ -218,7 +225,7 @@ class Session:
         names = [type(reducer).__name__ for reducer in self.reducers]
         if self._elsewhere is not None:
             return self._elsewhere.report(names)
-        return report.of(self.host, self._call(), names)
+        return count(self.host, self._call(), names)
 
     def explain(self, layer: int = -1, *, cache: bool = False) -> list[Explanation]:
         """Which tokens of each image of the last prompt reached a layer (the last one by default), or stayed

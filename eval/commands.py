@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import Device, Name, Weights, note, say, table
-from ..console import device as named_device
+from ..commands.console import Device, Name, Weights, note, say, table
+from ..commands.console import device as named_device
 from ..files import check_target
 
 if TYPE_CHECKING:
-    from .record import Record
-    from .report import Table
+    from .engine.record import Record
+    from .report.page import Table
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -104,13 +104,13 @@ def recon(
     A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
     recon …`, with one --out that all see.
     """
-    from . import pages
-    from .charts import require
-    from .data import worker_count
-    from .instruments import WeightFiles
-    from .perturbation import ALPHAS, DELTAS
-    from .reconstruction import ReconConfig, run
-    from .record import write
+    from .data.dataset import worker_count
+    from .engine.instruments import WeightFiles
+    from .engine.record import write
+    from .metrics.perturbation import ALPHAS, DELTAS
+    from .report import records
+    from .report.charts import require
+    from .tasks.reconstruction import ReconConfig, run
 
     _check_out(out, "reconstruction.json", "report.html")
     if html:
@@ -146,9 +146,9 @@ def recon(
         return
     write(out / "reconstruction.json", result.record)
     if html:
-        pages.write_reconstruction(out / "report.html", result)
+        records.write_reconstruction(out / "report.html", result)
     result.state.remove()
-    _show(result.record, pages.tables(result.record), out, html)
+    _show(result.record, records.tables(result.record), out, html)
 
 
 @app.command()
@@ -206,12 +206,12 @@ def tokens(
     A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
     tokens …`.
     """
-    from . import curves_page
-    from .charts import require
-    from .data import worker_count
-    from .instruments import WeightFiles
-    from .rate_distortion import CurvesConfig, run
-    from .record import write
+    from .data.dataset import worker_count
+    from .engine.instruments import WeightFiles
+    from .engine.record import write
+    from .report import curves
+    from .report.charts import require
+    from .tasks.rate_distortion import CurvesConfig, run
 
     _check_out(out, "rate_distortion.json", "rate_distortion.png", "report.html")
     if html:
@@ -241,10 +241,10 @@ def tokens(
         return
     write(out / "rate_distortion.json", result.record)
     if html:
-        curves_page.chart(result.record, "psnr").save(out / "rate_distortion.png")
-        curves_page.write_curves(out / "report.html", result)
+        curves.chart(result.record, "psnr").save(out / "rate_distortion.png")
+        curves.write_curves(out / "report.html", result)
     result.state.remove()
-    _show(result.record, curves_page.tables(result.record), out, html)
+    _show(result.record, curves.tables(result.record), out, html)
 
 
 @app.command()
@@ -281,12 +281,12 @@ def fid(
     A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
     fid …`.
     """
-    from . import pages
-    from .charts import require
-    from .data import worker_count
-    from .fid import FidConfig, run
-    from .instruments import WeightFiles
-    from .record import write
+    from .data.dataset import worker_count
+    from .engine.instruments import WeightFiles
+    from .engine.record import write
+    from .report import records
+    from .report.charts import require
+    from .tasks.fid import FidConfig, run
 
     _check_out(out, "fid.json", "report.html", "statistics-a.npz", "statistics-b.npz")
     if html:
@@ -311,10 +311,10 @@ def fid(
         return
     write(out / "fid.json", result.record)
     if html:
-        pages.write_fid(out / "report.html", result.record)
+        records.write_fid(out / "report.html", result.record)
     for state in result.states:
         state.remove()
-    _show(result.record, pages.tables(result.record), out, html)
+    _show(result.record, records.tables(result.record), out, html)
 
 
 @app.command()
@@ -337,10 +337,10 @@ def speed(
     import torch
 
     from ..registry import entries, families, unknown_name
-    from .charts import require
-    from .record import write
-    from .speed import HEADER, measure
-    from .speed_page import write_speed
+    from .engine.record import write
+    from .report.charts import require
+    from .report.speed import write_speed
+    from .speed.tokenizers import HEADER, measure
 
     _check_out(out, "speed.json", "report.html")
     if html:
@@ -383,7 +383,7 @@ def _numbers(lengths: str | None) -> tuple[int, ...] | None:
 
 def _show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> None:
     """The tables, what was skipped, warnings, and where the files are."""
-    from .pages import skipped
+    from .report.records import skipped
 
     for shown in tables:
         table(shown.title, shown.header, shown.rows)

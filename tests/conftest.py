@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from vistok import cli
 from vistok.models import titok
 
 
@@ -59,3 +60,21 @@ def no_deprecations(caplog):
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("transformers")]
     deprecated = [line for line in lines if "deprecated" in line or "will be removed" in line]
     assert not deprecated or old_transformers(), deprecated
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """`run("list")` → (exit status, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vistok", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return stop.value.code or 0, out, err
+
+    return call

@@ -3,14 +3,13 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+from paths import ROOT
 from tiny_vlms import tiny_vlm
 
 import vistok
 from vistok import compress
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -16,11 +16,11 @@ try:
 
     import typer
 
-    from .console import Device, LogLines, Name, Weights, complain, note, say, show_warning
-    from .console import device as _device
-    from .console import table as _table
+    from .commands.console import Device, LogLines, Name, Weights, complain, note, say, show_warning
+    from .commands.console import device as _device
+    from .commands.console import table as _table
+    from .commands.run_command import run_command
     from .eval.commands import app as _eval_commands
-    from .run_command import run_command
 except KeyboardInterrupt:  # Ctrl-C in the first moments
     sys.exit(130)
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from .image_inputs import ImageInput
+    from .commands.image_inputs import ImageInput
     from .quantizers import Quantizer
     from .registry import Entry
     from .tokenizer import Tokenizer
@@ -105,9 +105,9 @@ def demo(
     """Turn a photograph into tokens and back with the shipped tokenizer, offline, and show what it cost."""
     from importlib.resources import files
 
+    from .commands.picture_names import check_picture_target, save_picture
     from .eval.metrics.image import psnr, ssim
     from .images import load_image, side_by_side, to_pil, to_tensor
-    from .picture_names import check_picture_target, save_picture
 
     check_picture_target(out, replace_own=True)
     tokenizer = _load(DEFAULT, device)
@@ -255,11 +255,11 @@ def reconstruct(
     device: Device = "auto",
 ) -> None:
     """Encode and decode images: side-by-side PNGs, a table and JSON of PSNR, SSIM and bytes."""
+    from .commands.image_inputs import gather
+    from .commands.picture_names import picture_paths, save_picture
     from .eval.metrics.image import psnr, ssim
     from .eval.metrics.summary import decibels
-    from .image_inputs import gather
     from .images import side_by_side, to_pil
-    from .picture_names import picture_paths, save_picture
 
     quality = _quality(target, target_psnr)
     inputs = gather(images)
@@ -341,8 +341,8 @@ def encode(
     """Images → one token file; with a target, of as many tokens as each image needs."""
     from dataclasses import replace
 
+    from .commands.image_inputs import gather
     from .eval.metrics.summary import decibels
-    from .image_inputs import gather
     from .tokens import Tokens
 
     quality = _quality(target, target_psnr)
@@ -384,9 +384,9 @@ def decode(
     device: Device = "auto",
 ) -> None:
     """A token file → PNGs under the names of the images it was made of, or numbered in its order."""
+    from .commands.picture_names import picture_paths, save_picture
     from .files import check_target
     from .images import to_pil
-    from .picture_names import picture_paths, save_picture
     from .registry import entries
     from .tokens import Tokens
 
@@ -442,7 +442,7 @@ def verify(
     import torch
 
     from .eval.parity.case import CannotBuild
-    from .eval.verify import verify as run
+    from .eval.parity.verify import verify as run
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -486,7 +486,7 @@ def reducers(
 ) -> None:
     """Speed of token reducers: selection against plain code, prefill against the shortened prompt."""
     from .compress import DivPrune, UniformGrid
-    from .eval import prefill, selection
+    from .eval.speed import prefill, selection
 
     if out:
         _check_json_target(out)
@@ -520,8 +520,8 @@ def lengths(
     """How many tokens an image gets for a quality, and whether images hard for JPEG get more of them."""
     import torch
 
-    from .eval.lengths import HEADER, measure
-    from .image_inputs import gather
+    from .commands.image_inputs import gather
+    from .eval.tasks.lengths import HEADER, measure
 
     if out:
         _check_json_target(out)
@@ -716,7 +716,7 @@ def _check_json_target(path: Path) -> None:
 
 
 def _write_json(path: Path, record: Any) -> None:
-    from .eval.record import as_json
+    from .eval.engine.record import as_json
     from .files import atomic_write
 
     with atomic_write(path) as aside:

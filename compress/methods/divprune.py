@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..grid import Grid
+from ..algorithms.grid import Grid
+from ..algorithms.select import farthest_first
 from ..reducer import FeatureReducer
-from ..select import farthest_first
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import select
-from ..grid import Grid, unpadded
+from ..algorithms import select
+from ..algorithms.grid import Grid, unpadded
 from ..reducer import FeatureReducer, Image, Selection, count_of, keeps_everything, token_count
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..anyres import split_budget
-from ..grid import Grid
+from ..algorithms.anyres import split_budget
+from ..algorithms.grid import Grid
+from ..algorithms.select import top_k_mask
 from ..reducer import FeatureReducer, Image, TowerLayer
-from ..select import top_k_mask
 
 
 @dataclass(kw_only=True)

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..anyres import Geometry, Newline, TileSelection, globalcom2
-from ..grid import Grid
+from ..algorithms.anyres import Geometry, Newline, TileSelection, globalcom2
+from ..algorithms.grid import Grid
+from ..algorithms.select import top_k_mask
 from ..reducer import FeatureReducer, Image, Selection, TowerLayer
-from ..select import top_k_mask
 
 
 @dataclass(kw_only=True)

@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, stack
 
-from ..anyres import Geometry, TileSelection, hired
-from ..grid import Grid
+from ..algorithms.anyres import Geometry, TileSelection, hired
+from ..algorithms.grid import Grid
+from ..algorithms.select import top_k_mask
 from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of, keeps_everything, token_count
-from ..select import top_k_mask
 
 
 @dataclass(kw_only=True)

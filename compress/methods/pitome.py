@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..energy import Rule, merged_count, pitome_matching
-from ..merge import Matching
+from ..algorithms.energy import Rule, merged_count, pitome_matching
+from ..algorithms.merge import Matching
 from ..reducer import VisionReducer
 
 

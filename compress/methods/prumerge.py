@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..anyres import split_budget
-from ..fold import Folded, prumerge
-from ..grid import Grid
+from ..algorithms.anyres import split_budget
+from ..algorithms.fold import Folded, prumerge
+from ..algorithms.grid import Grid
+from ..algorithms.select import top_k, uniform
 from ..reducer import FeatureReducer, Image, Selection, TowerLayer, keeps_everything, token_count
-from ..select import top_k, uniform
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import select
-from ..grid import Grid
+from ..algorithms import select
+from ..algorithms.grid import Grid
 from ..reducer import FeatureReducer, Image
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..merge import Matching, bipartite_soft_matching, r_schedule
+from ..algorithms.merge import Matching, bipartite_soft_matching, r_schedule
 from ..reducer import VisionReducer
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fold import visionzip, visionzip_order
-from ..grid import Grid
+from ..algorithms.fold import visionzip, visionzip_order
+from ..algorithms.grid import Grid
 from ..reducer import FeatureReducer, Image, Selection, TowerLayer, count_of, keeps_everything, token_count
 
 

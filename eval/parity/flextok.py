@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...configuration import shorten
-from ...models.flextok import (
-    FlexTok,
-    FlexTokConfig,
-    patchify,
-)
+from ...models.flextok.model import FlexTok, FlexTokConfig, patchify
 from .case import Case, Outputs
 from .descriptions import number_after, numbers
 from .fields import check_size, whole

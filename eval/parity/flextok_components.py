@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...models.flextok import (
+from ...models.flextok.model import (
     Layout,
     patchify,
     powers_of_two,
@@ -17,7 +17,7 @@ from ...models.flextok import (
 )
 from ...nn import flow
 from ...quantizers import FiniteScalarQuantizer
-from ..plain_flextok import attention_mask
+from ..speed.plain_flextok import attention_mask
 from .case import Case, Outputs
 from .descriptions import number_after, numbers
 from .fields import check_size

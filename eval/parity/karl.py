@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...configuration import shorten
-from ...models.karl import TARGETS, Analysis, Karl, KarlConfig, TrainingPass
+from ...models.karl.model import TARGETS, Analysis, Karl, KarlConfig, TrainingPass
 from ...registry import create
 from .case import Case, Outputs
 from .fields import check_size, whole

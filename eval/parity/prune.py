@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...compress.anyres import (
+from ...compress.algorithms.anyres import (
     TileSelection,
     globalcom2,
     globalcom2_ratios,
@@ -17,9 +17,9 @@ from ...compress.anyres import (
     hired,
     unrounded,
 )
-from ...compress.fold import prumerge, visionzip, visionzip_order
-from ...compress.grid import Grid
-from ...compress.select import cosine_distances, farthest_first, top_k
+from ...compress.algorithms.fold import prumerge, visionzip, visionzip_order
+from ...compress.algorithms.grid import Grid
+from ...compress.algorithms.select import cosine_distances, farthest_first, top_k
 from .case import CannotBuild, Case, Outputs
 
 Subcase = dict[str, Any]

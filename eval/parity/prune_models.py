@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ...compress import attach
-from ...compress.anyres import globalcom2_ratios
+from ...compress.algorithms.anyres import globalcom2_ratios
+from ...compress.algorithms.select import farthest_first
 from ...compress.methods.divprune import DivPrune
 from ...compress.methods.globalcom2 import GlobalCom2
 from ...compress.methods.hired import HiRED
 from ...compress.methods.prumerge import PruMerge
 from ...compress.methods.visionzip import VisionZip
 from ...compress.reducer import Budget, FeatureReducer, Image
-from ...compress.select import farthest_first
 from .case import CannotBuild, Case, Outputs
 from .prune import _stated
 

@@ -11,11 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...compress.accounting import llm_block_macs, vit_block_macs
-from ...compress.energy import energy, merged_count, pitome_matching, text_energy
-from ...compress.hosts import timm as timm_host
-from ...compress.hosts import tower as tower_host
-from ...compress.merge import (
+from ...compress.algorithms.energy import energy, merged_count, pitome_matching, text_energy
+from ...compress.algorithms.merge import (
     Matching,
     bipartite_soft_matching,
     compose,
@@ -24,6 +21,9 @@ from ...compress.merge import (
 )
 from ...compress.methods.pitome import PiToMe
 from ...compress.methods.tome import ToMe
+from ...compress.report.accounting import llm_block_macs, vit_block_macs
+from ...compress.vision import timm as timm_host
+from ...compress.vision import tower as tower_host
 from .case import CannotBuild, Case, Outputs
 
 WIDTHS = {"deit-s": 384, "vit-l": 1024}

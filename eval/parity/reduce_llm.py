@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...compress import attach
-from ...compress.hosts.versions import cache_in, with_cache
+from ...compress.hosts import cache_in, with_cache
 from ...compress.methods.fastv import FastV
 from ...compress.methods.pyramiddrop import PyramidDrop
 from ...compress.methods.transprune import TransPrune

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.linear import linear
+from ..nn.cpu.linear import linear
 from ..quantizers import BinaryQuantizer, Quantized
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.cache import few_at_a_time
-from ..nn.upsample import upsample_conv
+from ..nn.cpu.batching import few_at_a_time
+from ..nn.cpu.upsample import upsample_conv
 from ..quantizers import VectorQuantizer
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import linear
+from .cpu.linear import linear
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..console import safe_text
+from ..commands.console import safe_text
 
 MOST_PATHS = 100_000
 """Paths that the braces of one pattern may stand for."""

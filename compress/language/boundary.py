@@ -1,0 +1,258 @@
+"""Dropping and merging visual tokens at the border of the language model, before its first layer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import Host
+from ..hosts import at_tokens, cache_given, entries
+from ..layout import Layout, Span, compact, gather
+from ..reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count, keeps_everything
+from ..vision.shrink import encoder
+from .call import Call, past_columns, read_prompt
+from .masks import shrunk, slide
+
+
+def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
+    """What a reducer is given of one image: its tokens [N, D], the prompt's text [T, D], and what was
+    recorded."""
+    record, items = span.record, slice(span.item, span.item + span.items)
+    grid = span.grid
+
+    def per_item(stored: list[Tensor] | None) -> Tensor | None:
+        if not stored:
+            return None
+        tiles = torch.cat(stored[items])
+        if host.family.segment == "tiles":  # items are samples: take the tiles of this image
+            first = span.offset // tiles.shape[-1]
+            tiles = tiles[first : first + len(features) // tiles.shape[-1]]
+        return tiles
+
+    return Image(
+        features=features,
+        text=text,
+        grid=grid,
+        number=span.number,
+        rows={layer: rows for layer, stored in record.rows.items() if (rows := per_item(stored)) is not None},
+        states=per_item(record.states),
+        keys=per_item(record.keys),
+        project=getattr(host.core, "multi_modal_projector", None),
+        newline=getattr(host.core, "image_newline", None),
+        encode=encoder(host, record, span),
+    )
+
+
+def budget_of(keep: Budget, image: Image, default: float | None) -> float | int | None:
+    """The budget of one image: what `keep` says or returns for it, else the method's default."""
+    if callable(keep):
+        return fraction_or_count(keep(image))
+    return default if keep is None else fraction_or_count(keep)
+
+
+def choose(
+    host: Host,
+    call: Call,
+    embeds: Tensor,
+    reducer: FeatureReducer | None,
+    keep: Budget,
+    groups: Callable[[Span], Tensor | None],
+    renumbered: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Which tokens of the prompt stay.
+
+    Returns keep [B, L], the embeddings with merged values written in, and the places kept of each span, as
+    token numbers. Tokens that the tower merged (`groups(span)` [N], equal numbers are one group) stay once.
+    Images that stand in several rows (beams) are decided once. `renumbered` tells whether positions will be.
+    """
+    stay = call.start.valid.clone()
+    text_mask = call.start.valid & (call.prompt.image < 0) & ~call.answered
+    changed = embeds
+    kept: list[Tensor] = []
+    decided: dict[tuple[int, int, int], tuple[Selection, Tensor]] = {}
+    for span in call.prompt.spans:
+        places = span.places.to(embeds.device)
+        features = embeds[span.row, places]
+        key = (id(span.record), span.item, span.offset)
+        if key not in decided:
+            with call.timed():
+                image = view(host, span, features, embeds[span.row, text_mask[span.row].to(embeds.device)])
+                image.renumbered = renumbered
+                decided[key] = decide(image, reducer, keep, groups(span))
+        selection, numbers = decided[key]
+        if numbers[-1] != len(places) - 1 and places[-1] == call.last[span.row]:
+            # The last token's output predicts the answer: it stays even if it is visual.
+            numbers = torch.cat([numbers[:-1], numbers.new_tensor([len(places) - 1])])
+        if selection.values is not None:
+            if changed is embeds:
+                changed = embeds.clone()
+            changed[span.row, places[numbers]] = selection.values.to(embeds)
+        span.deepstack, span.shown = selection.deepstack, torch.arange(len(places))
+        if selection.source is not None:
+            span.shown[numbers.cpu()] = selection.source.cpu()
+        gone = torch.ones(len(places), dtype=torch.bool, device=stay.device)
+        gone[numbers.to(stay.device)] = False
+        stay[span.row, span.places[gone]] = False
+        kept.append(numbers)
+    return stay, changed, kept
+
+
+def decide(
+    image: Image, reducer: FeatureReducer | None, keep: Budget, groups: Tensor | None
+) -> tuple[Selection, Tensor]:
+    """What stays of one image: the reducer's answer, and the numbers of the kept tokens among all N.
+
+    Raises ValueError for features that are not finite, budgets above N and selections of nothing.
+    """
+    numbers = torch.arange(image.num_tokens, device=image.features.device)
+    if groups is not None:
+        first = torch.zeros(image.num_tokens, dtype=torch.bool)
+        seen, inverse = torch.unique(groups.cpu(), dim=0, return_inverse=True)
+        order = torch.full((len(seen),), image.num_tokens).scatter_reduce(
+            0, inverse, torch.arange(image.num_tokens), "amin"
+        )
+        first[order] = True
+        numbers = first.nonzero().squeeze(1).to(image.features.device)
+        image.features = image.features[numbers]
+        if image.grid is not None:
+            left = numbers.cpu()
+            image.grid = replace(image.grid, tile=image.grid.tile[left], index=image.grid.index[left])
+    if reducer is None:
+        return Selection(numbers), numbers
+    # One sum is cheaper than a mask of all values, and only then is a second look needed.
+    total = image.features.sum(dtype=torch.float32)
+    if not torch.isfinite(total) and not torch.isfinite(image.features).all():
+        raise ValueError(
+            "the image's features hold NaN or infinite values, so no selection means anything; check the "
+            "pixel values and the precision of the vision tower"
+        )
+    budget = budget_of(keep, image, reducer.default_keep)
+    if keeps_everything(budget):
+        return Selection(numbers), numbers
+    selection = reducer.reduce(image, budget)
+    if not len(selection.kept):
+        raise ValueError(
+            f"{type(reducer).__name__} kept no token of an image with {image.num_tokens}; raise keep"
+        )
+    if selection.source is not None:
+        source = selection.source.to(numbers.device)
+        selection.source = numbers[source.clamp_min(0)].masked_fill(source < 0, -1)
+    return selection, numbers[selection.kept.to(numbers.device)]
+
+
+_SHORTENED = (
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
+
+
+def shorten(
+    host: Host,
+    call: Call,
+    kwargs: dict[str, Any],
+    stay: Tensor,
+    positions: str,
+) -> dict[str, Any]:
+    """The language model's arguments without the tokens that do not stay: compacted to the right, with an
+    explicit 2-D mask (an all-ones mask keeps the gaps in position ids from being read as packed
+    sequences)."""
+    index, valid, ragged = compact(stay)
+    call.layout = Layout(index, valid, ragged)
+    kwargs = dict(kwargs)
+    kwargs["inputs_embeds"] = gather(kwargs["inputs_embeds"], index)
+    kwargs["position_ids"] = _positions(kwargs["position_ids"], call.layout, positions)
+    if kwargs.get("visual_pos_masks") is not None:
+        shown = kwargs["visual_pos_masks"]
+        remaining = stay.to(shown.device)[shown]
+        kwargs["visual_pos_masks"] = gather(shown, index) & valid.to(shown.device)
+        kwargs["deepstack_visual_embeds"] = [
+            x[remaining.to(x.device)] for x in _deepstack(call, shown, kwargs["deepstack_visual_embeds"])
+        ]
+    for key, value in kwargs.items():  # such as Gemma's inputs for each layer
+        if key not in _SHORTENED:
+            kwargs[key] = at_tokens(key, value, index, stay.shape[1])
+    kwargs["attention_mask"] = _mask(host, call, kwargs.get("attention_mask"))
+    if "logits_to_keep" in kwargs:  # Gemma 4: the caller takes its part of the restored states
+        kwargs["logits_to_keep"] = 0
+    return kwargs
+
+
+def _deepstack(call: Call, shown: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """What the first layers add to the tokens `shown` [B, L], with what the reducer gave for kept ones."""
+    given = [x for x in zip(call.prompt.spans, call.kept, strict=True) if x[0].deepstack is not None]
+    if not given:
+        return features
+    features, order = [x.clone() for x in features], shown.flatten().long().cumsum(0).view(shown.shape) - 1
+    for span, kept in given:
+        index = order[span.row, span.places.to(order.device)[kept.to(order.device)]]
+        for x, values in zip(features, span.deepstack, strict=True):
+            x[index.to(x.device)] = values.to(x)
+    return features
+
+
+def _positions(position_ids: Tensor, layout: Layout, positions: str) -> Tensor:
+    index = layout.index.to(position_ids.device)
+    if position_ids.ndim == 3:
+        index = index.expand(position_ids.shape[0], *index.shape)
+        kept = position_ids.expand(*index.shape[:2], -1).gather(2, index)
+        if positions == "keep":
+            return kept
+        start = kept.masked_fill(~layout.valid, torch.iinfo(kept.dtype).max).amin((0, 2), keepdim=True)
+    else:
+        kept = position_ids.expand(index.shape[0], -1).gather(1, index)
+        if positions == "keep":
+            return kept
+        start = kept.masked_fill(~layout.valid, torch.iinfo(kept.dtype).max).amin(1, keepdim=True)
+    return ((layout.valid.long().cumsum(1) - 1).clamp_min(0) + start).expand(kept.shape)
+
+
+def _mask(host: Host, call: Call, mask: Any) -> Any:
+    layout, past = call.layout, call.entries[0]
+    valid = torch.cat([past_columns(call, 0), layout.valid], 1) if past else layout.valid
+    if isinstance(mask, dict):
+        if mask["full_attention"] is None:  # nothing was masked; the model makes its own from two dimensions
+            return valid.long()
+        full = shrunk(mask["full_attention"], layout, valid, past)
+        shorter = {"full_attention": full}
+        for i, kind in enumerate(host.layer_type(i) for i in range(len(host.layers))):
+            if kind == "sliding_attention" and kind not in shorter:
+                shorter[kind] = slide(full, host.window(i))
+        if set(mask) - set(shorter):
+            raise TypeError(
+                f"{host.name} makes masks for {', '.join(mask)}, of which reducers know full and sliding ones"
+            )
+        return shorter
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return shrunk(mask, layout, valid, past)
+    return valid.long()
+
+
+def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:
+    """The position ids of a call, as the model would number them when none are given."""
+    embeds = kwargs["inputs_embeds"]
+    given = kwargs.get("position_ids")
+    if given is not None:
+        return given
+    return torch.arange(embeds.shape[1], device=embeds.device)[None] + length
+
+
+def enter(host: Host, call: Call, kwargs: dict[str, Any]) -> None:
+    """Note what the language model is given and what its cache holds, before it runs."""
+    call.cache = cache_given(host.lm, kwargs)
+    call.entries = [entries(call.cache, i) for i in range(len(host.layers))]
+    call.length = 0 if call.cache is None else call.cache.get_seq_length()
+    embeds = kwargs.get("inputs_embeds")
+    call.positions = None if embeds is None else explicit_positions(kwargs, call.length)
+    call.full = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
+    if call.mask is not None and call.mask.shape[1] < call.length + call.full:
+        raise ValueError(
+            f"attention_mask has {call.mask.shape[1]} columns; it must cover the {call.length} tokens in the "
+            f"cache and the {call.full} new ones"
+        )
+    if call.prefill:
+        read_prompt(host, call, embeds.shape[1])

@@ -1,0 +1,1 @@
+"""What a session reports of a prompt: counts, savings, and which patches were kept."""

@@ -1,0 +1,131 @@
+"""What a session tells of its last prompt: tokens kept, computation and memory spared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..hosts import writes_cache
+from .accounting import llm_block_macs
+
+if TYPE_CHECKING:
+    from ..families import Host
+    from ..language.call import Call
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """Visual tokens of one image in one prompt: `tokens` it has, `layers` of them in each layer, `cache` in
+    each layer's cache."""
+
+    row: int
+    number: int
+    tokens: int
+    layers: list[int]
+
+    @property
+    def average(self) -> float:
+        """Tokens averaged over the layers, the field's unit for comparing methods."""
+        return sum(self.layers) / max(1, len(self.layers))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last prompt with images. Floating-point operations are counted (two a multiply-add), not measured,
+    and cover the language model's layers at prefill; cache bytes are those held after it; `seconds` is the
+    time spent in the reducers themselves. They are None for models where they are not counted."""
+
+    reducers: list[str]
+    images: list[ImageReport]
+    flops: int | None = None
+    flops_full: int | None = None
+    cache_bytes: int | None = None
+    cache_bytes_full: int | None = None
+    seconds: float | None = None
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens an image, averaged over layers and images."""
+        return sum(image.average for image in self.images) / max(1, len(self.images))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        images = [vars(image) | {"average": image.average} for image in self.images]
+        return vars(self) | {"images": images, "average_tokens": self.average_tokens}
+
+    def __str__(self) -> str:
+        lines = [f"{' + '.join(self.reducers)}: {self.average_tokens:.1f} visual tokens a layer and image"]
+        for image in self.images:
+            steps = [f"{image.layers[0]}"] + [
+                f"{after} from layer {i}"
+                for i, (before, after) in enumerate(zip(image.layers[:-1], image.layers[1:], strict=True), 1)
+                if after != before
+            ]
+            lines.append(
+                f"  prompt {image.row}, image {image.number}: {image.tokens} tokens, kept {', '.join(steps)}"
+            )
+        if self.flops is not None:
+            lines.append(f"  {self.flops / 1e9:.3g} of {self.flops_full / 1e9:.3g} GFLOPs")
+        if self.cache_bytes is not None:
+            held, full = self.cache_bytes / 1e6, self.cache_bytes_full / 1e6
+            lines[-1] += (
+                f" at prefill, cache {held:.3g} of {full:.3g} MB, {1000 * self.seconds:.1f} ms in the reducer"
+            )
+        return "\n".join(lines)
+
+
+def count(host: Host, call: Call, reducers: list[str]) -> Report:
+    """The report of one call."""
+    layouts = call.layouts
+    counted: dict[int, list[int]] = {}
+    for layout in layouts:
+        if id(layout) not in counted:
+            image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
+            counted[id(layout)] = torch.bincount(image[image >= 0], minlength=len(call.prompt.spans)).tolist()
+    images = [
+        ImageReport(span.row, span.number, len(span.places), [counted[id(layout)][i] for layout in layouts])
+        for i, span in enumerate(call.prompt.spans)
+    ]
+    entering = [_lengths(layout.valid) for layout in layouts]
+    full = [_lengths(call.start.valid)] * len(layouts)
+    held = entering
+    if call.columns is not None:
+        held = [
+            lengths if columns is None else _lengths(columns)
+            for lengths, columns in zip(entering, call.columns, strict=True)
+        ]
+    limits = call.limits or [None] * len(layouts)
+    return Report(
+        reducers,
+        images,
+        _flops(host, entering),
+        _flops(host, full),
+        _cache_bytes(host, held, limits),
+        _cache_bytes(host, full, limits),
+        call.seconds,
+    )
+
+
+def _lengths(valid: torch.Tensor) -> list[int]:
+    return valid.sum(1).tolist()
+
+
+def _flops(host: Host, lengths: list[list[int]]) -> int:
+    config = host.lm.config
+    return 2 * sum(
+        llm_block_macs(n, config.hidden_size, config.intermediate_size, host.key_width(i))
+        for i, rows in enumerate(lengths)
+        for n in rows
+    )
+
+
+def _cache_bytes(host: Host, lengths: list[list[int]], limits: list[int | None]) -> int:
+    """Bytes of keys and values, of which a layer with a window holds up to its limit; layers that use
+    another's keys hold none."""
+    held = 0
+    for i, (rows, limit) in enumerate(zip(lengths, limits, strict=True)):
+        if writes_cache(host.attentions[i]):
+            held += host.key_width(i) * sum(n if limit is None else min(n, limit) for n in rows)
+    return 2 * held * host.lm.dtype.itemsize

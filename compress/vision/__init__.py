@@ -1,0 +1,1 @@
+"""Reducing inside vision towers, and recording what they compute for reducers."""

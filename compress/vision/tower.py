@@ -1,0 +1,127 @@
+"""Vision reducers in the Hugging Face towers of vision-language models, and in such towers alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hosts import forward_slot, recomputes
+from ..reducer import Budget, VisionReducer
+from ..undo import Undo
+from .merging import BlockParts, VisionMerging, refuse_replaced
+from .packed import PixtralMerging, QwenMerging
+
+_CLIP = BlockParts("layer_norm1", "self_attn", "layer_norm2", "mlp", keys="k_proj")
+_INTERNVL = BlockParts(
+    "layernorm_before",
+    "attention",
+    "layernorm_after",
+    "mlp",
+    keys="k_norm",
+    after_attention=("lambda_1",),
+    after_mlp=("dropout", "lambda_2"),
+)
+_QWEN = BlockParts("norm1", "attn", "norm2", "mlp", keys="qkv", mask="cu_seqlens")
+_PIXTRAL = BlockParts("attention_norm", "attention", "ffn_norm", "feed_forward", keys="k_proj")
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """`blocks` is the path of the layers, `block` their class, `prefix` the tokens before the patches,
+    `outlets` the modules (or lists of them) that take a block's output and need every patch in its place."""
+
+    blocks: str
+    block: str
+    parts: BlockParts
+    prefix: int = 0
+    merging: type[VisionMerging] = VisionMerging
+    outlets: tuple[str, ...] = ()
+
+
+def _qwen(block: str) -> _Tower:
+    return _Tower("blocks", block, _QWEN, merging=QwenMerging, outlets=("merger", "deepstack_merger_list"))
+
+
+TOWERS = {
+    "CLIPVisionModel": _Tower("encoder.layers", "CLIPEncoderLayer", _CLIP, 1),
+    # SigLIP's head pools over patches: it sees each as often as tokens merged into it.
+    "SiglipVisionModel": _Tower("encoder.layers", "SiglipEncoderLayer", _CLIP, outlets=("head",)),
+    "Idefics3VisionTransformer": _Tower("encoder.layers", "Idefics3EncoderLayer", _CLIP),
+    "SmolVLMVisionTransformer": _Tower("encoder.layers", "SmolVLMEncoderLayer", _CLIP),
+    "InternVLVisionModel": _Tower("encoder.layer", "InternVLVisionLayer", _INTERNVL, 1),
+    "Qwen2VisionTransformerPretrainedModel": _qwen("Qwen2VLVisionBlock"),
+    "Qwen2_5_VisionTransformerPretrainedModel": _qwen("Qwen2_5_VLVisionBlock"),
+    "Qwen3VLVisionModel": _qwen("Qwen3VLVisionBlock"),
+    "Qwen3VLMoeVisionModel": _qwen("Qwen3VLMoeVisionBlock"),
+    "PixtralVisionModel": _Tower(
+        "transformer.layers", "PixtralAttentionLayer", _PIXTRAL, merging=PixtralMerging
+    ),
+}
+
+
+def install(
+    tower: nn.Module,
+    reducer: VisionReducer,
+    undo: Undo | None = None,
+    *,
+    keep: Budget = None,
+    depth: int | None = None,
+    unmerge: bool = True,
+) -> VisionMerging:
+    """Have `tower` merge tokens in every forward, until `remove` of what is returned.
+
+    With `unmerge`, `last_hidden_state` and `hidden_states` leave at full length, each patch with its group's
+    vector, and `merging.trace.patch_groups()` tells who is whose; otherwise merged tokens leave. `depth`
+    is the number of layers up to the one whose output is used (all but one for `vision_feature_layer=-2`).
+    Towers that pack images into one sequence merge as `packed.PackedMerging` says. Raises TypeError for
+    towers of other classes.
+    """
+    kind = supported(tower)
+    refuse_replaced(tower)
+    blocks = list(tower.get_submodule(kind.blocks))
+    merging = kind.merging(reducer, blocks, kind.parts, kind.prefix, keep=keep, depth=depth, undo=undo)
+
+    def forward(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if merging.earlier.include_this_one():
+            return type(tower).forward(tower, *args, **kwargs)
+        as_tuple = kwargs.pop("return_dict", getattr(tower.config, "return_dict", True)) is False
+        if torch.is_grad_enabled() and recomputes(tower):
+            raise ValueError("merging cannot recompute layers: turn the model's gradient checkpointing off")
+        merging.reset()
+        trace, args, kwargs = merging.start(tower, *args, **kwargs)
+        with merging.run(trace):
+            output = type(tower).forward(tower, *args, return_dict=True, **kwargs)
+        if unmerge:
+            output.last_hidden_state = trace.unmerge(output.last_hidden_state)
+            states = getattr(output, "hidden_states", None)
+            if states is not None:
+                output.hidden_states = tuple(
+                    None if state is None else trace.unmerge(state, blocks=layer)
+                    for layer, state in enumerate(states)
+                )
+        return output.to_tuple() if as_tuple else output
+
+    def spread(outlet: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        trace = merging.running
+        return args if trace is None else (trace.unmerge(args[0]), *args[1:])
+
+    merging.replace(tower, forward_slot(tower), forward)
+    for name in kind.outlets:
+        found = getattr(tower, name, None)
+        for outlet in found if isinstance(found, nn.ModuleList) else [found]:
+            if isinstance(outlet, nn.Module):
+                merging.undo.pre_hook(outlet, spread, with_kwargs=False)
+    return merging
+
+
+def supported(tower: nn.Module) -> _Tower:
+    """How `tower` keeps its layers. Raises TypeError naming the class if merging inside it is not known."""
+    name = type(tower).__name__
+    kind = TOWERS.get(name)
+    if kind is None:
+        raise TypeError(f"cannot merge inside a {name}: merging knows {', '.join(TOWERS)}")
+    for layer in tower.get_submodule(kind.blocks):
+        if type(layer).__name__ != kind.block:
+            raise TypeError(f"{name} has layers of class {type(layer).__name__}; merging knows {kind.block}")
+    return kind

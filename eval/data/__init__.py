@@ -1,0 +1,1 @@
+"""Where evaluated images come from, and how they are read."""

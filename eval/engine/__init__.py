@@ -1,0 +1,1 @@
+"""The one resumable pass over a data set: its stages, state and record."""

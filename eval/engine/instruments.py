@@ -1,0 +1,112 @@
+"""The networks and functions that an evaluation measures with: what was asked for, and what of it is here."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..metrics.clip import load_clip
+from ..metrics.image import psnr, ssim
+from ..metrics.inception import Inception, load_inception
+from ..metrics.perceptual import load_lpips
+from ..metrics.weights import WeightsMissing
+
+PAIRS = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip")
+"""Metrics of an image and its reference."""
+SETS = ("fid", "is", "kid", "pr")
+"""Metrics of sets of images, by their Inception features."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where the networks behind the metrics are; None for the caches of the packages they belong to."""
+
+    inception: Path | None = None
+    lpips: Path | None = None
+    clip: str = "openai"
+    clip_model: str = "ViT-B-32"
+
+
+def choose(wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """The wanted metrics in their usual order, all if None; ValueError for none or unknown ones."""
+    if wanted is not None and not wanted:
+        raise ValueError(f"no metric was named; there are {', '.join(known)}")
+    if unknown := sorted(set(wanted or ()) - set(known)):
+        raise ValueError(f"there is no metric {', '.join(unknown)} here; there are {', '.join(known)}")
+    return [name for name in known if wanted is None or name in wanted]
+
+
+class Instruments:
+    """What was wanted and could be loaded.
+
+    `pairs` by name compare images with references, both float [B, 3, H, W] in [0, 1], to [B]; `inception` is
+    None unless one of `sets` needs it. `skipped` has one line for each metric whose weights are absent;
+    FileNotFoundError for a path that was given and is not there.
+    """
+
+    def __init__(self, wanted: Sequence[str], files: WeightFiles, device: torch.device) -> None:
+        self.device = device
+        self.skipped: dict[str, str] = {}
+        for option, path in (("--inception-weights", files.inception), ("--lpips-weights", files.lpips)):
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"{option} {path}: there is no such file or folder")
+        makers: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+            "psnr": lambda: psnr,
+            "ssim": lambda: ssim,
+            "lpips-alex": lambda: load_lpips("alex", _lpips_file(files.lpips, "alex"), device),
+            "lpips-vgg": lambda: load_lpips("vgg", _lpips_file(files.lpips, "vgg"), device),
+            "clip": lambda: load_clip(files.clip_model, files.clip, device),
+        }
+        self.pairs = {}
+        for name in (name for name in PAIRS if name in wanted):
+            if instrument := self._load([name], makers[name]):
+                self.pairs[name] = instrument
+        self.sets = [name for name in SETS if name in wanted]
+        self.inception: Inception | None = None
+        if self.sets:
+            self.inception = self._load(self.sets, lambda: load_inception(files.inception, device))
+        if self.inception is None:
+            self.sets = []
+
+    def _load(self, names: Sequence[str], make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except WeightsMissing as error:
+            self.skipped |= dict.fromkeys(names, str(error))
+            return None
+
+    def fingerprint(self) -> str:
+        """A digest of all networks, so that a run is not continued with others."""
+        networks = [
+            getattr(each, "network", None) or getattr(each, "model", None) for each in self.pairs.values()
+        ]
+        networks.append(self.inception and self.inception.network)
+        return fingerprint(*(network for network in networks if network is not None))
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A digest of all weights and buffers: other values give another one."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _lpips_file(path: Path | None, net: str) -> Path | None:
+    """What `--lpips-weights` means for one network: a folder is for both, a file for the one in its name."""
+    if path is None or not path.is_file():
+        return path
+    named = [each for each in ("alex", "vgg") if path.name.startswith(each)]
+    if not named:
+        raise ValueError(
+            f"{path} does not say whether it is alexnet or vgg16: keep the file's published name, or give "
+            "the folder that holds both"
+        )
+    return path if net in named else None

@@ -1,0 +1,1 @@
+"""Paired speed measurements, each a ratio against a baseline in the same run."""

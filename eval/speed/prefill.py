@@ -1,0 +1,223 @@
+"""How much of the time that fewer visual tokens could save an attached reducer does save, in one run.
+
+A random LLaVA-shaped model reads one prompt with a picture. Compared are the stock model on the whole prompt,
+the stock model on the shortened prompt (what no reducer can beat), and the stock model with the reducer
+attached.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ...compress import attach
+from ...compress.hosts import cache_in, with_cache
+from ...compress.reducer import Reducer
+
+HEADER = [
+    "reducer",
+    "keep",
+    "full ms",
+    "short ms",
+    "attached ms",
+    "speed-up (of possible)",
+    "decode step ms more",
+]
+IMAGE_TOKEN = 31_999
+
+
+@dataclass
+class Prefill:
+    """One reducer at one budget."""
+
+    reducer: Reducer
+    keep: float
+    full: list[float] = field(default_factory=list)
+    short: list[float] = field(default_factory=list)
+    attached: list[float] = field(default_factory=list)
+    extra_step: list[float] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> float:
+        """Full over attached, median of pairs."""
+        return median(a / b for a, b in zip(self.full, self.attached, strict=True))
+
+    @property
+    def possible(self) -> float:
+        """Full over short, median of pairs."""
+        return median(a / b for a, b in zip(self.full, self.short, strict=True))
+
+    @property
+    def share(self) -> float:
+        """Short over attached: how much of the possible speed-up is reached."""
+        return median(a / b for a, b in zip(self.short, self.attached, strict=True))
+
+    @property
+    def overhead(self) -> float:
+        """Seconds a decode step takes longer with the reducer attached."""
+        return median(self.extra_step)
+
+
+@dataclass
+class PrefillSpeed:
+    """All reducers and budgets of one run."""
+
+    parameters: int
+    tokens: int
+    threads: int
+    runs: list[Prefill]
+
+    @property
+    def title(self) -> str:
+        """What was measured, on what."""
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"prefill of {self.parameters / 1e6:.1f}M parameters, {self.tokens} visual tokens, {threads}"
+
+    def table(self) -> list[list[str]]:
+        """Rows under HEADER, medians."""
+        return [
+            [
+                type(run.reducer).__name__,
+                f"{run.keep:g}",
+                f"{1e3 * median(run.full):.1f}",
+                f"{1e3 * median(run.short):.1f}",
+                f"{1e3 * median(run.attached):.1f}",
+                f"{run.speedup:.2f}x ({100 * run.share:.0f}%)",
+                f"{1e3 * run.overhead:.3f}",
+            ]
+            for run in self.runs
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        runs = [
+            {k: v for k, v in vars(run).items() if k != "reducer"}
+            | {"reducer": type(run.reducer).__name__, "share": run.share, "overhead": run.overhead}
+            for run in self.runs
+        ]
+        return {"parameters": self.parameters, "tokens": self.tokens, "threads": self.threads, "runs": runs}
+
+
+def llava_shaped(device: str = "cpu") -> hf.LlavaForConditionalGeneration:
+    """A random LLaVA of about 26M parameters, most of them in 8 layers of width 384."""
+    torch.manual_seed(0)
+    text = {
+        "model_type": "llama",
+        "vocab_size": 32_000,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 64,
+    }
+    config = hf.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, tie_word_embeddings=True
+    )
+    return hf.LlavaForConditionalGeneration(config).eval().to(device)
+
+
+@torch.no_grad()
+def run(
+    reducers: list[Reducer],
+    keeps: tuple[float, ...] = (0.5, 0.25, 0.1),
+    *,
+    repeats: int = 9,
+    threads: int = 1,
+    tokens: int = 576,
+    steps: int = 16,
+    device: str = "cpu",
+) -> PrefillSpeed:
+    """Time every reducer at every budget `repeats` times, full, short and attached in turn, after a warm-up.
+
+    Sets the number of threads of torch for the run only. Reducers of features only: the shortened prompt is
+    theirs.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = llava_shaped(device)
+        features = torch.randn(tokens, 384, device=device)
+        ids = torch.randint(3, 30_000, (9,), device=device)
+        prompt = torch.cat([ids[:4], ids.new_full((tokens,), IMAGE_TOKEN), ids[4:]])[None]
+        runs = [Prefill(reducer, keep) for reducer in reducers for keep in keeps]
+        for one in runs:
+            for measured in range(-2, repeats):
+                _measure(model, prompt, features, one, steps, measured >= 0)
+    finally:
+        torch.set_num_threads(before)
+    return PrefillSpeed(sum(p.numel() for p in model.parameters()), tokens, threads, runs)
+
+
+def _measure(
+    model: hf.LlavaForConditionalGeneration,
+    prompt: Tensor,
+    features: Tensor,
+    one: Prefill,
+    steps: int,
+    keep: bool,
+) -> None:
+    def media() -> dict[str, Any]:
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])}}
+
+    full, _ = _timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
+    with attach(model, one.reducer, keep=one.keep, positions="compact") as session:
+        attached, out = _timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
+        kept = session.explain()[0].tokens
+    short = features[kept.to(features.device)]
+    begin, end = prompt[:, :4], prompt[:, 4 + len(features) :]
+    ids = torch.cat([begin, prompt.new_full((1, len(short)), IMAGE_TOKEN), end], 1)
+    shorter = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[short])}}
+    short_seconds, expected = _timed(
+        lambda: model(input_ids=ids, **shorter, use_cache=True, logits_to_keep=1)
+    )
+    if not torch.allclose(out.logits, expected.logits, atol=1e-3):
+        raise RuntimeError(
+            f"{type(one.reducer).__name__} attached gives other logits than its shortened prompt"
+        )
+    if keep:
+        one.full.append(full)
+        one.short.append(short_seconds)
+        one.attached.append(attached)
+        one.extra_step += _extra_steps(model, one, cache_in(out), cache_in(expected), steps)
+
+
+def _extra_steps(
+    model: hf.LlavaForConditionalGeneration, one: Prefill, ours: hf.Cache, plain: hf.Cache, steps: int
+) -> list[float]:
+    """Seconds that decode steps take longer attached than on the shortened prompt's cache, step by step in
+    turn."""
+    token = torch.full((1, 1), 7, device=model.device)
+    found = []
+    for _ in range(steps):
+        with attach(model, one.reducer, keep=one.keep, positions="compact"):
+            attached, _ = _timed(lambda: model(input_ids=token, **with_cache(model, ours), use_cache=True))
+        stock, _ = _timed(lambda: model(input_ids=token, **with_cache(model, plain), use_cache=True))
+        found.append(attached - stock)
+    return found
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result

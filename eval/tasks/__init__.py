@@ -1,0 +1,1 @@
+"""One file per question: reconstruction, FID, rate and distortion, lengths."""

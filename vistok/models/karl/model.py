@@ -1,0 +1,1089 @@
+"""KARL: as many tokens as an image needs for a wanted error, chosen in one pass.
+
+"Single-pass Adaptive Image Tokenization for Minimum Program Search" (Duggal et al., 2025, arXiv 2507.07995).
+A transformer distils the grid of a two-dimensional tokenizer (a VQGAN or a KL autoencoder, which is part of
+the checkpoint) into up to T one-dimensional tokens and halts those that it does not need to reach a mean
+absolute error; the number of the others estimates the complexity of the image. Decoding takes the active
+tokens only.
+
+    tokens = tokenizer.encode(images, target=0.05)  # mean absolute error of a pixel value, images in [0, 1]
+    tokens.lengths                                  # tokens each image got
+    images = tokenizer.decode(tokens)
+
+Any subset of the T tokens can be active, so a token is its code and its place among the T. Quantized models
+have indices [B, K, 2], (code, place); continuous ones latents [B, K, D + 2], D values and the two digits of
+the place.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import checkpoint
+from ...nn.cpu.batching import few_at_a_time
+from ...nn.cpu.linear import linear
+from ...nn.cpu.upsample import upsample_conv
+from ...nn.transformer import Attention, Transformer
+from ...quantizers import DiagonalGaussian, Quantized, Quantizer, VectorQuantizer
+from ...registry import Entry, register, register_family
+from ...tokenizer import Tokenizer, TrainingOutput, require_whole
+from ...tokens import Tokens
+from ..flextok.sizes import Size, read_size
+from ..maskgit_vqgan import ResidualBlock
+from ..ranges import require_between, require_depths, require_multiple, require_sizes
+
+TARGETS = (
+    *(0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.09, 0.1),
+    *(0.12, 0.14, 0.16, 0.18, 0.2, 0.24, 0.28, 0.32, 0.38),
+)
+"""The errors that the model is conditioned on; a target selects the smallest that is not below it."""
+DEFAULT_TARGET = 0.05
+HALTED = 0.75  # probability above which a token is halted
+VAE_SCALE = 0.2325
+BASE_CHANNELS = {"vqgan": 256, "vae": 16}  # of the grid
+PLACE_DIGIT = 32  # places are two digits of this base: exact in every floating dtype
+
+VARIANTS = {  # width, layers, heads of the encoder, then of the decoder
+    "karl_tiny": (512, 8, 8, 512, 8, 8),
+    "karl_tiny_semilarge_decoder": (512, 8, 8, 1024, 8, 8),
+    "karl_small": (1024, 8, 8, 1024, 8, 8),
+    "karl_small_decoder_semilarge": (1024, 8, 8, 1024, 16, 16),
+    "karl_small_decoder_semilarge_opposite_heads": (1024, 8, 16, 1024, 16, 8),
+    "karl_small_decoder_semilarge_small_heads": (1024, 8, 8, 1024, 16, 8),
+    "karl_small_decoder_semilarge_semilarge_heads": (1024, 8, 16, 1024, 16, 16),
+    "karl_small_decoder_base": (1024, 8, 8, 768, 12, 12),
+    "karl_small_decoder_base_semilarge_feat": (1024, 8, 8, 1024, 12, 16),
+    "karl_small_decoder_small": (1024, 8, 8, 512, 8, 8),
+    "karl_base": (768, 12, 12, 768, 12, 12),
+    "karl_base_decoder_small_semilarge_feat": (1024, 12, 16, 1024, 8, 8),
+    "karl_semilarge": (1024, 16, 16, 1024, 16, 16),
+    "karl_semilarge_decoder_small": (1024, 16, 16, 1024, 8, 8),
+}
+
+
+@dataclass(frozen=True)
+class KarlConfig:
+    """One model; the defaults are `karl_small` on the VQGAN with quantized latents.
+
+    `base` with the `base_*` fields is the two-dimensional tokenizer; `num_tokens` is T, the tokens an image
+    is offered when nothing else is asked for, of `max_latent_tokens` that exist. `training_tokens` are the
+    first, the last and the step of the numbers of tokens drawn in training, `halting_weight` that of the
+    halting losses there, `initializer_range` the deviation of fresh weights (narrow models need more).
+    """
+
+    base: Literal["vqgan", "vae"] = "vqgan"
+    quantize_latent: bool = True
+    encoder_width: int = 1024
+    encoder_layers: int = 8
+    encoder_heads: int = 8
+    decoder_width: int = 1024
+    decoder_layers: int = 8
+    decoder_heads: int = 8
+    vq_codebook_size: int = 4096
+    vq_token_dim: int = 12
+    patch_size: int = 16
+    max_grid_tokens: int = 64
+    max_latent_tokens: int = 512
+    num_tokens: int = 256
+    image_size: int = 256
+    base_hidden_channels: int = 128
+    base_channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    base_res_blocks: int = 2
+    base_norm_groups: int = 32
+    base_channels: int | None = None
+    base_codebook_size: int = 1024
+    training_tokens: tuple[int, int, int] = (16, 368, 16)
+    halting_weight: float = 1.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.base_channels is None:
+            object.__setattr__(self, "base_channels", BASE_CHANNELS[self.base])
+        require_sizes(
+            self, "encoder_width", "decoder_width", "vq_codebook_size", "vq_token_dim", "patch_size"
+        )
+        require_sizes(self, "max_grid_tokens", "image_size", "base_hidden_channels", "base_norm_groups")
+        require_sizes(self, "base_channels", "base_codebook_size", "encoder_heads", "decoder_heads")
+        require_depths(self, "encoder_layers", "decoder_layers", "base_res_blocks", "base_channel_mult")
+        require_multiple(self, "encoder_width", "encoder_heads")
+        require_multiple(self, "decoder_width", "decoder_heads")
+        require_between(self, ["halting_weight"], 0, 1e6)
+        require_between(self, ["initializer_range"], 1e-9, 1e3)
+        groups = 32 if self.base == "vqgan" else 1  # its blocks are MaskGIT's, which have 32
+        if self.base_hidden_channels % math.lcm(self.base_norm_groups, groups):
+            raise ValueError(
+                f"base_hidden_channels {self.base_hidden_channels} is not a multiple of base_norm_groups "
+                f"{self.base_norm_groups}" + " and of 32, the groups of a VQGAN" * (groups > 1)
+            )
+        factor = 2 ** (len(self.base_channel_mult) - 1)
+        if self.patch_size != factor:
+            raise ValueError(
+                f"patch_size {self.patch_size} does not lie on the grid of the base tokenizer, whose "
+                f"{len(self.base_channel_mult)} levels make cells of {factor} pixels; they must be equal"
+            )
+        side, rest = divmod(self.image_size, self.patch_size)
+        if rest or not 1 <= side <= self.max_grid_tokens:
+            raise ValueError(
+                f"image_size {self.image_size} is not 1 to {self.max_grid_tokens} patches of "
+                f"{self.patch_size}"
+            )
+        if self.base_channels >= self.encoder_width:
+            raise ValueError(
+                f"encoder_width {self.encoder_width} must exceed the {self.base_channels} channels of the "
+                "base tokenizer"
+            )
+        if not 1 <= self.num_tokens <= self.max_latent_tokens <= PLACE_DIGIT**2:
+            raise ValueError(
+                f"num_tokens {self.num_tokens} must be 1 to max_latent_tokens {self.max_latent_tokens}, and "
+                f"that at most {PLACE_DIGIT**2}"
+            )
+        first, last, step = self.training_tokens
+        if not (1 <= first <= last <= self.max_latent_tokens and step >= 1):
+            raise ValueError(
+                f"training_tokens {self.training_tokens} are first, last and step of a range in "
+                f"1 to {self.max_latent_tokens}"
+            )
+
+    @property
+    def base_widths(self) -> list[int]:
+        """Channels of every level of the base tokenizer, from the image's side inwards."""
+        return [self.base_hidden_channels * multiplier for multiplier in self.base_channel_mult]
+
+
+# The two-dimensional tokenizers -----------------------------------------------------------------------------
+# Memory stays channels-first: channels-last is a tenth faster on a CPU, but its group norm loses up to three
+# digits on flat pictures, which the codes and the agreement of batches with single images feel.
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """The norm of both base tokenizers; `base_norm_groups` is set once the whole is built."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class VAEBlock(nn.Module):
+    """Two normalised 3×3 convolutions beside a shortcut, as in latent diffusion (arXiv 2112.10752)."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C', H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class GridAttention(nn.Module):
+    """One head of self-attention over all cells of a grid."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]."""
+        h = self.norm(x)
+        rows = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(*rows)  # [B, 1, HW, C]
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Resample(nn.Module):
+    """The convolution of a change of resolution; its key is `conv`."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=0 if stride == 2 else 1)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution (`block.N`), each followed by attention (`attn.N`) in the deepest level of
+    the VAE's encoder."""
+
+    def __init__(self, block: type[nn.Module], widths: Sequence[int], attention: bool = False) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(block(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(GridAttention(b) for b in widths[1:] if attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C', H, W]."""
+        for number, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[number](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Two blocks at the lowest resolution, around attention in the VAE."""
+
+    def __init__(self, block: type[nn.Module], channels: int, attention: bool) -> None:
+        super().__init__()
+        self.block_1 = block(channels, channels)
+        if attention:
+            self.attn_1 = GridAttention(channels)
+        self.block_2 = block(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]."""
+        x = self.block_1(x)
+        return self.block_2(self.attn_1(x) if hasattr(self, "attn_1") else x)
+
+
+class GridEncoder(nn.Module):
+    """Images [B, 3, H, W] → a grid [B, E, h, w]; the VAE's E is twice its channels: means, log-variances."""
+
+    def __init__(self, config: KarlConfig) -> None:
+        super().__init__()
+        vae, widths = config.base == "vae", config.base_widths
+        block = VAEBlock if vae else ResidualBlock
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=vae)
+        self.down = nn.ModuleList()
+        for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            last = depth == len(widths) - 1
+            level = Level(block, [before] + [width] * config.base_res_blocks, attention=vae and last)
+            if vae and not last:
+                level.downsample = Resample(width, stride=2)
+            self.down.append(level)
+        self.mid = Middle(block, widths[-1], attention=vae)
+        self.norm_out = _group_norm(widths[-1])
+        out = 2 * config.base_channels if vae else config.base_channels
+        self.conv_out = nn.Conv2d(widths[-1], out, 3 if vae else 1, padding=1 if vae else 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, E, h, w]."""
+        x = self.conv_in(images.contiguous())
+        for depth, level in enumerate(self.down):
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample.conv(F.pad(x, (0, 1, 0, 1)))
+            elif depth < len(self.down) - 1:
+                x = F.avg_pool2d(x, 2)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class GridDecoder(nn.Module):
+    """A grid [B, E, h, w] → images [B, 3, H, W], not clamped."""
+
+    def __init__(self, config: KarlConfig) -> None:
+        super().__init__()
+        vae, widths = config.base == "vae", config.base_widths
+        block = VAEBlock if vae else ResidualBlock
+        self.conv_in = nn.Conv2d(config.base_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(block, widths[-1], attention=vae)
+        blocks = config.base_res_blocks + vae  # the VAE's decoder has one more a level, the VQGAN's has not
+        self.up = nn.ModuleList()
+        for depth, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            level = Level(block, [before] + [width] * blocks)
+            if depth:
+                level.upsample = Resample(width, stride=1)
+            self.up.append(level)
+        self.norm_out = _group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """[B, E, h, w] → [B, 3, H, W]."""
+        cells = grid.shape[2] * grid.shape[3]
+        return few_at_a_time(self._decode, grid, cells * 4 ** (len(self.up) - 1))
+
+    def _decode(self, grid: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(grid.contiguous()))
+        for level in reversed(self.up):
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = upsample_conv(x, level.upsample.conv).contiguous()
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQGAN(nn.Module):
+    """The VQGAN of MAGE (arXiv 2211.09117): MaskGIT's network with a codebook of 1024."""
+
+    name = "VQGAN"
+
+    def __init__(self, config: KarlConfig) -> None:
+        super().__init__()
+        self.encoder, self.decoder = GridEncoder(config), GridDecoder(config)
+        self.quantize = VectorQuantizer(config.base_codebook_size, config.base_channels)
+        self.outputs = config.base_codebook_size
+
+    def features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images → what the encoder gives before quantization, [B, E, h, w]."""
+        return self.encoder(images)
+
+    def grid(self, output: Tensor) -> Tensor:
+        """Logits over the codebook [B, N, 1024] → the grid as the decoder takes it, [B, N, E]."""
+        # Parity: the soft mixture of code vectors, never the likeliest code.
+        return self.quantize.decode_soft(output.softmax(-1))
+
+    def autoencode(self, images: Tensor) -> TrainingOutput:
+        """Images [B, 3, H, W] through code vectors and back, for training it alone."""
+        features = self.features(images)
+        quantized = self.quantize(features.flatten(2).transpose(1, 2))
+        grid = quantized.latents.transpose(1, 2).unflatten(2, features.shape[2:])
+        return TrainingOutput(self.decoder(grid), quantized.codes, quantized.losses)
+
+    def distillation(self, output: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Losses of logits [B, N, 1024] against the codes of the features: `nll` (nats) and `code`."""
+        codes = self.quantize.encode(features.flatten(2).transpose(1, 2))
+        return {
+            "nll": F.cross_entropy(output.flatten(0, 1).float(), codes.flatten()),
+            "code": F.mse_loss(self.grid(output), self.quantize.decode(codes)),
+        }
+
+
+class VAE(nn.Module):
+    """The KL autoencoder of MAR (arXiv 2406.11838): latent diffusion's f16 network with 16 channels."""
+
+    name = "VAE"
+
+    def __init__(self, config: KarlConfig) -> None:
+        super().__init__()
+        self.encoder, self.decoder = GridEncoder(config), GridDecoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.base_channels, 2 * config.base_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.base_channels, config.base_channels, 1)
+        self.outputs = config.base_channels
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Images → means, then log-variances, [B, 2E, h, w]."""
+        return self.quant_conv(self.encoder(images))
+
+    def features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images → the scaled mean [B, E, h, w], or with `noise` of that shape a sample of the posterior."""
+        posterior = DiagonalGaussian(self.moments(images).movedim(1, -1))
+        sampled = (
+            posterior.mode() if noise is None else posterior.sample(noise=noise.movedim(1, -1))
+        )  # [B, h, w, E]
+        return VAE_SCALE * sampled.movedim(-1, 1)
+
+    def grid(self, output: Tensor) -> Tensor:
+        """[B, N, E] → [B, N, E]."""
+        # Parity: the scale of `features` is not taken back; the decoder learned what that means.
+        return linear(output, self.post_quant_conv.weight.flatten(1), self.post_quant_conv.bias)
+
+    def autoencode(self, images: Tensor) -> TrainingOutput:
+        """Images [B, 3, H, W] through samples of the posterior and back, for training it alone; `kl` is
+        sum(KL)/B."""
+        posterior = DiagonalGaussian(self.moments(images).movedim(1, -1).float())
+        sampled = VAE_SCALE * posterior.sample()  # [B, h, w, E]
+        grid = self.grid(sampled.flatten(1, 2)).transpose(1, 2).unflatten(2, sampled.shape[1:3])
+        kl = posterior.kl().sum() / max(len(images), 1)
+        return TrainingOutput(self.decoder(grid), sampled, {"kl": kl})
+
+    def distillation(self, output: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """The loss of outputs [B, N, E] against the scaled features: `code`, their mean squared error."""
+        return {"code": F.mse_loss(output.float(), features.flatten(2).transpose(1, 2).float())}
+
+
+BASES = {"vqgan": VQGAN, "vae": VAE}
+
+
+# Tokens with their places -----------------------------------------------------------------------------------
+
+
+class PlacedQuantizer(Quantizer):
+    """Codes of latents that carry their place: [B, K, D + 2], D values and two digits of the place.
+
+    With a codebook they become indices [B, K, 2], (code, place); without one they are the codes themselves.
+    """
+
+    def __init__(self, inner: VectorQuantizer | None, dim: int, places: int) -> None:
+        super().__init__()
+        self.inner, self.dim, self.places = inner, dim, places
+        self.kind = "indices" if inner else "latents"
+        self.codebook_sizes = (*inner.codebook_sizes, places) if inner else None
+
+    def join(self, values: Tensor, places: Tensor) -> Tensor:
+        """Values [B, K, D] and places int64 [B, K] → latents [B, K, D + 2]."""
+        digits = torch.stack([places // PLACE_DIGIT, places % PLACE_DIGIT], -1)
+        return torch.cat([values, digits.to(values)], -1)
+
+    def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, K, D + 2] → values [B, K, D] and places int64 [B, K].
+
+        Raises ValueError for another width and for places that do not exist.
+        """
+        if latents.shape[-1] != self.dim + 2:
+            raise ValueError(
+                f"latents have {latents.shape[-1]} channels; these tokens have {self.dim + 2}: "
+                f"{self.dim} values and the two digits (base {PLACE_DIGIT}) of the place"
+            )
+        high, low = latents[..., self.dim :].detach().float().round().long().unbind(-1)
+        places = PLACE_DIGIT * high + low
+        outside = (places < 0) | (places >= self.places)
+        if not torch.compiler.is_compiling() and bool(outside.any()):
+            raise ValueError(
+                f"place {int(places[outside][0])} is outside 0..{self.places - 1}: the last two channels of "
+                f"a latent are the digits (base {PLACE_DIGIT}) of its place"
+            )
+        return latents[..., : self.dim], places
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Latents [B, K, D + 2] → indices [B, K, 2], or the latents."""
+        if self.inner is None:
+            return latents
+        values, places = self.split(latents)
+        return torch.stack([self.inner.encode(values), places], -1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Indices [B, K, 2], or latents → latents [B, K, D + 2]."""
+        if self.inner is None:
+            self.split(codes)  # only to refuse what is none
+            return codes
+        if codes.ndim != 3 or codes.shape[-1] != 2:
+            raise ValueError(
+                f"codes have shape {list(codes.shape)}; these tokens are [B, K, 2]: (code, place among "
+                f"{self.places})"
+            )
+        return self.join(self.inner.decode(codes[..., 0]), codes[..., 1])
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Straight-through values, places as they are; the codebook's losses, or none."""
+        if self.inner is None:
+            return Quantized(latents, latents)
+        values, places = self.split(latents)
+        quantized = self.inner(values)
+        codes = torch.stack([quantized.codes, places], -1)
+        return Quantized(self.join(quantized.latents, places), codes, quantized.losses)
+
+
+# Transformers -----------------------------------------------------------------------------------------------
+
+
+class MaskableTransformer(Transformer):
+    """A transformer that can leave out padding: no row attends to one that is not `present`."""
+
+    def forward(self, x: Tensor, rows: slice | None = None, present: Tensor | None = None) -> Tensor:
+        """[B, N, D] and `present` bool [B, N] → [B, N or len(rows), D]."""
+        if present is None:
+            return super().forward(x, rows)
+        for block in self:
+            x = x + _attend(block.attn, block.ln_1(x), present[:, None, None, :])
+            x = x + block.mlp(block.ln_2(x))
+        return x if rows is None else x[:, rows]
+
+
+def _attend(attention: Attention, x: Tensor, mask: Tensor) -> Tensor:
+    query, key, value = (
+        part.unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # [B, h, N, d]
+        for part in linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+    )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class DistillationEncoder(nn.Module):
+    """The blocks of the encoder; everything around them has keys of its own at the top."""
+
+    def __init__(self, config: KarlConfig) -> None:
+        super().__init__()
+        self.transformer = Transformer(config.encoder_width, config.encoder_layers, config.encoder_heads)
+
+
+class DistillationDecoder(nn.Module):
+    """Blocks over grid and tokens; only the grid comes out, as [B, N, outputs]."""
+
+    def __init__(self, config: KarlConfig, outputs: int) -> None:
+        super().__init__()
+        width = config.decoder_width
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = MaskableTransformer(width, config.decoder_layers, config.decoder_heads)
+        self.ln_post = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, outputs))
+
+    def forward(self, grid: Tensor, tokens: Tensor, present: Tensor | None = None) -> Tensor:
+        """Grid [B, N, W], tokens [B, K, W] and which of them are there, bool [B, K] → [B, N, outputs]."""
+        cells = grid.shape[1]
+        if present is not None:
+            present = F.pad(present, (cells, 0), value=True)
+        x = self.ln_pre(torch.cat([grid, tokens], 1))
+        return self.ffn(self.ln_post(self.transformer(x, slice(cells), present)))
+
+
+@dataclass
+class Analysis:
+    """What the encoder finds in B images offered T tokens each.
+
+    `hidden` [B, T, W] are the tokens before any projection, `halt_logits` [B, T] the logits of not being
+    needed, `values` [B, T, D] the tokens before quantization.
+    """
+
+    hidden: Tensor
+    halt_logits: Tensor
+    values: Tensor
+
+    @property
+    def active(self) -> Tensor:
+        """Which tokens are kept, bool [B, T]."""
+        return self.halt_logits.sigmoid() <= HALTED
+
+
+@dataclass
+class TrainingPass:
+    """One of the two passes of a training step: the `bins` it was conditioned on [B], its `losses` by name,
+    images [B, 3, H, W], their mean absolute `error` [B] (no gradient) and `codes` of all T tokens."""
+
+    bins: Tensor
+    losses: dict[str, Tensor]
+    images: Tensor
+    error: Tensor
+    codes: Tensor
+
+
+# The tokenizer ----------------------------------------------------------------------------------------------
+
+
+@register_family("karl")
+class Karl(Tokenizer):
+    """KARL on either base tokenizer, with quantized or continuous tokens; see the module.
+
+    `encode` offers an image `num_tokens` (256 by default; any up to 512, trained at multiples of 16) and
+    keeps those that `target` needs. The network's estimate is not a bound: measure where one is needed.
+
+    On the VAE images may also be twice as wide as high, 256×512 as in the original. Tokens do not hold the
+    size; `decode(tokens, size=(256, 512))` takes it.
+    """
+
+    config_class = KarlConfig
+    adaptive = True
+    checkpoint_ignores = ("gan_losses.*",)
+
+    def __init__(self, config: KarlConfig) -> None:
+        super().__init__(config)
+        self.image_size, self.num_tokens = config.image_size, config.num_tokens
+        width, drawn, table = config.encoder_width, config.decoder_width, config.max_grid_tokens
+        self.base_tokenizer = nn.ModuleDict({config.base: BASES[config.base](config)})
+        for module in self.base_tokenizer.modules():
+            # With one channel a group, as 32 of 32 have, a decoder cannot even say how bright an image is.
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = config.base_norm_groups
+
+        def normal(*shape: int, width: int = width) -> nn.Parameter:
+            return nn.Parameter(width**-0.5 * torch.randn(*shape))
+
+        self.patch_embed = nn.Conv2d(
+            3, width - config.base_channels, config.patch_size, stride=config.patch_size
+        )
+        self.encoder_positional_embedding = normal(width, table, table)
+        self.latent_tokens = normal(config.max_latent_tokens, width)
+        # The original starts each row as its target repeated, which the norm after it turns into zero, for
+        # every target the same. As waves of the level's number the targets differ from the first step on.
+        waves = torch.outer(torch.arange(len(TARGETS)), torch.logspace(0, -1.5, -(-width // 2)))
+        self.rec_loss_embeddings = nn.Parameter(torch.cat([waves.sin(), waves.cos()], 1)[:, :width])
+        self.encoder_ln_pre = nn.LayerNorm(width)
+        self.encoder = DistillationEncoder(config)
+        self.encoder_ln_post_halt = nn.LayerNorm(width)
+        self.halting_mlp = nn.Sequential(nn.Linear(width, 512), nn.Tanh(), nn.Linear(512, 1))
+        self.encoder_ln_post = nn.LayerNorm(width)
+        self.pre_quantizer_mlp = nn.Linear(width, config.vq_token_dim)
+        if config.quantize_latent:
+            self.quantize = VectorQuantizer(config.vq_codebook_size, config.vq_token_dim, l2_norm=True)
+        self.decoder_embed = nn.Linear(config.vq_token_dim, drawn)
+        self.decoder_latent_tokens_timestep_embed = normal(config.max_latent_tokens, drawn, width=drawn)
+        self.decoder_mask_token = normal(1, 1, drawn, width=drawn)
+        self.decoder_positional_embedding = normal(drawn, table, table, width=drawn)
+        self.decoder = DistillationDecoder(config, self.base.outputs)
+        for name, module in self.named_modules():
+            if not name.startswith("base_tokenizer") and isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=config.initializer_range)
+                nn.init.zeros_(module.bias)
+        easy = torch.tensor([float(value <= 0.04) for value in TARGETS])
+        self.register_buffer("target_probabilities", easy / easy.sum(), persistent=False)
+
+    @classmethod
+    def create(cls, **config: Any) -> Self:
+        """Build with fresh weights from the fields of KarlConfig.
+
+        `model`, one of the original's names (`karl_small`, …), gives widths, layers and heads.
+        """
+        name = config.pop("model", None)
+        if name is not None:
+            if name not in VARIANTS:
+                raise ValueError(f"model is {name!r}; it is {', '.join(VARIANTS)}")
+            fields = [f"{side}_{size}" for side in ("encoder", "decoder") for size in _SIZES]
+            config = {**dict(zip(fields, VARIANTS[name], strict=True)), **config}
+        return super().create(**config)
+
+    @property
+    def base(self) -> "VQGAN | VAE":
+        """The two-dimensional tokenizer inside."""
+        return self.base_tokenizer[self.config.base]
+
+    @property
+    def quantizer(self) -> PlacedQuantizer:
+        """Codes with their places around the codebook, whose key in checkpoints is `quantize`."""
+        inner = self.quantize if self.config.quantize_latent else None
+        return PlacedQuantizer(inner, self.config.vq_token_dim, self.config.max_latent_tokens)
+
+    # Checkpoints --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def recognise(
+        cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """By the halting network; everything but the number of heads follows from the shapes, and that is the
+        usual one for the size."""
+        if "halting_mlp.0.weight" not in shapes:
+            return None
+        try:
+            return _config_from_shapes(shapes)
+        except KeyError as error:
+            raise ValueError(f"this KARL checkpoint lacks {error}; fetch it again") from error
+
+    @classmethod
+    def check_variant(cls, shapes: Mapping[str, torch.Size], config: Mapping[str, Any]) -> None:
+        """Refuse the checkpoint of another base tokenizer, of other latents, or of a base tokenizer alone."""
+        if "halting_mlp.0.weight" not in shapes:
+            alone = _base_of(shapes)
+            if alone is None:
+                raise ValueError(
+                    f"these are no weights of KARL: no halting_mlp among {len(shapes)} keys such as "
+                    f"{', '.join(list(shapes)[:3])}"
+                )
+            raise ValueError(
+                f"these are the weights of a {BASES[alone].name} alone, the base tokenizer that KARL stands "
+                "on; a KARL checkpoint holds it already. To train on it: "
+                f"create('karl', base={alone!r}).load_base(path)"
+            )
+        found = _variant(shapes)
+        asked = {name: config.get(name, getattr(KarlConfig, name)) for name in found}
+        if asked != found:
+            raise ValueError(
+                f"this is a KARL checkpoint {_described(found)}; {_described(asked)} was asked for. Load it "
+                f"by its path alone, or by the name that fits: {_names(found)}"
+            )
+
+    def load_base(self, source: str | Path) -> Self:
+        """Take the weights of the base tokenizer from a file of its own: MAGE's VQGAN or MAR's autoencoder.
+
+        For training from scratch; published KARL checkpoints hold their base. Raises ValueError for the other
+        of the two and for keys that do not fit.
+        """
+        located = checkpoint.locate(source)
+        state = checkpoint.read(located.weights)
+        found = _base_of({key: value.shape for key, value in state.items()})
+        if found != self.config.base:
+            kind = f"a {BASES[found].name}" if found else "neither a VQGAN nor a VAE"
+            fix = (
+                f"create the model with base={found!r}" if found else "give the base tokenizer's own weights"
+            )
+            raise ValueError(
+                f"{located.weights} is {kind}; this model stands on a {self.base.name}: give that, or {fix}"
+            )
+        checkpoint.load_strictly(
+            self.base, state, dtype=self.dtype, ignore=("loss.*",), source=located.weights
+        )
+        self.base.to(self.device)
+        return self
+
+    # Images → tokens ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        num_tokens: int | None = None,
+        *,
+        target: float | Sequence[float] | Tensor = DEFAULT_TARGET,
+        halting: bool = True,
+        sample_posterior: bool = False,
+        generator: torch.Generator | None = None,
+        target_psnr: None = None,
+    ) -> Tokens:
+        """Images [B, 3, H, W] in [0, 1] → tokens; `tokens.lengths` [B] says how many each image needs.
+
+        `target` is the mean absolute error of a pixel value to aim at, 0 to 1, one number or one per image:
+        the smallest level of `TARGETS` that is not below it is used (the last for more). 0.05 is the
+        original's default; 0.03 keeps more detail, 0.07 takes fewer tokens. `num_tokens` is how many an image
+        is offered; `halting=False` keeps all of them. `sample_posterior` draws the VAE's grid from its
+        posterior, as the original does, instead of taking the mean. Raises ValueError for images, counts and
+        targets that the model does not take.
+        """
+        if target_psnr is not None:
+            return super().encode(images, num_tokens, target_psnr=target_psnr)  # says what to use instead
+        count = self.check_num_tokens(num_tokens)
+        if not count:
+            most = self.config.max_latent_tokens
+            raise ValueError(f"{self.label} takes 1 to {most} tokens per image; 0 was asked for")
+        images = self.check_images(images)
+        bins = self.target_bins(target, len(images))
+        noise = self._posterior_noise(images, generator) if sample_posterior else None
+        found = self.analyse(images, bins, count, self.base.features(images, noise))
+        self.check_latents(torch.cat([found.values, found.halt_logits.unsqueeze(-1)], -1))
+        places, lengths = _packed(found.active if halting else torch.ones_like(found.active))
+        values = found.values.gather(1, places[..., None].expand(-1, -1, found.values.shape[-1]))
+        tokens = self.as_tokens(self.quantizer.encode(self.quantizer.join(values, places)))
+        return dataclasses.replace(tokens, lengths=lengths)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tokens | Tensor, *, size: int | Size | None = None, **options: Any) -> Tensor:
+        """Tokens (or bare codes [B, K]) → images [B, 3, H, W] in [0, 1].
+
+        `size` is a side or (height, width) in pixels, by default `image_size`; on the VAE it may be twice as
+        wide as high. `options` are every tokenizer's. ValueError for sizes that the model does not take.
+        """
+        size = self._checked_size(size)
+        if any(options.get(name) is not None for name in ("steps", "guidance")):
+            return super().decode(tokens, **options)  # says that they do not apply
+        latents, lengths = self.dequantize(tokens)
+        return self.pixels(latents, lengths, size=size).clamp(0, 1)
+
+    def reconstruct(
+        self,
+        images: Tensor,
+        num_tokens: int | None = None,
+        *,
+        target: float | Sequence[float] | Tensor = DEFAULT_TARGET,
+        **options: Any,
+    ) -> Tensor:
+        """Images → tokens for a target error → images of the same size; `options` go to `decode`."""
+        tokens = self.encode(images, num_tokens, target=target)
+        return self.decode(tokens, **{"size": tuple(images.shape[2:])} | options)
+
+    def check_image_size(self, height: int, width: int, fix: str) -> None:
+        """Raise ValueError unless an image is a square of `image_size` or, on the VAE, two side by side."""
+        side = self.image_size
+        wide = self.config.base == "vae" and 2 * side // self.config.patch_size <= self.config.max_grid_tokens
+        if (height, width) not in ((side, side), (side, 2 * side) if wide else (side, side)):
+            also = f" or {side}×{2 * side}" if wide else ""
+            raise ValueError(
+                f"images are {height}×{width} pixels; {self.label} takes {side}×{side}{also}: {fix}"
+            )
+
+    def _checked_size(self, size: int | Size | None) -> Size:
+        """Height and width of decoded images, in pixels."""
+        size = read_size(self.image_size if size is None else size)
+        self.check_image_size(*size, "give another size")
+        return size
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] → all T tokens at the default target, with their places: [B, T, D + 2]."""
+        bins = self.target_bins(DEFAULT_TARGET, len(images))
+        values = self.analyse(images, bins, self.num_tokens, self.base.features(images)).values
+        return self.quantizer.join(values, _all_places(values))
+
+    def target_bins(self, target: float | Sequence[float] | Tensor, batch: int) -> Tensor:
+        """Wanted errors, one or one per image → the levels of TARGETS they select, int64 [batch]."""
+        accepted = f"a mean absolute error of 0 to 1, one number or one for each of {batch} images"
+        try:
+            # Compared in float32, or 0.05 would not select 0.05.
+            values = torch.as_tensor(target, dtype=torch.float32, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"target is {target!r}; it is {accepted}") from None
+        if values.shape not in ((), (batch,)):
+            raise ValueError(f"target has shape {list(values.shape)}; it is {accepted}")
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError(f"target is {target}; it is {accepted} (0.05 by default)")
+        levels = torch.tensor(TARGETS, device=self.device)
+        return torch.searchsorted(levels, values.expand(batch).contiguous()).clamp(max=len(TARGETS) - 1)
+
+    def analyse(self, images: Tensor, bins: Tensor, count: int, features: Tensor) -> Analysis:
+        """Images [B, 3, H, W] with the base's features [B, E, h, w], levels of error int64 [B] and the number
+        of tokens T to offer → which of them are needed, and their values."""
+        grid = torch.cat([self.patch_embed(images), features], 1)  # [B, W, h, w]
+        grid = grid + _resized(self.encoder_positional_embedding, grid.shape[2:])
+        x = torch.cat(
+            [
+                self.rec_loss_embeddings[bins].unsqueeze(1),
+                grid.flatten(2).transpose(1, 2),
+                self.latent_tokens[:count].expand(len(images), -1, -1),
+            ],
+            1,
+        )
+        hidden = self.encoder.transformer(self.encoder_ln_pre(x), slice(-count, None))  # [B, T, W]
+        return Analysis(
+            hidden,
+            self.halting_mlp(self.encoder_ln_post_halt(hidden)).squeeze(-1),
+            self.pre_quantizer_mlp(self.encoder_ln_post(hidden)),
+        )
+
+    def _posterior_noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.config.base != "vae":
+            raise ValueError("sample_posterior is for models on the VAE; this one stands on the VQGAN")
+        cells = [side // self.config.patch_size for side in images.shape[2:]]
+        device = images.device if generator is None else generator.device
+        shape = (len(images), self.config.base_channels, *cells)
+        return torch.randn(shape, generator=generator, device=device).to(images)
+
+    # Tokens → images ----------------------------------------------------------------------------------------
+
+    def pixels(
+        self, latents: Tensor, lengths: Tensor | None = None, *, size: int | Size | None = None
+    ) -> Tensor:
+        """Latents with their places [B, K, D + 2], of which each image has the first `lengths` [B] → images
+        [B, 3, H, W] of `size`, not clamped. The cost follows the lengths."""
+        size = self._checked_size(size)
+        values, places = self.quantizer.split(latents)
+        if lengths is None or not len(lengths):
+            return self.render(self.draw(values, places, size=size), size)
+        if values.device.type == "cpu" and not torch.is_grad_enabled():
+            counts = enumerate(lengths.tolist())
+            rows = [(values[i : i + 1, :k], places[i : i + 1, :k]) for i, k in counts]
+            return self.render(torch.cat([self.draw(*row, size=size) for row in rows]), size)
+        longest = int(lengths.max())
+        present = torch.arange(longest, device=values.device) < lengths.unsqueeze(1)
+        return self.render(self.draw(values[:, :longest], places[:, :longest], present, size=size), size)
+
+    def draw(
+        self, values: Tensor, places: Tensor, present: Tensor | None = None, *, size: Size | None = None
+    ) -> Tensor:
+        """Values [B, K, D] at places int64 [B, K], all of them or those `present` (bool [B, K]) → the
+        decoder's output for every cell of an image of `size`, [B, N, outputs]."""
+        position = _resized(self.decoder_positional_embedding, self._cells(size))
+        grid = self.decoder_mask_token + position.flatten(1).T
+        tokens = self.decoder_embed(values) + self.decoder_latent_tokens_timestep_embed[places]
+        return self.decoder(grid.expand(len(values), -1, -1), tokens, present)
+
+    def render(self, output: Tensor, size: Size | None = None) -> Tensor:
+        """The decoder's output for every cell [B, N, outputs] → images [B, 3, H, W] of `size`, not
+        clamped."""
+        return self.base.decoder(self.base.grid(output).transpose(1, 2).unflatten(2, self._cells(size)))
+
+    def _cells(self, size: Size | None) -> tuple[int, int]:
+        """Rows and columns of the grid of an image of that size, by default a square of `image_size`."""
+        height, width = (self.image_size, self.image_size) if size is None else size
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def check_num_tokens(self, num_tokens: int | None) -> int:
+        """How many tokens an image is offered, or has."""
+        require_whole(num_tokens)
+        most = self.config.max_latent_tokens
+        if num_tokens is None:
+            return self.num_tokens
+        # Every token of a batch may be halted, so that none is left to decode.
+        if not 0 <= num_tokens <= most:
+            raise ValueError(f"{self.label} takes 1 to {most} tokens per image; {num_tokens} was asked for")
+        return num_tokens
+
+    # Training -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self, images: Tensor, *, num_tokens: int | None = None, target: float | Tensor | None = None
+    ) -> TrainingOutput:
+        """The two passes of a training step (section 3 of the paper); `num_tokens` and `target` are drawn
+        unless given.
+
+        The first offers that many tokens, halts none and measures the error they reach. The second is told to
+        reach that error with `config.num_tokens` and learns to halt those beyond the first pass's number.
+        Which weights are frozen decides what is learnt. Everything but the base tokenizer: that one alone, as
+        an autoencoder. The base tokenizer: the original's first stage, the base's features, all of it in
+        `losses`, and `images` carry no gradient. Nothing: pixels; the first pass's mean absolute error is in
+        `losses`, and the second's is left to the caller, who has its `images`. `codes` are those of all
+        tokens.
+        """
+        if not any(p.requires_grad for n, p in self.named_parameters() if not n.startswith("base_tokenizer")):
+            return self.base.autoencode(images)
+        batch = len(images)
+        first, last, step = self.config.training_tokens
+        if num_tokens is None:
+            num_tokens = first + step * int(torch.randint((last - first) // step + 1, ()))
+        if target is None:
+            drawn = torch.multinomial(self.target_probabilities.float(), batch, replacement=True)
+            target = torch.tensor(TARGETS, device=self.device)[drawn]
+        distil = self.distils
+        noise = self._posterior_noise(images, None) if self.config.base == "vae" else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not distil):
+            features = self.base.features(images, noise)
+        estimate = self.training_pass(images, features, num_tokens, target)
+        self.update_targets(estimate.error)
+        needed = min(num_tokens, self.num_tokens)
+        tokenize = self.training_pass(images, features, self.num_tokens, estimate.error, needed)
+        losses = {f"estimate_{name}": value for name, value in estimate.losses.items()} | tokenize.losses
+        if not distil:
+            del losses["reconstruction"]
+        return TrainingOutput(tokenize.images, tokenize.codes, losses)
+
+    @property
+    def distils(self) -> bool:
+        """Whether training is the original's first stage: the base tokenizer is frozen."""
+        return not any(parameter.requires_grad for parameter in self.base_tokenizer.parameters())
+
+    def training_pass(
+        self,
+        images: Tensor,
+        features: Tensor,
+        count: int,
+        target: float | Tensor,
+        needed: int | None = None,
+    ) -> TrainingPass:
+        """One pass with `count` tokens: without `needed` none is halted and all learn to be active; with it
+        halted ones are left out, the first `needed` learn to be active and the others to be halted.
+
+        Losses, each a mean: `active`, `halted` (weighted binary cross-entropy), those of the codebook, and
+        those of the base tokenizer's features or `reconstruction` (mean absolute error).
+        """
+        bins = self.target_bins(torch.as_tensor(target).clamp(0, 1), len(images))
+        found = self.analyse(images, bins, count, features)
+        logits = found.halt_logits.float()
+        kept = logits if needed is None else logits[:, :needed]
+        weight = self.config.halting_weight
+        losses = {"active": weight * F.binary_cross_entropy_with_logits(kept, torch.zeros_like(kept))}
+        if needed is not None:
+            spare = logits[:, needed:]
+            halted = F.binary_cross_entropy_with_logits(spare, torch.ones_like(spare))
+            losses["halted"] = weight * halted if spare.numel() else logits.new_zeros(())
+        quantized = Quantized(found.values, found.values)
+        if self.config.quantize_latent:
+            quantized = self.quantize(found.values)
+        values, places, present = quantized.latents, _all_places(found.values), None
+        if needed is not None:
+            places, lengths = _packed(found.active)
+            values = values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+            present = torch.arange(places.shape[1], device=values.device) < lengths.unsqueeze(1)
+        size = tuple(images.shape[2:])
+        output = self.draw(values, places, present, size=size)
+        losses |= quantized.losses
+        distil = self.distils
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not distil):
+            decoded = self.render(output, size)
+        absolute = (decoded.float() - images).abs()
+        if distil:
+            losses |= self.base.distillation(output, features)
+        else:
+            losses["reconstruction"] = absolute.mean()
+        return TrainingPass(bins, losses, decoded, absolute.detach().mean((1, 2, 3)), quantized.codes)
+
+    @torch.no_grad()
+    def update_targets(self, error: Tensor) -> None:
+        """Make the targets that a batch already reaches (its smallest error, or more) a little rarer."""
+        levels = torch.tensor(TARGETS, device=error.device)
+        reached = levels >= error.min()
+        probabilities = torch.where(reached, 0.99, 1.0) * self.target_probabilities
+        self.target_probabilities.copy_(probabilities / probabilities.sum())
+
+
+_SIZES = ("width", "layers", "heads")
+
+
+def _all_places(values: Tensor) -> Tensor:
+    """Places 0..K-1 for every image of values [B, K, D]."""
+    return torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
+
+
+def _packed(active: Tensor) -> tuple[Tensor, Tensor]:
+    """Active tokens bool [B, T] → their places in order, int64 [B, K], K the most of any image, and their
+    numbers [B]; after those the places of halted ones fill up the row."""
+    lengths = active.sum(1)
+    longest = int(lengths.max()) if len(lengths) else active.shape[1]
+    return active.int().argsort(dim=1, descending=True, stable=True)[:, :longest], lengths
+
+
+def _resized(table: Tensor, size: Sequence[int]) -> Tensor:
+    """A table of positions [W, 64, 64] at the grid's size, by its nearest entries: [W, h, w]."""
+    return F.interpolate(table.unsqueeze(0), tuple(size), mode="nearest").squeeze(0)
+
+
+# What a checkpoint is ---------------------------------------------------------------------------------------
+
+
+def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    def layers(prefix: str) -> int:
+        return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
+
+    variant = _variant(shapes)
+    base = variant["base"]
+    prefix = f"base_tokenizer.{base}."
+    widths = [
+        shapes[f"{prefix}encoder.down.{level}.block.0.conv2.weight"][0]
+        for level in range(layers(f"{prefix}encoder.down."))
+    ]
+    hidden = shapes[f"{prefix}encoder.conv_in.weight"][0]
+    depths = {side: layers(f"{side}.transformer.") for side in ("encoder", "decoder")}
+    patch = shapes["patch_embed.weight"][-1]
+    tokens = shapes["latent_tokens"][0]
+    config = {
+        **variant,
+        "encoder_width": shapes["latent_tokens"][1],
+        "decoder_width": shapes["decoder_mask_token"][-1],
+        "vq_token_dim": shapes["pre_quantizer_mlp.weight"][0],
+        "patch_size": patch,
+        "max_grid_tokens": shapes["encoder_positional_embedding"][-1],
+        "max_latent_tokens": tokens,
+        "num_tokens": min(256, tokens),
+        "image_size": 16 * patch,
+        "base_hidden_channels": hidden,
+        "base_channel_mult": tuple(width // hidden for width in widths),
+        "base_res_blocks": layers(f"{prefix}encoder.down.0.block."),
+        "base_channels": shapes[f"{prefix}decoder.conv_in.weight"][1],
+        "training_tokens": (min(16, tokens), min(368, tokens), 16),
+    }
+    for side, depth in depths.items():
+        config[f"{side}_layers"] = depth
+        config[f"{side}_heads"] = max(8, depth)  # as in most of VARIANTS; shapes do not tell
+    if config["quantize_latent"]:
+        config["vq_codebook_size"] = shapes["quantize.embedding.weight"][0]
+    if base == "vqgan":
+        config["base_codebook_size"] = shapes[f"{prefix}quantize.embedding.weight"][0]
+    return config
+
+
+def _base_of(shapes: Mapping[str, torch.Size]) -> str | None:
+    """Which base tokenizer a file of its own holds."""
+    if "encoder.conv_in.weight" not in shapes:
+        return None
+    if "post_quant_conv.weight" in shapes and "quantize.embedding.weight" not in shapes:
+        return "vae"
+    return "vqgan" if "quantize.embedding.weight" in shapes else None
+
+
+def _variant(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    """What is told apart by single keys."""
+    vae = any(key.startswith("base_tokenizer.vae.") for key in shapes)
+    return {"base": "vae" if vae else "vqgan", "quantize_latent": "quantize.embedding.weight" in shapes}
+
+
+def _described(variant: Mapping[str, Any]) -> str:
+    latents = "quantized" if variant["quantize_latent"] else "continuous"
+    return f"on the {BASES[variant['base']].name} with {latents} latents"
+
+
+def _names(variant: Mapping[str, Any]) -> str:
+    return ", ".join(entry.name for entry in _rows() if entry.config == variant)
+
+
+def _rows() -> list[Entry]:
+    seen = "; the authors' sample picture at target 0.05 has 128 of 256 tokens, error 0.0468"
+    table = [  # name, trained on, base, quantized, M parameters, further notes
+        ("karl-vqgan-vq", "imagenet", "vqgan", True, 270.9, ""),
+        ("karl-vqgan-vq-in100", "imagenet100", "vqgan", True, 270.9, ""),
+        ("karl-vqgan-in100", "imagenet100", "vqgan", False, 270.9, ""),
+        ("karl-vae-vq-in100", "imagenet100", "vae", True, 281.0, ""),
+        ("karl-vae-in100", "imagenet100", "vae", False, 280.9, seen),
+    ]
+    sets = {"imagenet": "ImageNet", "imagenet100": "ImageNet-100"}
+    verified = {
+        ("vqgan", True): "codes equal, latents 6.7e-6, images 4.7e-5",
+        ("vae", False): "lengths equal, latents 7.6e-6, images 3.2e-5",
+    }
+    return [
+        Entry(
+            name=name,
+            family="karl",
+            config={"base": base, "quantize_latent": quantized},
+            repo="https://github.com/ShivamDuggal4/karl",
+            file=f"{data}/karl_small_{base}_{'quantized' if quantized else 'continuous'}_latents.pth",
+            license="none stated",
+            paper="KARL (arXiv 2507.07995)",
+            parameters=parameters,
+            notes=f"no licence stated, so all rights are reserved; trained on {sets[data]}{notes}",
+            verified=verified.get((base, quantized), ""),
+        )
+        for name, data, base, quantized, parameters, notes in table
+    ]
+
+
+register(*_rows())
