@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .images import to_pil, to_tensor
-    from .registry import create, list_tokenizers, load
+    from .loading import create, load
+    from .registry import list_tokenizers
     from .tokenizer import Tokenizer
     from .tokens import Tokens
 
@@ -22,9 +23,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Tokenizer": "tokenizer",
     "Tokens": "tokens",
-    "create": "registry",
+    "create": "loading",
     "list_tokenizers": "registry",
-    "load": "registry",
+    "load": "loading",
     "to_pil": "images",
     "to_tensor": "images",
 }

@@ -5,14 +5,26 @@ import math
 import numbers
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
-    from .tokens import Tokens
+from .tokens import Tokens
+
+
+class PrefixTokenizer(Protocol):
+    """What the search for lengths needs of a tokenizer."""
+
+    ordered: bool
+    adaptive: bool
+    label: str
+
+    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
+        """Images [B, 3, H, W] in [0, 1] → tokens."""
+
+    def decode(self, tokens: Tokens, **options: Any) -> Tensor:
+        """Tokens → images [B, 3, H, W] in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +32,14 @@ class AdaptiveTokens:
     """Tokens with `lengths`, the PSNR their images decode to (dB, float64 [B]), and whether it `reached` the
     target (bool [B])."""
 
-    tokens: "Tokens"
+    tokens: Tokens
     psnr: Tensor
     reached: Tensor
 
 
 @torch.no_grad()
 def encode_to_quality(
-    tokenizer: "Tokenizer",
+    tokenizer: PrefixTokenizer,
     images: Tensor,
     target_psnr: float,
     *,
@@ -112,13 +124,13 @@ class _Search:
         self.reached = self.reached | enough
 
 
-def _cut(tokens: "Tokens", lengths: Tensor) -> "Tokens":
+def _cut(tokens: Tokens, lengths: Tensor) -> Tokens:
     """The first `lengths` [B] tokens of every image, without padding that no image needs."""
     longest = int(lengths.max()) if len(lengths) else tokens.num_tokens
     return dataclasses.replace(tokens.prefix(longest), lengths=lengths)
 
 
-def _decode(tokenizer: "Tokenizer", tokens: "Tokens", options: dict[str, Any]) -> Tensor:
+def _decode(tokenizer: PrefixTokenizer, tokens: Tokens, options: dict[str, Any]) -> Tensor:
     generator = options.get("generator")
     state = None if generator is None else generator.get_state()
     images = tokenizer.decode(tokens, **options)

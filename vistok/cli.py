@@ -148,7 +148,8 @@ def list_(
     """All tokenizers with their hub repository, licence and paper figures."""
     from dataclasses import asdict
 
-    from .registry import create, entries
+    from .loading import create
+    from .registry import entries
 
     table = entries()
     if as_json:
@@ -204,7 +205,8 @@ def info(
     from accelerate import init_empty_weights
 
     from .files import looks_like_path
-    from .registry import create, entries, load, unknown_name
+    from .loading import create, load
+    from .registry import entries, unknown_name
 
     if name in entries():
         facts = _published_facts(entries()[name])
@@ -567,7 +569,7 @@ class _Bad:
 
 
 def _load(name: str, device: str, weights: Path | None = None) -> "Tokenizer":
-    from .registry import load
+    from .loading import load
 
     return load(name, device=_device(device), weights=weights)
 

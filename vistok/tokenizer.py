@@ -4,18 +4,16 @@ import dataclasses
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, configuration, loading
+from . import checkpoint, configuration, pretrained
+from .adaptive import AdaptiveTokens, encode_to_quality
 from .quantizers import Quantizer
 from .tokens import Tokens
-
-if TYPE_CHECKING:
-    from .adaptive import AdaptiveTokens
 
 
 @dataclasses.dataclass
@@ -117,12 +115,12 @@ class Tokenizer(nn.Module):
     @overload
     def encode(
         self, images: Tensor, num_tokens: int | None = None, *, target_psnr: float
-    ) -> "AdaptiveTokens": ...
+    ) -> AdaptiveTokens: ...
 
     @torch.no_grad()
     def encode(
         self, images: Tensor, num_tokens: int | None = None, *, target_psnr: float | None = None
-    ) -> "Tokens | AdaptiveTokens":
+    ) -> Tokens | AdaptiveTokens:
         """Images [B, 3, H, W] in [0, 1] → tokens.
 
         `num_tokens`: ordered tokenizers keep that many; fixed-length ones accept only their own number.
@@ -134,8 +132,6 @@ class Tokenizer(nn.Module):
                 more than a rounding (0.001); counts the model does not have; latents that are not finite.
         """
         if target_psnr is not None:
-            from .adaptive import encode_to_quality
-
             return encode_to_quality(self, images, target_psnr, num_tokens=num_tokens)
         count = self.check_num_tokens(num_tokens)
         codes = self.quantizer.encode(self.check_latents(self.latents(self.check_images(images))))
@@ -301,11 +297,11 @@ class Tokenizer(nn.Module):
 
         Raises ValueError for a text that names neither a device nor a floating dtype.
         """
-        converted = [loading.as_target(value) for value in arguments]
+        converted = [pretrained.as_target(value) for value in arguments]
         if isinstance(options.get("dtype"), str):
-            options["dtype"] = loading.as_dtype(options["dtype"])
+            options["dtype"] = pretrained.as_dtype(options["dtype"])
         if "device" in options:
-            options["device"] = loading.as_device(options["device"])
+            options["device"] = pretrained.as_device(options["device"])
         return super().to(*converted, **options)
 
     def add_companion(self, name: str, module: nn.Module) -> None:
@@ -340,7 +336,7 @@ class Tokenizer(nn.Module):
 
         Weights become float32 unless `dtype` is given; a `config` given here wins over every other.
         """
-        return loading.load_tokenizer(
+        return pretrained.load_pretrained(
             cls,
             source,
             device=device,

@@ -123,6 +123,16 @@ class Case:
         """The error for this case, to be raised."""
         return CannotBuild(f"{self.path.name}: {' '.join(reason.split())}")
 
+    def check_stated(self, what: str, value: Any, stated: Any, tolerance: float = 0.0) -> None:
+        """Raise CannotBuild unless `value` equals what the case states, to an absolute `tolerance`."""
+        equal = abs(value - stated) <= tolerance if tolerance else value == stated
+        if not equal:
+            raise CannotBuild(f"{self.path.name}: {what} is {value}; the case states {stated}")
+
+    def check_config(self, name: str, value: Any) -> None:
+        """Raise CannotBuild unless `value` equals the entry of that name, where the case has one."""
+        self.check_stated(name, value, self.data["config"].get(name, value))
+
     def records(self, *patterns: str) -> bool:
         """Whether a tensor is recorded whose whole name one of the regular expressions matches."""
         return any(re.fullmatch(pattern, name) for pattern in patterns for name in self.tensors)

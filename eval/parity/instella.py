@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import configuration
+from ...loading import create
 from ...models.instella import Instella, InstellaConfig, Rotary
 from ...quantizers import BinaryQuantizer
-from ...registry import create
 from .case import Case, Outputs
 from .fields import check_size
 

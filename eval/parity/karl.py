@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...configuration import shorten
+from ...loading import create
 from ...models.karl.model import TARGETS, Analysis, Karl, KarlConfig, TrainingPass
-from ...registry import create
 from .case import Case, Outputs
 from .fields import check_size, whole
 

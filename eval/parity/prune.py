@@ -54,7 +54,7 @@ def run(case: Case) -> Outputs:
 
 def _divprune(case: Case) -> Outputs:
     for ratio, tokens, keep in case.data["config"].get("keep_rule", ()):
-        _stated(case, f"tokens kept of {tokens} at {ratio}", round(ratio * tokens), keep)
+        case.check_stated(f"tokens kept of {tokens} at {ratio}", round(ratio * tokens), keep)
     exact = "permutation" in case.data["inputs"]
     inputs, orders = {}, {}
     for sub in case.data["config"]["subcases"]:
@@ -117,7 +117,7 @@ def _margins(case: Case, sub: Subcase, features: Array, order: Tensor) -> Tensor
         score[order[: step + 1]] = -torch.inf
     for keep, distance in zip(sub["keeps"], sub["min_pairwise_cosine_distance"], strict=True):
         if distance is not None:
-            _stated(case, f"{sub['tag']}: distance at {keep}", min(reached[1:keep]), distance, 1e-6)
+            case.check_stated(f"{sub['tag']}: distance at {keep}", min(reached[1:keep]), distance, 1e-6)
     return torch.stack(margins).float()
 
 
@@ -144,18 +144,18 @@ def _hired(case: Case) -> Outputs:
         for number, image in enumerate(sub["images"]):
             name, crops = f"{sub['tag']}.img{number}", image["crops"]
             grid = _anyres(config["grid_pinpoints_hw"], image["size_hw"], side)
-            _stated(case, f"{name}: arrangement", [grid.rows, grid.cols], image["grid_rows_cols"])
-            _stated(case, f"{name}: crops", grid.num_tiles, crops)
+            case.check_stated(f"{name}: arrangement", [grid.rows, grid.cols], image["grid_rows_cols"])
+            case.check_stated(f"{name}: crops", grid.num_tiles, crops)
             part = slice(start, start + crops)
             start += crops
             settings = {"rate": sub["rate"], "alpha": sub["alpha"]}
             published = hired(early[part], late[part], grid, geometry="reference", **settings)
             corrected = hired(early[part], late[part], grid, **settings)
-            _stated(case, f"{name}: kept", _per_tile(published, grid), image["kept_per_crop"])
-            _stated(case, f"{name}: kept in all", len(published.kept), image["kept_total"])
-            _stated(case, f"{name}: after unpadding", len(published.packed), image["after_unpad"])
-            _stated(
-                case, f"{name}: kept, corrected", _per_tile(corrected, grid), image["fixed_kept_per_crop"]
+            case.check_stated(f"{name}: kept", _per_tile(published, grid), image["kept_per_crop"])
+            case.check_stated(f"{name}: kept in all", len(published.kept), image["kept_total"])
+            case.check_stated(f"{name}: after unpadding", len(published.packed), image["after_unpad"])
+            case.check_stated(
+                f"{name}: kept, corrected", _per_tile(corrected, grid), image["fixed_kept_per_crop"]
             )
             yield f"{name}.kept", published.kept
             yield f"{name}.packed", published.packed
@@ -186,7 +186,7 @@ def _globalcom2(case: Case) -> Outputs:
         _check_digest(case, sub, logits)
         scores = torch.from_numpy(logits).to(case.device)
         grid = _anyres(pinpoints, sub["size_wh"][::-1], side)
-        _stated(case, f"{tag}: arrangement", [grid.cols, grid.rows], sub["grid_cols_rows"])
+        case.check_stated(f"{tag}: arrangement", [grid.cols, grid.rows], sub["grid_cols_rows"])
         selection = globalcom2(scores, grid, ratio=sub["ratio"], geometry="reference")
         ratios = globalcom2_ratios(scores, grid, sub["ratio"], config["temperature"])
         combined, guide = globalcom2_scores(scores, unrounded(grid))
@@ -194,10 +194,10 @@ def _globalcom2(case: Case) -> Outputs:
         valid = (combined > -torch.inf).sum(1).tolist()
         thumbnail = selection.packed[: kept[0]]
         sequence = selection.packed[kept[0] :]
-        _stated(case, f"{tag}: unpadded tokens", valid, sub["valid_per_crop"])
-        _stated(case, f"{tag}: kept", kept[1:], sub["kept_per_crop"])
-        _stated(case, f"{tag}: newlines", int((sequence == -1).sum()), sub["newlines"])
-        _stated(case, f"{tag}: LLM tokens", len(selection.packed), sub["llm_tokens"])
+        case.check_stated(f"{tag}: unpadded tokens", valid, sub["valid_per_crop"])
+        case.check_stated(f"{tag}: kept", kept[1:], sub["kept_per_crop"])
+        case.check_stated(f"{tag}: newlines", int((sequence == -1).sum()), sub["newlines"])
+        case.check_stated(f"{tag}: LLM tokens", len(selection.packed), sub["llm_tokens"])
         yield f"{tag}.thumb", thumbnail
         yield f"{tag}.scales", ratios
         yield f"{tag}.sequence", sequence
@@ -253,10 +253,10 @@ def _prumerge(case: Case) -> Outputs:
         attention = (q[0] @ k.T * channels**-0.5).softmax(0)[1:]
         for name, plus in (("plain", False), ("plus", True)):
             folded = prumerge(x[1:], attention, k[1:], plus=plus)
-            _stated(case, f"{tag}: tokens of {name}", len(folded.tokens), sub[f"{name}_tokens"])
+            case.check_stated(f"{tag}: tokens of {name}", len(folded.tokens), sub[f"{name}_tokens"])
             if not plus:
                 share = len(folded.kept) / (len(x) - 1)
-                _stated(case, f"{tag}: share of outliers", share, sub["outlier_ratio"], 1e-9)
+                case.check_stated(f"{tag}: share of outliers", share, sub["outlier_ratio"], 1e-9)
             yield f"{tag}.{name}", folded.tokens.unsqueeze(0)
 
 
@@ -285,12 +285,6 @@ def _check_digest(case: Case, sub: Subcase, array: Array) -> None:
     digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
     if digest != sub.get("sha256_16", digest):
         raise CannotBuild(f"{case.path.name}: {sub['tag']}: the recipe gave other inputs than were recorded")
-
-
-def _stated(case: Case, what: str, ours: Any, stated: Any, tolerance: float = 0.0) -> None:
-    equal = abs(ours - stated) <= tolerance if tolerance else ours == stated
-    if not equal:
-        raise CannotBuild(f"{case.path.name}: {what} is {ours}; the case states {stated}")
 
 
 def _same_picks(case: Case, what: str, expected: Tensor, ours: Tensor) -> None:

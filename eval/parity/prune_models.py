@@ -19,7 +19,6 @@ from ...compress.methods.prumerge import PruMerge
 from ...compress.methods.visionzip import VisionZip
 from ...compress.reducer import Budget, FeatureReducer, Image
 from .case import CannotBuild, Case, Outputs
-from .prune import _stated
 
 MODELS = {
     "LlavaForConditionalGeneration": "LlavaConfig",
@@ -42,8 +41,8 @@ def run(case: Case) -> Outputs:
     yield "base.visual_sample", visual[::EVERY]
     yield "base.logits", logits
     for name, settings in config["methods"].items():
-        _stated(
-            case, f"{name}: tokens before", len(visual), settings.get("visual_tokens_before", len(visual))
+        case.check_stated(
+            f"{name}: tokens before", len(visual), settings.get("visual_tokens_before", len(visual))
         )
         yield from _method(case, model, inputs, name, settings)
 
@@ -63,8 +62,8 @@ def _method(case: Case, model: Any, inputs: dict[str, Any], name: str, settings:
         logits = model(**inputs).logits[0, -last:]
     (image, budget), visual = seen[0], entered[0][0, BEFORE:-last]
     yield from _selected(case, name, settings, reducer, image, budget)
-    _stated(
-        case, f"{name}: tokens", len(visual), settings.get("visual_tokens", settings.get("kept", len(visual)))
+    case.check_stated(
+        f"{name}: tokens", len(visual), settings.get("visual_tokens", settings.get("kept", len(visual)))
     )
     yield f"{name}.visual", visual
     yield f"{name}.logits", logits
@@ -110,13 +109,13 @@ def _selected(
     elif isinstance(reducer, HiRED):
         tiles = reducer.tiles(image, budget)
         chosen = settings.get("selected_before_unpad", len(tiles.kept))
-        _stated(case, f"{name}: chosen", len(tiles.kept), chosen)
+        case.check_stated(f"{name}: chosen", len(tiles.kept), chosen)
         yield f"{name}.selected", tiles.kept
         yield f"{name}.kept", tiles.packed
     elif isinstance(reducer, GlobalCom2):
         tiles = reducer.tiles(image, budget)
         newlines = int((tiles.packed < 0).sum())
-        _stated(case, f"{name}: newlines", newlines, settings.get("newlines", newlines))
+        case.check_stated(f"{name}: newlines", newlines, settings.get("newlines", newlines))
         yield f"{name}.scales", globalcom2_ratios(reducer.scores(image), image.grid, budget)
         yield f"{name}.sequence", tiles.packed
 

@@ -186,9 +186,9 @@ def _vit(case: Case) -> Outputs:
     merging = timm_host.install(model, reducer)
     yield "logits", _logits(model, images)
     trace = merging.trace
-    _expect(case, "tokens_after_block", trace.tokens)
+    case.check_config("tokens_after_block", trace.tokens)
     entering = [trace.num_tokens, *trace.tokens[:-1]]
-    _expect(case, "total_flop", sum(vit_block_macs(n, model.embed_dim) for n in entering))
+    case.check_config("total_flop", sum(vit_block_macs(n, model.embed_dim) for n in entering))
     yield "tokens_last_block", blocks[len(model.blocks) - 1]
     yield "size", trace.size
     yield "group", trace.groups()
@@ -234,10 +234,10 @@ def _clip(case: Case) -> Outputs:
     reducer = PiToMe.clip(ratio=config["ratio"], margin=config["margins"], use_bsm=last + 1)
     merging = tower_host.install(tower, reducer, unmerge=False)
     output = tower(images, output_hidden_states=True)
-    _expect(case, "tokens_per_hidden_state", [state.shape[1] for state in output.hidden_states])
+    case.check_config("tokens_per_hidden_state", [state.shape[1] for state in output.hidden_states])
     width, trace = config["clip_vision"]["hidden_size"], merging.trace
     entering = [trace.num_tokens, *trace.tokens[:-1]]
-    _expect(case, "total_flops", sum(vit_block_macs(n, width) for n in entering))
+    case.check_config("total_flops", sum(vit_block_macs(n, width) for n in entering))
     yield "feature", output.hidden_states[-2]
     yield "last_hidden_state", output.last_hidden_state
     yield "pooler_output", output.pooler_output
@@ -258,13 +258,6 @@ def _images(case: Case) -> Tensor:
 
 def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
-
-
-def _expect(case: Case, name: str, ours: Any) -> None:
-    """What the case states beside its tensors must be equal, where it is stated."""
-    stated = case.data["config"].get(name, ours)
-    if ours != stated:
-        raise CannotBuild(f"{case.path.name}: {name} is {ours}, recorded {stated}")
 
 
 # Costs ------------------------------------------------------------------------------------------------------

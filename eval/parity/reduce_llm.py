@@ -17,7 +17,6 @@ from ...compress.methods.transprune import TransPrune
 from ...compress.reducer import LayerReducer
 from ...compress.session import Session
 from .case import CannotBuild, Case, Outputs
-from .reduce import _expect
 
 # What the case calls the score parts and TransPrune's trace does too.
 PARTS = ("acc_raw", "iga_raw", "acc", "iga")
@@ -33,8 +32,8 @@ def run(case: Case) -> Outputs:
     steps = case.recorded("decode_ids").long()
     placeholder = _free_id(case, torch.cat([text.flatten(), steps]))
     before = case.data["config"]["text_before"]
-    _expect(case, "image_tokens", features.shape[1])
-    _expect(case, "text_after", text.shape[1] - before)
+    case.check_config("image_tokens", features.shape[1])
+    case.check_config("text_after", text.shape[1] - before)
     image = text.new_full((1, features.shape[1]), placeholder)
     ids = torch.cat([text[:, :before], image, text[:, before:]], 1)
     model = _model(case, placeholder)
@@ -56,8 +55,8 @@ def run(case: Case) -> Outputs:
         for counter in counters:
             counter.remove()
         cache = cache_in(output)
-        _expect(case, "tokens_into_block", entered)
-        _expect(case, "kv_len_after_prefill", _lengths(cache))
+        case.check_config("tokens_into_block", entered)
+        case.check_config("kv_len_after_prefill", _lengths(cache))
         kept = torch.ones_like(ids[0], dtype=torch.bool)
         kept[before : before + features.shape[1]] = False
         kept[before + session.explain(layer=-1)[0].tokens] = True
@@ -67,7 +66,7 @@ def run(case: Case) -> Outputs:
             model(input_ids=step.reshape(1, 1), **with_cache(model, cache)).logits[0, -1] for step in steps
         ]
         yield "decode_logits", torch.stack(decoded)
-        _expect(case, f"kv_len_after_{len(steps)}_steps", _lengths(cache))
+        case.check_config(f"kv_len_after_{len(steps)}_steps", _lengths(cache))
 
 
 def _reducer(case: Case) -> LayerReducer:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ...configuration import shorten
 from ...images import adm_center_crop, to_tensor
+from ...loading import create
 from ...models.maskgit_vqgan import MaskGITVQGAN
 from ...models.titok import TATiTok, TiTok
 from ...nn.clip_text import ACTIVATIONS, CLIPTextEncoder
 from ...quantizers import DiagonalGaussian, VectorQuantizer
-from ...registry import create
 from ...train.losses import (
     ReconstructionLoss,
     ReconstructionLossConfig,

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...files import atomic_write
-from ...registry import load
+from ...loading import load
 from ...tokenizer import Tokenizer
 from ..data.dataset import Dataset, batches, cores, decode, open_dataset, worker_count
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...loading import create
 from ...models.flextok.model import GUIDANCE, FlexTok
 from ...models.karl.model import Karl
 from ...models.titok import TiTok
-from ...registry import create
 from ...tokenizer import Tokenizer
 from .plain_flextok import PlainFlexTok
 from .plain_karl import PlainKarl

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ...images import to_pil
-from ...registry import load
+from ...loading import load
 from ...tokenizer import Tokenizer
 from ..data.dataset import Batch, first_readable, one, open_dataset
 from ..engine import passes

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ...registry import load
+from ...loading import load
 from ...tokenizer import Tokenizer
 from ...tokens import Tokens
 from ..data.dataset import Batch, first_readable, one, open_dataset

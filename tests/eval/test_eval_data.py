@@ -24,7 +24,7 @@ from PIL import Image
 from vistok.eval.data.dataset import NICE, Dataset, batches, decode, open_dataset
 from vistok.eval.speed import pipeline
 from vistok.images import to_tensor
-from vistok.registry import create
+from vistok.loading import create
 
 SIZE = 16
 SHAPES = ((40, 24), (16, 16), (24, 50), (7, 9), (33, 32))  # of the pictures of every source

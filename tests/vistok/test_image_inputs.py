@@ -157,7 +157,7 @@ def test_the_same_picture_twice_is_two_pictures(run, photos, tmp_path):
 def test_outputs_are_checked_before_the_work_and_harm_nothing(run, photos, tmp_path, monkeypatch, arguments):
     run("encode", COFFEE, "-o", "a.vtok")
     shutil.copy(ASSETS / "vistok-mini.yaml", tmp_path)
-    monkeypatch.setattr("vistok.registry.load", lambda *_, **__: pytest.fail("worked before it checked"))
+    monkeypatch.setattr("vistok.loading.load", lambda *_, **__: pytest.fail("worked before it checked"))
     places = {"PICTURE": photos / "cat.png", "FOLDER": photos, "TOKENS": "a.vtok"}
     before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
     status, _, err = run(*[places.get(argument, argument) for argument in arguments])

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration import build, shorten
+from ..loading import load
 from ..nn.transformer import Transformer
 from ..quantizers import GaussianQuantizer, Quantizer, VectorQuantizer
-from ..registry import Entry, load, register, register_family
+from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
 from ..tokens import Tokens
 from .maskgit_vqgan import Decoder as PixelDecoder

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..files import atomic_write
 from ..images import load_image, side_by_side, to_pil, to_tensor
-from ..registry import create, load
+from ..loading import create, load
 from ..tokenizer import Tokenizer
 from . import data
 from .config import OptimizerConfig, TrainConfig
