@@ -7,11 +7,13 @@ pure functions in `vistok.compress.algorithms.select`, `.anyres`, `.merge` and `
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..checkout import check_checkout
 from .registry import METHODS, list_reducers
 
 if TYPE_CHECKING:
     from .session import Session, attach
 
+check_checkout(__file__, "compress")
 _CLASSES = {path.split(".")[1]: path.split(".")[0] for path in METHODS.values()}
 
 __all__ = ["Session", "attach", "list_reducers", *sorted(_CLASSES)]

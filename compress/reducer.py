@@ -141,6 +141,13 @@ class Image:
         return torch.Generator().manual_seed(seed * 1_000_003 + int(digest * 1024) % (1 << 31))
 
 
+def budget_of(keep: Budget, image: Image, default: float | None) -> float | int | None:
+    """The budget of one image: what `keep` says or returns for it, else the method's default."""
+    if callable(keep):
+        return fraction_or_count(keep(image))
+    return default if keep is None else fraction_or_count(keep)
+
+
 @dataclass
 class Selection:
     """What stays of an image: `kept` [n] ascending places among its N tokens.

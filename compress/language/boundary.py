@@ -1,7 +1,7 @@
 """Dropping and merging visual tokens at the border of the language model, before its first layer."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..families import Host
 from ..hosts import at_tokens, cache_given, entries
 from ..layout import Layout, Span, compact, gather
-from ..reducer import Budget, FeatureReducer, Image, Selection, fraction_or_count, keeps_everything
+from ..reducer import Budget, FeatureReducer, Image, Selection, Stage, budget_of, keeps_everything
 from ..vision.shrink import encoder
 from .call import Call, past_columns, read_prompt
 from .masks import shrunk, slide
@@ -45,28 +45,88 @@ def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
     )
 
 
-def budget_of(keep: Budget, image: Image, default: float | None) -> float | int | None:
-    """The budget of one image: what `keep` says or returns for it, else the method's default."""
-    if callable(keep):
-        return fraction_or_count(keep(image))
-    return default if keep is None else fraction_or_count(keep)
+@dataclass(frozen=True)
+class Border:
+    """What acts between the projector and the first layer of the language model.
+
+    `budget` gives the budget of `reducer`, `groups` the tokens of an image that the tower made equal by
+    merging (rows [N, ...] that are equal are one group; None without merging), `renumbered` whether the
+    tokens that stay are numbered anew. `active` is False where nothing acts here.
+    """
+
+    active: bool
+    reducer: FeatureReducer | None
+    budget: Callable[[], Budget]
+    groups: Callable[[Span], Tensor | None]
+    renumbered: bool
 
 
-def choose(
+def reduce_prompt(
     host: Host,
     call: Call,
-    embeds: Tensor,
-    reducer: FeatureReducer | None,
-    keep: Budget,
-    groups: Callable[[Span], Tensor | None],
-    renumbered: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    kwargs: dict[str, Any],
+    border: Border,
+    inside: Mapping[Stage, Sequence[Callable[[], Budget]]],
+    first: int,
+) -> dict[str, Any]:
+    """The language model's arguments without the tokens that the border drops; `call` gets the plan.
+
+    `inside` holds the budgets of the reducers inside the language model, stage by stage, and `first` is the
+    first layer that has hooks (the number of layers where none has).
+    """
+    call.kept = [torch.arange(len(span.places)) for span in call.prompt.spans]
+    embeds = changed = kwargs["inputs_embeds"]
+    if border.active:
+        with torch.no_grad() if not embeds.requires_grad else torch.enable_grad():
+            stay, changed, call.kept = choose(host, call, embeds, border)
+        kwargs = {**kwargs, "inputs_embeds": changed, "position_ids": call.positions}
+        if not torch.equal(stay, call.start.valid):
+            kwargs = shorten(host, call, kwargs, stay, "compact" if border.renumbered else "keep")
+            call.positions = kwargs["position_ids"]
+    for stage, budgets in inside.items():
+        call.budgets[stage] = [_image_budgets(host, call, budget(), changed) for budget in budgets]
+    mask = kwargs.get("attention_mask")
+    call.full_mask = mask.get("full_attention") if isinstance(mask, dict) else None
+    call.entering = call.layout
+    call.layouts, call.removed = [call.layout] * first, [None] * first
+    if first < len(host.layers) and kwargs.get("deepstack_visual_embeds") is not None:
+        kwargs = _spread_deepstack(call, kwargs)
+    return kwargs
+
+
+def _image_budgets(host: Host, call: Call, keep: Budget, embeds: Tensor) -> list[Any]:
+    """The budget of every image; functions of the image are given the tokens that enter the language
+    model."""
+    if not callable(keep):
+        return [keep] * len(call.prompt.spans)
+    budgets = []
+    for span, kept in zip(call.prompt.spans, call.kept, strict=True):
+        places = span.places.to(embeds.device)[kept.to(embeds.device)]
+        image = view(host, span, embeds[span.row, places], embeds[span.row, :0])
+        budgets.append(budget_of(keep, image, None))
+    return budgets
+
+
+def _spread_deepstack(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Features that Qwen3-VL adds after its first layers, as tensors [B, L, D] that can be cut like
+    tokens."""
+    shown, embeds = kwargs["visual_pos_masks"], kwargs["inputs_embeds"]
+    call.deepstack = []
+    for features in kwargs["deepstack_visual_embeds"]:
+        spread = embeds.new_zeros(embeds.shape[0], embeds.shape[1], features.shape[-1])
+        spread[shown.to(spread.device)] = features.to(spread)
+        call.deepstack.append(spread)
+    return {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}
+
+
+def choose(host: Host, call: Call, embeds: Tensor, border: Border) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Which tokens of the prompt stay.
 
     Returns keep [B, L], the embeddings with merged values written in, and the places kept of each span, as
-    token numbers. Tokens that the tower merged (`groups(span)` [N], equal numbers are one group) stay once.
-    Images that stand in several rows (beams) are decided once. `renumbered` tells whether positions will be.
+    token numbers. Tokens that the tower merged stay once. Images that stand in several rows (beams) are
+    decided once.
     """
+    keep = border.budget()
     stay = call.start.valid.clone()
     text_mask = call.start.valid & (call.prompt.image < 0) & ~call.answered
     changed = embeds
@@ -79,8 +139,8 @@ def choose(
         if key not in decided:
             with call.timed():
                 image = view(host, span, features, embeds[span.row, text_mask[span.row].to(embeds.device)])
-                image.renumbered = renumbered
-                decided[key] = decide(image, reducer, keep, groups(span))
+                image.renumbered = border.renumbered
+                decided[key] = decide(image, border.reducer, keep, border.groups(span))
         selection, numbers = decided[key]
         if numbers[-1] != len(places) - 1 and places[-1] == call.last[span.row]:
             # The last token's output predicts the answer: it stays even if it is visual.

@@ -56,11 +56,13 @@ class Call:
     relative: Tensor | None = None  # [B, L'] places in the language model's input, once a layer has cut
     positions: Tensor | None = None  # [B, L'] or [planes, B, L'] as the language model got them
     removed: list[Tensor | None] = field(default_factory=list)
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    measured: Tensor | None = None
+    scores: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by reducer and cut
+    measured: dict[int, Tensor] = field(default_factory=dict)  # by reducer
     deepstack: list[Tensor] | None = None
     full_mask: Tensor | None = None  # of full-attention layers, where the core makes masks
-    budgets: dict[Stage, list[Any]] = field(default_factory=dict)  # of each span, inside the model
+    budgets: dict[Stage, list[list[Any]]] = field(
+        default_factory=dict
+    )  # of each reducer and span, inside the model
     derived: dict[Any, Any] = field(default_factory=dict)  # masks and rotations shared by layers
     held: dict[int, Layout] = field(default_factory=dict)  # layers whose cache holds less than they computed
     limits: list[int | None] | None = None  # how many tokens each layer's cache holds at most
@@ -72,9 +74,10 @@ class Call:
         """Let go of everything but what explains the call: tensors of the model's size must not live on."""
         state = state_of(self.cache)
         self.columns = None if state is None else state.columns
-        self.cache = self.state = self.positions = self.measured = self.deepstack = self.relative = None
+        self.cache = self.state = self.positions = self.deepstack = self.relative = None
         self.full_mask = None
         self.outputs, self.records, self.scores, self.derived, self.evicted = {}, {}, {}, {}, {}
+        self.measured = {}
         self.hints, self.last = Hints(), None
         for span in self.prompt.spans:
             span.record = span.deepstack = None

@@ -1,6 +1,6 @@
 """Evicting visual tokens from the cache of a language model, once the prompt has been read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ from ..reducer import CacheReducer, Stage, count_of
 from .call import Call, past_columns
 
 
-def choose_evicted(call: Call, reducer: CacheReducer, i: int, keys: Tensor, values: Tensor) -> Tensor:
+def choose_evicted(
+    call: Call, reducers: Sequence[CacheReducer], i: int, keys: Tensor, values: Tensor
+) -> Tensor:
     """Which entries [B, S] of layer i leave its cache, by its keys and values [B, H_k, S, D]: those of the
-    last S tokens of the layer, which are all of them unless a window has let go of some."""
+    last S tokens of the layer, which are all of them unless a window has let go of some. Each reducer ranks
+    what those before it leave; budgets count the tokens that the layer computed."""
     layout, size = call.layouts[i], keys.shape[2]
     first = size - layout.valid.shape[1]  # column of the call's first token
     image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
@@ -24,30 +27,33 @@ def choose_evicted(call: Call, reducer: CacheReducer, i: int, keys: Tensor, valu
         places = (image[span.row] == number).nonzero().squeeze(1)
         if not len(places):
             continue
-        budget = call.budgets[Stage.CACHE][number]
-        count = len(places) if budget is None else count_of(budget, len(places))
+        original = len(places)
         if window is not None:  # what the first token of the answer will not see is not counted
             places = places[places > ends[span.row] + 1 - window]
         columns = places + first
         columns = columns[columns >= 0]
-        if count >= len(columns):
-            continue
-        held = columns.to(keys.device)
-        with torch.no_grad(), call.timed():
-            score = reducer.score(i, keys[span.row][:, held], values[span.row][:, held])
-            order = score.sort(descending=True, stable=True).indices
-        gone[span.row, columns[order[count:].to(columns.device)]] = True
+        for reducer, budgets in zip(reducers, call.budgets[Stage.CACHE], strict=True):
+            budget = budgets[number]
+            count = original if budget is None else count_of(budget, original)
+            if count >= len(columns):
+                continue
+            held = columns.to(keys.device)
+            with torch.no_grad(), call.timed():
+                score = reducer.score(i, keys[span.row][:, held], values[span.row][:, held])
+                order = score.sort(descending=True, stable=True).indices.to(columns.device)
+            gone[span.row, columns[order[count:]]] = True
+            columns = columns[order[:count].sort().values]
     return gone
 
 
 def hide_from_answers(
-    call: Call, reducer: CacheReducer, i: int
+    call: Call, reducers: Sequence[CacheReducer], i: int
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]:
     """A function that hides the entries of layer i which leave the cache from answers in the same forward, as
     they would be hidden when the answer is generated token by token."""
 
     def change(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
-        gone = call.evicted[i] = choose_evicted(call, reducer, i, key, value)
+        gone = call.evicted[i] = choose_evicted(call, reducers, i, key, value)
         answer = call.answered.gather(1, call.layouts[i].index)
         if not bool((gone.any(1) & answer.any(1)).any()):
             return mask
@@ -64,7 +70,7 @@ def hide_from_answers(
     return change
 
 
-def evict(call: Call, reducer: CacheReducer) -> None:
+def evict(call: Call, reducers: Sequence[CacheReducer]) -> None:
     """Remove entries of visual tokens from every layer of the cache, after the prompt has been read, and
     write the remaining ones into the cache's state."""
     state, cache = call.cache.reduction, call.cache
@@ -75,7 +81,7 @@ def evict(call: Call, reducer: CacheReducer) -> None:
         size, layout = layer.keys.shape[2], call.layouts[i]
         gone = call.evicted.get(i)
         if gone is None:
-            gone = choose_evicted(call, reducer, i, layer.keys, layer.values)
+            gone = choose_evicted(call, reducers, i, layer.keys, layer.values)
         gone = gone[:, -size:]
         if not bool(gone.any()):
             continue

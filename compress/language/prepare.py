@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,8 @@ from torch import Tensor
 from ..families import MEDIA, Host, Record
 from ..hosts import ENCODES_BEFORE_FORWARD, release
 from ..layout import compact, gather
-from ..reducer import Stage
-from .boundary import choose
+from .boundary import Border, choose
 from .call import Call, read_prompt
-
-if TYPE_CHECKING:
-    from ..session import Session
 
 
 @dataclass(frozen=True)
@@ -47,19 +43,8 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
-    """The inputs of a processor, reduced (see `Session.prepare`)."""
-    host = session.host
-    if host is None:
-        raise NotImplementedError(
-            "inputs can be prepared for vision-language models with placeholder tokens only"
-        )
-    inside = [type(r).__name__ for r in session.reducers if r.stage in (Stage.LAYER, Stage.CACHE)]
-    if inside:
-        raise NotImplementedError(
-            f"{' and '.join(inside)} act inside the language model, so the inputs cannot be shortened up "
-            "front; attach reducers of the FEATURES or VISION stage alone"
-        )
+def prepare(host: Host, border: Border, inputs: Mapping[str, Any]) -> Prepared:
+    """The inputs of a processor, reduced by what acts at the border (see `Session.prepare`)."""
     if not ENCODES_BEFORE_FORWARD:
         raise NotImplementedError(
             f"{release()} takes no features made before the forward, so inputs cannot be prepared; install "
@@ -79,9 +64,7 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
         shown = ids == host.media_ids[modality]
         features = torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])
         embeds = embeds.masked_scatter(shown[..., None], features.to(embeds))
-    features = session._stages.get(Stage.FEATURES)
-    budget, renumbered = session._budget_of(features)(), session._compact(features)
-    stay, changed, kept = choose(host, call, embeds, features, budget, session._groups, renumbered)
+    stay, changed, kept = choose(host, call, embeds, border)
     index, valid, _ = compact(stay)
     short: dict[str, Any] = {}
     pad = host.lm.config.pad_token_id or 0
@@ -90,7 +73,7 @@ def prepare(session: Session, inputs: Mapping[str, Any]) -> Prepared:
             value = gather(value, index).masked_fill(~valid, pad if key == "input_ids" else 0)
         short[key] = value
     short["attention_mask"] = valid.long()
-    if not renumbered:
+    if not border.renumbered:
         short["position_ids"] = _positions(host, call, inputs, index)
     short["mm_encoder_outputs"] = {
         modality: _shortened(call, modality, output, changed, kept)

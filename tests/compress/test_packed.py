@@ -428,10 +428,10 @@ def test_the_patches_behind_a_token_are_those_it_is_made_of(name):
         output = encode(model, inputs)
         pooled = output.pooler_output
         handle.remove()
-        for span in session._last.prompt.spans:
+        for span in session._hooks.last.prompt.spans:
             span.record = output.vistok_record
             span.record.groups = torch.arange(len(seen[0]))[None]  # every patch on its own
-            for number, patches in enumerate(session._features.token_groups(span).tolist()):
+            for number, patches in enumerate(session._hooks._features.token_groups(span).tolist()):
                 token = pooled[span.item][number].square().sum()
                 (support,) = torch.autograd.grad(token, seen[0], retain_graph=True)
                 found = support.abs().sum(-1).nonzero().flatten()

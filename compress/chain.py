@@ -1,0 +1,121 @@
+"""Several reducers at one stage, in the order given, as one reducer of that stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from .reducer import (
+    FeatureReducer,
+    Image,
+    Reducer,
+    Selection,
+    Stage,
+    TowerLayer,
+    budget_of,
+    count_of,
+    keeps_everything,
+)
+
+
+def by_stage(reducers: Sequence[Reducer]) -> dict[Stage, list[Reducer]]:
+    """The reducers of each stage, in the order given; several of features become one `FeatureChain`.
+
+    Raises ValueError for reducers that cannot share a stage.
+    """
+    stages: dict[Stage, list[Reducer]] = {}
+    for reducer in reducers:
+        stages.setdefault(reducer.stage, []).append(reducer)
+    if len(vision := stages.get(Stage.VISION, ())) > 1:
+        raise ValueError(
+            f"{' and '.join(type(reducer).__name__ for reducer in vision)} both merge in the blocks of the "
+            "tower, whose tokens follow one plan; attach one of them"
+        )
+    if len(features := stages.get(Stage.FEATURES, ())) > 1:
+        stages[Stage.FEATURES] = [FeatureChain(reducers=tuple(features))]
+    return stages
+
+
+@dataclass(kw_only=True)
+class FeatureChain(FeatureReducer):
+    """Feature reducers one after another; each is given the tokens that those before it left.
+
+    The budget is what the last one leaves. Those before it go by their own `keep`, or their paper's. Only
+    the first sees the tower's attention, states and pixels, which belong to whole pictures.
+    """
+
+    reducers: tuple[FeatureReducer, ...]
+
+    default_keep: ClassVar[float | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for reducer in self.reducers[1:]:
+            if reducer.tower_layers() or reducer.wants_states() is not None or reducer.wants_pixels:
+                raise ValueError(
+                    f"{type(reducer).__name__} reads what the tower made of the whole picture, so it must be "
+                    f"the first reducer of features; {type(self.reducers[0]).__name__} is before it"
+                )
+        self.keep = self.reducers[-1].keep
+        self.wants_pixels = self.reducers[0].wants_pixels
+        positions = {reducer.paper_positions for reducer in self.reducers}
+        self.paper_positions = "compact" if "compact" in positions else "keep"
+
+    def tower_layers(self) -> dict[TowerLayer, bool | str]:
+        """What the first reducer reads of the tower's attention."""
+        return self.reducers[0].tower_layers()
+
+    def wants_states(self) -> TowerLayer | None:
+        """The tower layer whose states the first reducer reads."""
+        return self.reducers[0].wants_states()
+
+    def reduce(self, image: Image, budget: float | int | None) -> Selection:
+        """What the last reducer leaves of the image; a fraction counts the image's tokens, all of them."""
+        whole, total = image, Selection(torch.arange(image.num_tokens, device=image.features.device))
+        for reducer in self.reducers:
+            own = budget_of(reducer.keep, whole, reducer.default_keep)
+            if reducer is self.reducers[-1] and budget is not None:
+                own = budget
+            if keeps_everything(own):
+                continue
+            if own is not None:
+                own = min(count_of(own, whole.num_tokens), image.num_tokens)
+            selection = reducer.reduce(image, own)
+            total = _then(total, selection)
+            image = _left(image, selection)
+        return total
+
+
+def _then(first: Selection, second: Selection) -> Selection:
+    """Two selections as one of the first one's tokens."""
+    kept = first.kept[second.kept]
+    values, source = second.values, second.source
+    if values is None and first.values is not None:
+        values = first.values[second.kept]
+    if source is not None and first.source is not None:
+        source = first.source[source.clamp_min(0)].masked_fill(source < 0, -1)
+    elif source is not None:
+        source = first.kept[source.clamp_min(0)].masked_fill(source < 0, -1)
+    elif first.source is not None:
+        source = first.source[second.kept]
+    deepstack = second.deepstack
+    if deepstack is None and first.deepstack is not None:
+        deepstack = [layer[second.kept] for layer in first.deepstack]
+    return Selection(kept, values, source, deepstack)
+
+
+def _left(image: Image, selection: Selection) -> Image:
+    """The image as the next reducer sees it, without what belongs to the whole picture."""
+    grid = image.grid
+    if grid is not None:
+        places = (selection.kept if selection.source is None else selection.source).cpu()
+        shown = places >= 0
+        places = places.clamp_min(0)
+        grid = replace(
+            grid,
+            tile=grid.tile[places].masked_fill(~shown, -1),
+            index=grid.index[places].masked_fill(~shown, -1),
+        )
+    features = image.features[selection.kept] if selection.values is None else selection.values
+    return replace(image, features=features, grid=grid, rows={}, states=None, keys=None, encode=None)
