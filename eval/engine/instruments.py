@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,12 @@ from ..metrics.image import psnr, ssim
 from ..metrics.inception import Inception, load_inception
 from ..metrics.perceptual import load_lpips
 from ..metrics.weights import WeightsMissing
+from ..options import WeightFiles
 
 PAIRS = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip")
 """Metrics of an image and its reference."""
 SETS = ("fid", "is", "kid", "pr")
 """Metrics of sets of images, by their Inception features."""
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """Where the networks behind the metrics are; None for the caches of the packages they belong to."""
-
-    inception: Path | None = None
-    lpips: Path | None = None
-    clip: str = "openai"
-    clip_model: str = "ViT-B-32"
 
 
 def choose(wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:

@@ -45,11 +45,6 @@ def psnr_text(metric: Mapping[str, float]) -> str:
     return f"{metric['value']:.2f}" + (f", {metric['exact']} exact" if "exact" in metric else "")
 
 
-def decibels(psnr: float) -> str:
-    """The PSNR of one image as text: "31.20 dB", or "exact" for an image that came back exactly."""
-    return "exact" if math.isinf(psnr) else f"{psnr:.2f} dB"
-
-
 def summarise(values: Tensor | np.ndarray, seed: int = 0) -> Mean:
     """Mean of values [n], one per image, with its percentile bootstrap interval over images.
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...commands.console import decibels
 from ..engine.record import Record, environment
-from ..metrics.summary import decibels
 from .charts import Chart, bars, histogram
 from .page import Card, Gallery, Report, Strip, Table, error_map, write_html
 

@@ -5,11 +5,7 @@ TiTok's evaluator does it, and the Fréchet distance of two sets against torch-f
 """
 
 import argparse
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +13,22 @@ from torch import Tensor
 
 from ..metrics.inception import FEATURES
 from ..metrics.statistics import FeatureStatistics, Gaussian, frechet_distance
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """What one run took: on the clock, and of the processor, which other programs do not lengthen."""
-
-    clock: float
-    processor: float
+from .paired import Took, in_turn, ratios, seconds, spread
 
 
 def accumulation(dim: int, batch_size: int, repeats: int) -> None:
     """Print images/s of `FeatureStatistics` and of the loop over images, and their ratios."""
     features = torch.randn(8 * batch_size, dim)
-    few = features[:16]
-    loop, ours = [], []
-    for _ in range(repeats):
-        loop.append(_timed(_outer_products, few, count=len(few))[0])
-        ours.append(_timed(_streamed, features.split(batch_size), count=len(features))[0])
+    few, batches = features[:16], features.split(batch_size)
+    took = in_turn(
+        {"loop": lambda: _outer_products(few), "streamed": lambda: _streamed(batches)}, repeats, warm_ups=0
+    )
+    loop = [run.per(len(few)) for run in took["loop"]]
+    streamed = [run.per(len(features)) for run in took["streamed"]]
     print(f"accumulation, {dim} features, batches of {batch_size}, median of {repeats}")
-    print(f"  outer product of every image  {1 / median(s.clock for s in loop):10.1f} images/s")
-    print(f"  FeatureStatistics             {1 / median(s.clock for s in ours):10.1f} images/s")
-    _print_ratios(loop, ours)
+    print(f"  outer product of every image  {1 / median(seconds(loop)):10.1f} images/s")
+    print(f"  FeatureStatistics             {1 / median(seconds(streamed)):10.1f} images/s")
+    _print_ratios(loop, streamed)
 
 
 def distance(dim: int, decay: float, repeats: int) -> None:
@@ -50,18 +40,22 @@ def distance(dim: int, decay: float, repeats: int) -> None:
 
     pair = [_set_of_features(dim, decay, seed) for seed in (0, 1)]
     arrays = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in pair]
-    theirs, ours = [], []
-    for _ in range(repeats):
-        seconds, reference = _timed(fid_statistics_to_metric, *arrays, verbose=False)
-        theirs.append(seconds)
-        seconds, value = _timed(frechet_distance, *pair)
-        ours.append(seconds)
-    difference = abs(value / reference[KEY_METRIC_FID] - 1)
+    values = {}
+    took = in_turn(
+        {
+            "torch-fidelity": lambda: fid_statistics_to_metric(*arrays, verbose=False)[KEY_METRIC_FID],
+            "vistok": lambda: frechet_distance(*pair),
+        },
+        repeats,
+        warm_ups=0,
+        check=values.update,
+    )
+    difference = abs(values["vistok"] / values["torch-fidelity"] - 1)
     print(f"distance, {dim} features with variances k^-{decay:g}, median of {repeats}")
     print(f"  relative difference           {difference:10.1e}")
-    print(f"  torch-fidelity                {median(s.clock for s in theirs):10.2f} s")
-    print(f"  frechet_distance              {median(s.clock for s in ours):10.2f} s")
-    _print_ratios(theirs, ours)
+    print(f"  torch-fidelity                {median(seconds(took['torch-fidelity'])):10.2f} s")
+    print(f"  frechet_distance              {median(seconds(took['vistok'])):10.2f} s")
+    _print_ratios(*took.values())
 
 
 def _outer_products(features: Tensor) -> Tensor:
@@ -87,19 +81,10 @@ def _set_of_features(dim: int, decay: float, seed: int) -> Gaussian:
     return _streamed(features.split(512)).gaussian()
 
 
-def _timed(work: Callable[..., Any], *arguments: Any, count: int = 1, **options: Any) -> tuple[Seconds, Any]:
-    """Seconds for each of `count` images, and the result."""
-    clock, processor = time.perf_counter(), time.process_time()
-    result = work(*arguments, **options)
-    return Seconds((time.perf_counter() - clock) / count, (time.process_time() - processor) / count), result
-
-
-def _print_ratios(slow: list[Seconds], fast: list[Seconds]) -> None:
-    for name in ("clock", "processor"):
-        ratios = [getattr(a, name) / getattr(b, name) for a, b in zip(slow, fast, strict=True)]
-        print(
-            f"  ratio of {name} time {median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})", flush=True
-        )
+def _print_ratios(slow: list[Took], fast: list[Took]) -> None:
+    for name, field in (("clock", "seconds"), ("processor", "cpu_seconds")):
+        pairs = ratios([getattr(run, field) for run in slow], [getattr(run, field) for run in fast])
+        print(f"  ratio of {name} time {spread(pairs, '.1f')}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

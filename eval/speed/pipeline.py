@@ -4,13 +4,12 @@
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,16 +20,10 @@ from ...files import atomic_write
 from ...loading import load
 from ...tokenizer import Tokenizer
 from ..data.dataset import Dataset, batches, cores, decode, open_dataset, worker_count
+from .paired import Took, in_turn, ratios, seconds, spread, timed
 
 BAR = 0.85
-HEADER = ["", "images/s, median (min–max)", "CPU ms an image", "of the bare model, median (min–max)", "bar"]
-
-
-class Took(NamedTuple):
-    """Seconds by the clock, and of computation in this process (all its threads)."""
-
-    seconds: float
-    cpu_seconds: float
+HEADER = ["", "images/s, median (min–max)", "CPU ms per image", "of the bare model, median (min–max)", "bar"]
 
 
 @dataclass
@@ -50,9 +43,8 @@ class PipelineSpeed:
 
     @property
     def ratios(self) -> list[float]:
-        """Images/s of the pipeline over those of the bare model, a pair."""
-        pairs = zip(self.bare, self.pipeline, strict=True)
-        return [bare.seconds / pipeline.seconds for bare, pipeline in pairs]
+        """Images/s of the pipeline over those of the bare model, pair by pair."""
+        return ratios(seconds(self.bare), seconds(self.pipeline))
 
     @property
     def ceiling(self) -> float:
@@ -71,10 +63,9 @@ class PipelineSpeed:
         for name, passes in (("preloaded", self.bare), ("pipeline", self.pipeline)):
             rates = [self.count / took.seconds for took in passes]
             computed = 1e3 * median(took.cpu_seconds for took in passes) / self.count
-            rate = f"{median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})"
+            rate = spread(rates, ".1f")
             rows.append([name, rate, f"{computed:.2f}", "", ""])
-        ratios = self.ratios
-        rows[1][3] = f"{median(ratios):.1%} ({min(ratios):.1%}–{max(ratios):.1%})"
+        rows[1][3] = spread(self.ratios, ".1%")
         rows[1][4] = f"{BAR:.0%} {'ok' if self.passed else 'MISSED'}"
         rate, computed = 1 / self.decoding.seconds, 1e3 * self.decoding.cpu_seconds
         rows.append(["decoding alone, one process", f"{rate:.1f}", f"{computed:.2f}", "", ""])
@@ -120,15 +111,13 @@ def measure(
         with closing(batches(dataset, size, batch_size, workers=workers)) as read:
             _pass(model, (batch.images for batch in read))
 
-    first = _timed(lambda: next(batches(dataset, size, batch_size, workers=workers)))
+    _, first = timed(lambda: next(batches(dataset, size, batch_size, workers=workers)))
     speed.first_batch_seconds = first.seconds
-    _pass(model, preloaded), pipeline()
-    for _ in range(repeats):
-        speed.bare.append(_timed(lambda: _pass(model, preloaded)))
-        speed.pipeline.append(_timed(pipeline))
+    took = in_turn({"preloaded": lambda: _pass(model, preloaded), "pipeline": pipeline}, repeats)
+    speed.bare, speed.pipeline = took["preloaded"], took["pipeline"]
     some = range(min(len(dataset), 200))
-    took = _timed(lambda: [_decode(dataset, index, size) for index in some])
-    speed.decoding = Took(took.seconds / len(some), took.cpu_seconds / len(some))
+    _, decoding = timed(lambda: [_decode(dataset, index, size) for index in some])
+    speed.decoding = decoding.per(len(some))
     return speed
 
 
@@ -144,12 +133,6 @@ def _decode(dataset: Dataset, index: int, size: int) -> None:
         decode(dataset.read(index), size)
     except (OSError, ValueError):  # counted when the images were preloaded
         return
-
-
-def _timed(work: Callable[[], Any]) -> Took:
-    start, computed = time.perf_counter(), time.process_time()
-    work()
-    return Took(time.perf_counter() - start, time.process_time() - computed)
 
 
 @contextmanager
@@ -170,7 +153,7 @@ def main(
     data: Annotated[
         str | None, typer.Option("--data", help="Images; JPEGs are made for the run otherwise.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 512,
     width: Annotated[int, typer.Option(min=16, help="Of the JPEGs that are made, 4:3, in pixels.")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")] = 32,
     workers: Annotated[
@@ -199,7 +182,7 @@ def main(
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(f"where the model alone keeps all cores busy, no pipeline exceeds {speed.ceiling:.1%}")
-    print(f"first batch after the first start of workers: {speed.first_batch_seconds:.2f} s, once a run")
+    print(f"first batch after the first start of workers: {speed.first_batch_seconds:.2f} s, once per run")
     if out:
         with atomic_write(out) as aside:
             aside.write_text(json.dumps(speed.record(), indent=2) + "\n", encoding="utf-8")

@@ -5,15 +5,18 @@ every step, and each call projects the registers and computes the modulations an
 as `vistok.models.flextok.model`, slower.
 """
 
+import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.flextok.model import FlexTok
+from ...models.flextok.model import GUIDANCE, FlexTok
 from ...models.flextok.network import timestep_features
 from ...models.flextok.vae import vae_config
+from .variants import Variant
 
 
 def attention_mask(mode: Literal["full", "causal", "causal_last"], patches: int, registers: int) -> Tensor:
@@ -26,6 +29,9 @@ def attention_mask(mode: Literal["full", "causal", "causal_last"], patches: int,
     if mode == "causal_last":
         mask[:, :patches] = True
     return mask
+
+
+GUIDED_STEPS = 4  # of a flow; the VAE's share of the time falls, and the ratio rises, with more
 
 
 class PlainFlexTok(nn.Module):
@@ -136,3 +142,40 @@ def _norm(x: Tensor) -> Tensor:
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return mlp.fc2(F.silu(mlp.fc1(x)) * mlp.fc3(x))
+
+
+def variants(model: FlexTok, images: Tensor) -> list[Variant]:
+    """Encoding and guided decoding of all tokens and of an eighth, and decoding one image at many lengths."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():  # else all tokens are the same
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    plain, batch, most = PlainFlexTok(model), len(images), model.num_tokens
+    few, side = max(1, most // 8), model.config.latent_size
+    variants = [
+        base := Variant(f"straightforward, {most} tokens", images, plain.encode),
+        ours := Variant(f"vistok, {most} tokens", images, lambda x: model.encode(x).indices, baseline=base),
+        Variant(f"vistok, {few} tokens", images, lambda x: model.encode(x, few).indices, baseline=ours),
+    ]
+    codes, options = model.encode(images).indices, {"steps": GUIDED_STEPS, "guidance": GUIDANCE}
+    noise = torch.randn(batch, model.config.latent_channels, side, side, device=images.device)
+    options["noise"] = noise
+    for count in (most, few):
+        kept, told = codes[:, :count], f"{count} tokens, {GUIDED_STEPS} guided steps"
+        base = Variant(f"straightforward, {told}", kept, decode=partial(plain.decode, **options))
+        ours = Variant(f"vistok, {told}", kept, decode=partial(model.decode, **options), baseline=base)
+        variants += [base, ours]
+    # As many prefixes of the first image as there are images, all from one noise.
+    copies, shared = codes[:1].expand(batch, -1), noise[:1].expand(batch, -1, -1, -1)
+    lengths = [round(most ** ((row + 1) / batch)) for row in range(batch)]
+
+    def alone(x: Tensor) -> Tensor:
+        prefixes = [row[:, :count] for row, count in zip(x.split(1), lengths, strict=True)]
+        return torch.cat([model.decode(each, **options | {"noise": shared[:1]}) for each in prefixes])
+
+    def together(x: Tensor) -> Tensor:
+        tokens = dataclasses.replace(model.as_tokens(x), lengths=torch.tensor(lengths))
+        return model.decode(tokens, **options | {"noise": shared})
+
+    told = f"vistok, prefixes of {', '.join(map(str, lengths))}"
+    base = Variant(f"{told}, a call each", copies, decode=alone)
+    return [*variants, base, Variant(f"{told}, one batch", copies, decode=together, baseline=base)]

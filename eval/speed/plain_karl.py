@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...models.karl.model import DEFAULT_TARGET, HALTED, Karl
 from ...tokens import Tokens
 from .plain_titok import multihead
+from .variants import Variant
 
 
 class PlainKarl(nn.Module):
@@ -106,3 +107,26 @@ class PlainKarl(nn.Module):
 def _positions(table: Tensor, side: int) -> Tensor:
     """A table [W, 64, 64] at the grid's size, [1, W, side, side]."""
     return F.interpolate(table[None], (side, side), mode="nearest")
+
+
+def variants(model: Karl, images: Tensor) -> list[Variant]:
+    """Encoding, and decoding of all, half and an eighth of the tokens, at places drawn at random."""
+    plain, most, batch = PlainKarl(model), model.num_tokens, len(images)
+    variants = [
+        base := Variant("straightforward", images, plain.encode),
+        Variant("vistok", images, lambda x: plain.codes(model.encode(x)), baseline=base),
+    ]
+    latents, kind = model.latents(images), model.quantizer.kind
+    for count in (most, most // 2, most // 8):
+        places = torch.rand(batch, most, device=images.device).argsort(1)[:, :count].sort(1).values
+        tokens = model.as_tokens(
+            model.quantizer.encode(latents.gather(1, places[..., None].expand(-1, -1, latents.shape[2])))
+        )
+        base = Variant(f"straightforward, {count} active tokens", plain.codes(tokens), decode=plain.decode)
+        variants += [
+            base,
+            Variant(
+                f"vistok, {count} active tokens", getattr(tokens, kind), decode=model.decode, baseline=base
+            ),
+        ]
+    return variants

@@ -108,3 +108,8 @@ def multihead(attention: nn.Module) -> nn.MultiheadAttention:
         module = nn.MultiheadAttention(width, attention.heads)
     module.load_state_dict(attention.state_dict(), assign=True)
     return module.eval()
+
+
+def baseline(model: TiTok) -> PlainTiTok:
+    """The straightforward form of a TiTok."""
+    return PlainTiTok(model)

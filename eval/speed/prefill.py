@@ -5,8 +5,6 @@ the stock model on the shortened prompt (what no reducer can beat), and the stoc
 attached.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -19,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ...compress import attach
 from ...compress.hosts import cache_in, with_cache
 from ...compress.reducer import Reducer
+from .paired import ratios, timed
 
 HEADER = [
     "reducer",
@@ -27,7 +26,7 @@ HEADER = [
     "short ms",
     "attached ms",
     "speed-up (of possible)",
-    "decode step ms more",
+    "extra ms per decode step",
 ]
 IMAGE_TOKEN = 31_999
 
@@ -46,17 +45,17 @@ class Prefill:
     @property
     def speedup(self) -> float:
         """Full over attached, median of pairs."""
-        return median(a / b for a, b in zip(self.full, self.attached, strict=True))
+        return median(ratios(self.full, self.attached))
 
     @property
     def possible(self) -> float:
         """Full over short, median of pairs."""
-        return median(a / b for a, b in zip(self.full, self.short, strict=True))
+        return median(ratios(self.full, self.short))
 
     @property
     def share(self) -> float:
         """Short over attached: how much of the possible speed-up is reached."""
-        return median(a / b for a, b in zip(self.short, self.attached, strict=True))
+        return median(ratios(self.short, self.attached))
 
     @property
     def overhead(self) -> float:
@@ -176,25 +175,23 @@ def _measure(
     def media() -> dict[str, Any]:
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])}}
 
-    full, _ = _timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
+    _, full = timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
     with attach(model, one.reducer, keep=one.keep, positions="compact") as session:
-        attached, out = _timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
+        out, attached = timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
         kept = session.explain()[0].tokens
     short = features[kept.to(features.device)]
     begin, end = prompt[:, :4], prompt[:, 4 + len(features) :]
     ids = torch.cat([begin, prompt.new_full((1, len(short)), IMAGE_TOKEN), end], 1)
     shorter = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[short])}}
-    short_seconds, expected = _timed(
-        lambda: model(input_ids=ids, **shorter, use_cache=True, logits_to_keep=1)
-    )
+    expected, short_seconds = timed(lambda: model(input_ids=ids, **shorter, use_cache=True, logits_to_keep=1))
     if not torch.allclose(out.logits, expected.logits, atol=1e-3):
         raise RuntimeError(
             f"{type(one.reducer).__name__} attached gives other logits than its shortened prompt"
         )
     if keep:
-        one.full.append(full)
-        one.short.append(short_seconds)
-        one.attached.append(attached)
+        one.full.append(full.seconds)
+        one.short.append(short_seconds.seconds)
+        one.attached.append(attached.seconds)
         one.extra_step += _extra_steps(model, one, cache_in(out), cache_in(expected), steps)
 
 
@@ -207,17 +204,7 @@ def _extra_steps(
     found = []
     for _ in range(steps):
         with attach(model, one.reducer, keep=one.keep, positions="compact"):
-            attached, _ = _timed(lambda: model(input_ids=token, **with_cache(model, ours), use_cache=True))
-        stock, _ = _timed(lambda: model(input_ids=token, **with_cache(model, plain), use_cache=True))
-        found.append(attached - stock)
+            _, attached = timed(lambda: model(input_ids=token, **with_cache(model, ours), use_cache=True))
+        _, stock = timed(lambda: model(input_ids=token, **with_cache(model, plain), use_cache=True))
+        found.append(attached.seconds - stock.seconds)
     return found
-
-
-def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result

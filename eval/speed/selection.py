@@ -1,6 +1,5 @@
 """How fast tokens are selected, as a ratio against straightforward implementations in the same run."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -15,6 +14,7 @@ from ...compress.algorithms.anyres import globalcom2
 from ...compress.algorithms.grid import Grid
 from ...compress.algorithms.select import cosine_distances, farthest_first, farthest_order
 from ...compress.attention import attention_rows
+from .paired import in_turn, ratios, seconds, spread
 
 HEADER = ["selection", "plain ms", "vistok ms", "× plain (min–max)", "bar", "picks equal"]
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -32,20 +32,19 @@ class Comparison:
     our_seconds: list[float] = field(default_factory=list)
     equal: bool = True
 
-    def run(self) -> None:
-        """One measured pair."""
-        start = time.perf_counter()
-        expected = self.plain()
-        middle = time.perf_counter()
-        picks = self.ours()
-        self.our_seconds.append(time.perf_counter() - middle)
-        self.plain_seconds.append(middle - start)
-        self.equal &= same(expected, picks)
+    def run(self, repeats: int) -> None:
+        """Measure pairs, after one that warms up."""
+
+        def check(results: dict[str, Tensor]) -> None:
+            self.equal &= same(results["plain"], results["vistok"])
+
+        took = in_turn({"plain": self.plain, "vistok": self.ours}, repeats, check=check)
+        self.plain_seconds, self.our_seconds = seconds(took["plain"]), seconds(took["vistok"])
 
     @property
     def ratios(self) -> list[float]:
-        """Plain time over ours, a pair."""
-        return [plain / ours for plain, ours in zip(self.plain_seconds, self.our_seconds, strict=True)]
+        """Plain time over ours, pair by pair."""
+        return ratios(self.plain_seconds, self.our_seconds)
 
     @property
     def passed(self) -> bool:
@@ -72,7 +71,7 @@ class SelectionSpeed:
                 c.name,
                 f"{1e3 * median(c.plain_seconds):.2f}",
                 f"{1e3 * median(c.our_seconds):.2f}",
-                f"{median(c.ratios):.1f} ({min(c.ratios):.1f}–{max(c.ratios):.1f})",
+                spread(c.ratios, ".1f"),
                 "" if c.bar is None else f"{c.bar:g}" + (" ok" if c.passed else " MISSED"),
                 "yes" if c.equal else "NO",
             ]
@@ -103,9 +102,7 @@ def run(repeats: int = 7, threads: int = 1) -> SelectionSpeed:
     try:
         comparisons = [*_divprune(), _globalcom2(300, 700), _globalcom2(600, 600), _class_rows()]
         for comparison in comparisons:
-            comparison.plain(), comparison.ours()
-            for _ in range(repeats):
-                comparison.run()
+            comparison.run(repeats)
     finally:
         torch.set_num_threads(before)
     return SelectionSpeed(comparisons, threads)

@@ -5,7 +5,7 @@ size, which must be one for all, or resized and cropped to a given one.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -19,31 +19,13 @@ from ..data.dataset import Batch, Dataset, open_dataset
 from ..data.sources import Files
 from ..engine import passes
 from ..engine.decoding import ICC_PROFILES, resizing
-from ..engine.instruments import SETS, Instruments, WeightFiles, choose
+from ..engine.instruments import SETS, Instruments, choose
 from ..engine.record import Clock, Record
 from ..engine.state import State
 from ..metrics import feature_sets
 from ..metrics.feature_sets import FEW, FeatureSet, compare, warn_of_few
 from ..metrics.statistics import Gaussian
-
-
-@dataclass(frozen=True)
-class FidConfig:
-    """What to compare, and how; `vistok eval fid --help` says more of each."""
-
-    judged: str
-    real: str
-    limit: int | None = None
-    size: int | None = None
-    metrics: tuple[str, ...] | None = None
-    files: WeightFiles = field(default_factory=WeightFiles)
-    kid_subset_size: int = 1000
-    allow_different_counts: bool = False
-    save_statistics: bool = False
-    seed: int = 0
-    batch_size: int = 32
-    workers: int = 1
-    checkpoint_every: int = 50
+from ..options import FidConfig
 
 
 @dataclass(frozen=True)

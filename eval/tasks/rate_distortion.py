@@ -6,7 +6,7 @@ codecs are chosen on the first images of the data and then measured on all.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from ...commands.options import binding, recorded
 from ...images import to_pil
 from ...loading import load
 from ...tokenizer import Tokenizer
 from ..data.dataset import Batch, first_readable, one, open_dataset
 from ..engine import passes
 from ..engine.decoding import ICC_PROFILES, captions, resizing, to_levels
-from ..engine.instruments import PAIRS, Instruments, WeightFiles, choose, fingerprint
+from ..engine.instruments import PAIRS, Instruments, choose, fingerprint
 from ..engine.record import Clock, Record
 from ..engine.state import State
 from ..metrics.feature_sets import FeatureSet, compare, skipped, warn_of_few
 from ..metrics.summary import interval
+from ..options import CurvesConfig
 from . import codecs
 from .sweeps import CodecSweep, TokenizerSweep
 
@@ -34,30 +36,6 @@ LEAST_RANGE = 2048
 """Bytes an image up to which codecs are measured; four times the longest tokens, if that is more."""
 SHOWN = 4
 """Images, and lengths of each tokenizer, that a report shows."""
-
-
-@dataclass(frozen=True)
-class CurvesConfig:
-    """What to measure, of what, and how; `vistok eval tokens --help` says more of each."""
-
-    tokenizers: tuple[str, ...]
-    data: tuple[str, ...]
-    weights: Path | None = None
-    split: str | None = None
-    column: str | None = None
-    limit: int | None = None
-    lengths: tuple[int, ...] | None = None
-    targets: tuple[float, ...] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    size: int | None = None
-    baselines: tuple[str, ...] = codecs.NAMES
-    metrics: tuple[str, ...] | None = None
-    files: WeightFiles = field(default_factory=WeightFiles)
-    seed: int = 0
-    batch_size: int = 32
-    workers: int = 1
-    checkpoint_every: int = 50
 
 
 @dataclass(frozen=True)
@@ -202,8 +180,7 @@ class _Curves:
 
     def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:
         """The tables and sums of this measurement."""
-        loose = ("workers", "checkpoint_every", "files", "weights")
-        settings = {name: value for name, value in asdict(self.config).items() if name not in loose}
+        settings = binding(self.config)
         settings |= {"metrics": [*self.instruments.pairs, *self.instruments.sets], "size": self.size}
         settings |= {"images": len(self.dataset), "names": self.dataset.digest, "device": self.device.type}
         settings |= {"settings": [[sweep.name, *map(str, sweep.settings)] for sweep in self.sweeps]}
@@ -313,7 +290,6 @@ class _Curves:
 
     def _protocol(self) -> dict[str, Any]:
         config = self.config
-        given = {"steps": config.steps, "guidance": config.guidance}
         ours = [sweep for sweep in self.sweeps if isinstance(sweep, TokenizerSweep)]
         resized = [f"{sweep.name} at {sweep.own}²" for sweep in ours if sweep.resized]
         return {
@@ -326,7 +302,7 @@ class _Curves:
             **ICC_PROFILES,
             **({"resized": ", ".join(resized)} if resized else {}),
             **captions(*(sweep.model for sweep in ours)),
-            **{name: value for name, value in given.items() if value is not None},
+            **recorded(config),
         }
 
     @torch.no_grad()

@@ -7,22 +7,23 @@ evaluator does ("An Image is Worth 32 Tokens for Reconstruction and Generation",
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from ...commands.options import binding, recorded
 from ...loading import load
 from ...tokenizer import Tokenizer
 from ...tokens import Tokens
 from ..data.dataset import Batch, first_readable, one, open_dataset
 from ..engine import passes
 from ..engine.decoding import ICC_PROFILES, captions, decode_images, resizing, to_levels
-from ..engine.instruments import PAIRS, SETS, Instruments, WeightFiles, choose, fingerprint
+from ..engine.instruments import PAIRS, SETS, Instruments, choose, fingerprint
 from ..engine.record import Clock, Record
 from ..engine.state import State
 from ..metrics.codes import LARGEST_CODEBOOK, CodeStatistics
@@ -30,36 +31,9 @@ from ..metrics.feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_
 from ..metrics.image import psnr
 from ..metrics.perturbation import ALPHAS, DELTAS, ChangedCodes, Perturbation, grid
 from ..metrics.summary import interval
+from ..options import ReconConfig
 
 METRICS = (*PAIRS, *SETS, "codes")
-
-
-@dataclass(frozen=True)
-class ReconConfig:
-    """What to measure, of what, and how; `vistok eval recon --help` says more of each."""
-
-    tokenizer: str
-    data: tuple[str, ...]
-    weights: Path | None = None
-    split: str | None = None
-    column: str | None = None
-    limit: int | None = None
-    tokens: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    size: int | None = None
-    crop: bool = True
-    protocol: Literal["round", "titok"] = "round"
-    metrics: tuple[str, ...] | None = None
-    files: WeightFiles = field(default_factory=WeightFiles)
-    kid_subset_size: int = 1000
-    pfid: bool = False
-    pfid_alpha: tuple[float, ...] = ALPHAS
-    pfid_delta: tuple[int, ...] = DELTAS
-    seed: int = 0
-    batch_size: int = 32
-    workers: int = 1
-    checkpoint_every: int = 50
 
 
 @dataclass(frozen=True)
@@ -112,7 +86,9 @@ class _Reconstruction:
     ) -> None:
         self.config, self.device = config, device
         wanted = choose(config.metrics, METRICS)
-        cells = grid(config.pfid_alpha, config.pfid_delta) if config.pfid else []
+        if (config.pfid_alpha or config.pfid_delta) and not config.pfid:
+            raise ValueError("--pfid-alpha and --pfid-delta are the grid of --pfid: give that as well")
+        cells = grid(config.pfid_alpha or ALPHAS, config.pfid_delta or DELTAS) if config.pfid else []
         if config.protocol not in ("round", "titok"):
             raise ValueError(f"protocol is {config.protocol!r}; it is 'round', or 'titok' which truncates")
         self.dataset = open_dataset(config.data, split=config.split, column=config.column, limit=config.limit)
@@ -145,8 +121,7 @@ class _Reconstruction:
     def _declare(self, folder: Path, process: PartialState, wanted: list[str]) -> None:
         """The tables and sums of this evaluation."""
         sets = self.instruments.sets
-        loose = ("workers", "checkpoint_every", "files", "weights", "metrics", "kid_subset_size")
-        settings = {name: value for name, value in asdict(self.config).items() if name not in loose}
+        settings = binding(self.config)
         settings |= {"metrics": [*self.columns, *sets, *(["codes"] if "codes" in wanted else [])]}
         settings |= {"images": len(self.dataset), "names": self.dataset.digest, "device": self.device.type}
         settings |= {"weights": fingerprint(self.model), "networks": self.instruments.fingerprint()}
@@ -306,7 +281,6 @@ class _Reconstruction:
 
     def _protocol(self) -> dict[str, Any]:
         config = self.config
-        given = {"tokens": config.tokens, "steps": config.steps, "guidance": config.guidance}
         return {
             "name": config.protocol,
             "images": resizing(self.size, crop=config.crop),
@@ -315,7 +289,7 @@ class _Reconstruction:
             "batch_size": config.batch_size,
             **ICC_PROFILES,
             **captions(self.model),
-            **{name: value for name, value in given.items() if value is not None},
+            **recorded(config),
         }
 
     def _picture(self, number: int) -> Picture:

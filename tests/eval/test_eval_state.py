@@ -15,9 +15,8 @@ from torch import nn
 
 from vistok.eval.data.inventory import Inventory
 from vistok.eval.engine.instruments import fingerprint
+from vistok.eval.options import CurvesConfig, FidConfig, ReconConfig
 from vistok.eval.tasks import fid, rate_distortion, reconstruction
-from vistok.eval.tasks.rate_distortion import CurvesConfig
-from vistok.eval.tasks.reconstruction import ReconConfig
 from vistok.lock import FolderLock
 
 pytest_plugins = ["quick_inception"]
@@ -45,7 +44,7 @@ def curves(folder, out):
 
 
 def distance(folder, out):
-    config = fid.FidConfig(str(folder), str(folder), metrics=("fid",), batch_size=2, workers=0)
+    config = FidConfig(str(folder), str(folder), metrics=("fid",), batch_size=2, workers=0)
     return fid.run(dataclass_with(config, checkpoint_every=1), out, CPU)
 
 
@@ -126,7 +125,7 @@ def test_every_single_weight_counts():
 
 
 def test_other_statistics_do_not_continue_a_run(folder, tmp_path, quick_inception, monkeypatch):
-    config = fid.FidConfig(str(folder), str(folder), metrics=("fid",), save_statistics=True, workers=0)
+    config = FidConfig(str(folder), str(folder), metrics=("fid",), save_statistics=True, workers=0)
     fid.run(config, tmp_path / "whole", CPU)
     reference = tmp_path / "reference.npz"
     shutil.copy(tmp_path / "whole" / "statistics-b.npz", reference)

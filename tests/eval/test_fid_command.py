@@ -14,8 +14,8 @@ from vistok import to_tensor
 from vistok.eval import commands
 from vistok.eval.metrics.distribution import inception_score, kernel_distance, precision_recall
 from vistok.eval.metrics.statistics import FeatureStatistics, Gaussian, frechet_distance
+from vistok.eval.options import FidConfig
 from vistok.eval.tasks import fid
-from vistok.eval.tasks.fid import FidConfig
 
 pytest_plugins = ("quick_inception",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

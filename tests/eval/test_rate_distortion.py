@@ -17,9 +17,9 @@ from vistok.eval import commands
 from vistok.eval.engine import passes
 from vistok.eval.metrics.image import psnr, ssim
 from vistok.eval.metrics.statistics import FeatureStatistics, frechet_distance
+from vistok.eval.options import CurvesConfig
 from vistok.eval.report import curves
 from vistok.eval.tasks import codecs, rate_distortion, sweeps
-from vistok.eval.tasks.rate_distortion import CurvesConfig
 
 pytest_plugins = ("quick_inception",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

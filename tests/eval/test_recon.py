@@ -20,15 +20,14 @@ from tiny_tokenizers import pictures, shared
 from vistok import create, load, to_tensor
 from vistok.eval import commands
 from vistok.eval.engine.decoding import captions
-from vistok.eval.engine.instruments import WeightFiles
 from vistok.eval.engine.record import write
 from vistok.eval.metrics.image import psnr, ssim
 from vistok.eval.metrics.perceptual import load_lpips
 from vistok.eval.metrics.statistics import FeatureStatistics, frechet_distance
 from vistok.eval.metrics.summary import summarise
+from vistok.eval.options import ReconConfig, WeightFiles
 from vistok.eval.report import records
 from vistok.eval.tasks import reconstruction
-from vistok.eval.tasks.reconstruction import ReconConfig
 
 pytest_plugins = ("quick_inception",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

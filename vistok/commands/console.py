@@ -1,6 +1,7 @@
 """What commands share: options, foreign text and tables on the terminal, and the device that a name means."""
 
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -11,15 +12,13 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-Name = Annotated[
-    str,
-    typer.Option(
-        "--tokenizer", help="Registry name, folder, weights file, or hub repository hf://owner/name."
-    ),
-]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", help="Local weights file or folder for a registry name.")
-]
+DEFAULT_TOKENIZER = "vistok-mini"
+TOKENIZER = typer.Option(
+    "--tokenizer", help="Registry name, folder, weights file, or hub repository hf://owner/name."
+)
+WEIGHTS = typer.Option("--weights", help="Local weights file or folder for a registry name.")
+Name = Annotated[str, TOKENIZER]
+Weights = Annotated[Path | None, WEIGHTS]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 
 
@@ -74,6 +73,11 @@ class LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         note(record.getMessage())
+
+
+def decibels(psnr: float) -> str:
+    """The PSNR of one image as text: "31.20 dB", or "exact" for an image that came back exactly."""
+    return "exact" if math.isinf(psnr) else f"{psnr:.2f} dB"
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:

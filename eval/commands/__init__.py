@@ -1,0 +1,14 @@
+"""The commands of `vistok eval`, one file each."""
+
+import typer
+
+from .fid import fid
+from .lengths import lengths
+from .recon import recon
+from .reducers import reducers
+from .speed import speed
+from .tokens import tokens
+
+app = typer.Typer(no_args_is_help=True, help="Measure tokenizers and reducers.")
+for command in (recon, tokens, fid, speed, reducers, lengths):
+    app.command()(command)

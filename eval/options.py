@@ -1,0 +1,211 @@
+"""The settings of the evaluations: each field is a configuration's, a command line's and, where it is marked
+so, a record's."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from ..commands.console import TOKENIZER, WEIGHTS
+from ..commands.options import Setting
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """The names of a comma-separated list."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def numbers(text: str | None) -> tuple[int, ...] | None:
+    """The whole numbers of a comma-separated list; ValueError for other text."""
+    parts = names(text)
+    try:
+        return None if parts is None else tuple(int(part) for part in parts)
+    except ValueError as error:
+        raise ValueError(f"--lengths {text!r}: give whole numbers, such as 1,4,16") from error
+
+
+def baselines(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated list, or none."""
+    return () if text.strip() == "none" else names(text) or ()
+
+
+def workers(count: int | None) -> int:
+    """Processes that decode images: the number given, or by the cores of this machine."""
+    from .data.dataset import worker_count
+
+    return worker_count(count)
+
+
+BASELINES = ("thumbnail", "JPEG", "WebP", "AVIF")
+LOOSE = Setting(loose=True)
+RECORDED = Setting(recorded=True)
+
+Limit = Annotated[int | None, Option("--limit", min=1, help="The first images only.")]
+Split = Annotated[str | None, Option("--split", help="Of a hub dataset.")]
+Column = Annotated[
+    str | None, Option("--column", help="Of a hub dataset, manifest or shards, if not the only one.")
+]
+Weights = Annotated[Path | None, WEIGHTS, LOOSE]
+Steps = Annotated[int | None, Option("--steps", help="Of a stochastic decoder."), RECORDED]
+Guidance = Annotated[float | None, Option("--guidance", help="Of a stochastic decoder."), RECORDED]
+_METRICS = Option("--metrics", help="Comma-separated; all that can be computed otherwise.", metavar="A,B,…")
+Subset = Annotated[int, Option("--kid-subset-size", min=2, help="Images in each of KID's subsets."), LOOSE]
+Seed = Annotated[
+    int, Option("--seed", min=0, max=2**63 - 1, help="Of intervals, KID, Inception score and noise.")
+]
+Batch = Annotated[int, Option("--batch-size", min=1, help="Images at a time.")]
+Workers = Annotated[
+    int,
+    Option("--workers", min=0, max=256, help="Processes that decode images; by the cores otherwise."),
+    Setting(text=int | None, parse=workers, default=None, loose=True),
+]
+Every = Annotated[
+    int,
+    Option("--checkpoint-every", min=1, help="Batches between states that a killed run resumes from."),
+    LOOSE,
+]
+Inception = Annotated[
+    Path | None,
+    Option("--inception-weights", help="File of torch-fidelity's InceptionV3; torch hub's cache otherwise."),
+]
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where the networks behind the metrics are; None for the caches of the packages they belong to."""
+
+    inception: Inception = None
+    lpips: Annotated[
+        Path | None, Option("--lpips-weights", help="torchvision's AlexNet or VGG16 file, or their folder.")
+    ] = None
+    clip: Annotated[str, Option("--clip-weights", help="File, or a cached pretrained tag of open_clip.")] = (
+        "openai"
+    )
+    clip_model: Annotated[str, Option("--clip-model", help="open_clip's name.")] = "ViT-B-32"
+
+
+@dataclass(frozen=True)
+class ReconConfig:
+    """What to measure of a tokenizer's reconstructions, on what, and how (`vistok eval recon --help`)."""
+
+    tokenizer: Annotated[str, TOKENIZER]
+    data: Annotated[
+        tuple[str, ...],
+        Option("--data", help="Folder, tar shards, manifest.jsonl or hub dataset; repeat for several."),
+    ]
+    weights: Weights = None
+    split: Split = None
+    column: Column = None
+    limit: Limit = None
+    tokens: Annotated[
+        int | None, Option("--tokens", help="Tokens per image, for tokenizers with a choice."), RECORDED
+    ] = None
+    steps: Steps = None
+    guidance: Guidance = None
+    size: Annotated[
+        int | None, Option("--size", min=16, help="Side of the images; the tokenizer's own otherwise.")
+    ] = None
+    crop: Annotated[bool, Option("--crop/--no-crop", help="Centre crop, or the whole picture.")] = True
+    protocol: Annotated[
+        Literal["round", "titok"],
+        Option("--protocol", help="8-bit images for Inception: round, or titok (truncates)."),
+        Setting(text=str),
+    ] = "round"
+    metrics: Annotated[
+        tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names, loose=True)
+    ] = None
+    files: Annotated[WeightFiles, LOOSE] = field(default_factory=WeightFiles)
+    kid_subset_size: Subset = 1000
+    pfid: Annotated[bool, Option("--pfid", help="Also FID after perturbing the tokens.")] = False
+    pfid_alpha: Annotated[
+        tuple[float, ...] | None, Option("--pfid-alpha", help="Share of tokens; repeat for a grid.")
+    ] = None
+    pfid_delta: Annotated[
+        tuple[int, ...] | None, Option("--pfid-delta", help="Nearest codes; repeat for a grid.")
+    ] = None
+    seed: Seed = 0
+    batch_size: Batch = 32
+    workers: Workers = 1
+    checkpoint_every: Every = 50
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    """What to measure of tokenizers at all their lengths, on what, and how (`vistok eval tokens --help`)."""
+
+    tokenizers: Annotated[
+        tuple[str, ...],
+        Option("--tokenizer", help="Name or weights, vistok-mini otherwise; repeat for several."),
+        Setting(default=["vistok-mini"]),
+    ]
+    data: Annotated[
+        tuple[str, ...],
+        Argument(
+            metavar="IMAGES...",
+            help="Images, folders, tar shards, manifest.jsonl or a hub dataset.",
+            show_default=False,
+        ),
+    ]
+    weights: Weights = None
+    split: Split = None
+    column: Column = None
+    limit: Limit = None
+    lengths: Annotated[
+        tuple[int, ...] | None,
+        Option("--lengths", help="Of ordered tokens; 1, 2, 4, … and all otherwise.", metavar="K,L,…"),
+        Setting(text=str | None, parse=numbers),
+    ] = None
+    targets: Annotated[
+        tuple[float, ...] | None,
+        Option("--target", help="Mean absolute error, for adaptive tokenizers; repeat for several."),
+    ] = None
+    steps: Steps = None
+    guidance: Guidance = None
+    size: Annotated[
+        int | None, Option("--size", min=16, help="Side of the images; the largest of the tokenizers'.")
+    ] = None
+    baselines: Annotated[
+        tuple[str, ...],
+        Option("--baselines", help="Comma-separated; none for none.", metavar="A,B,…"),
+        Setting(text=str, parse=baselines, default=",".join(BASELINES)),
+    ] = BASELINES
+    metrics: Annotated[tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names)] = None
+    files: Annotated[WeightFiles, LOOSE] = field(default_factory=WeightFiles)
+    seed: Seed = 0
+    batch_size: Batch = 32
+    workers: Workers = 1
+    checkpoint_every: Every = 50
+
+
+@dataclass(frozen=True)
+class FidConfig:
+    """Which two sets of images to compare, and how (`vistok eval fid --help`)."""
+
+    judged: Annotated[
+        str, Argument(metavar="A", help="Images (folder, shards, manifest) or .npz.", show_default=False)
+    ]
+    real: Annotated[str, Argument(metavar="B", help="What A is judged by.", show_default=False)]
+    metrics: Annotated[tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names)] = None
+    limit: Limit = None
+    size: Annotated[
+        int | None, Option("--size", min=16, help="Resize and centre-crop all images to this side.")
+    ] = None
+    inception: Inception = None
+    kid_subset_size: Subset = 1000
+    allow_different_counts: Annotated[
+        bool, Option("--allow-different-counts", help="Compare sets of different numbers of images.")
+    ] = False
+    save_statistics: Annotated[
+        bool,
+        Option("--save-statistics", help="Write mu and sigma of images to statistics-a/-b.npz."),
+    ] = False
+    seed: Seed = 0
+    batch_size: Batch = 32
+    workers: Workers = 1
+    checkpoint_every: Every = 50
+
+    @property
+    def files(self) -> WeightFiles:
+        """Where the network behind the metrics is."""
+        return WeightFiles(inception=self.inception)
