@@ -45,6 +45,14 @@ class Tokenizer(nn.Module):
     """Whether `encode` gives images different numbers of tokens."""
     stochastic: ClassVar[bool] = False
     """Whether pictures are drawn from noise, in `steps`, with `guidance`."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """What `decode` accepts beside tokens as its `condition`, such as ("text",) or ("class",)."""
+    sized: ClassVar[bool] = False
+    """Whether `decode` takes the `size` of the images, which tokens do not hold."""
+    features: ClassVar[bool] = False
+    """Whether the model also gives features for understanding."""
+    modality: ClassVar[str] = "image"
+    """What is tokenized: "image", "video" or "shape"."""
     checkpoint_ignores: ClassVar[tuple[str, ...]] = ()
     """Patterns of keys that a checkpoint may have or lack without harm (training statistics)."""
     own_config_wins: ClassVar[bool] = False
@@ -63,6 +71,8 @@ class Tokenizer(nn.Module):
     """Side of the square images, in pixels."""
     num_tokens: int
     """Tokens per image, at full length."""
+    size_multiple: int | None = None
+    """Sides of images are multiples of this, in pixels; None: images have one size only."""
     quantizer: Quantizer
 
     def latents(self, images: Tensor) -> Tensor:
@@ -143,19 +153,18 @@ class Tokenizer(nn.Module):
         self,
         tokens: Tokens | Tensor,
         *,
+        condition: Any = None,
         steps: int | None = None,
         guidance: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Tokens (or bare codes [B, K]) → images [B, 3, H, W] in [0, 1].
 
-        `steps`, `guidance` and `generator` are for stochastic decoders; a deterministic one ignores the
-        generator and refuses the other two.
+        `condition` is what `conditions` names, one per image. `steps`, `guidance` and `generator` are for
+        stochastic decoders; a deterministic one ignores the generator and refuses the other two, as a decoder
+        without conditions refuses one.
         """
-        if steps is not None or guidance is not None:
-            raise ValueError(
-                f"{self.label} decodes in one deterministic pass; steps and guidance do not apply"
-            )
+        self.check_decoding(condition=condition, steps=steps, guidance=guidance)
         latents, lengths = self.dequantize(tokens)
         return self.pixels(latents, lengths).clamp(0, 1)
 
@@ -198,7 +207,12 @@ class Tokenizer(nn.Module):
             )
         if not torch.compiler.is_compiling():
             tokens.validate()
-        self.check_num_tokens(codes.shape[1])
+        if tokens.grid is None:
+            self.check_num_tokens(codes.shape[1])
+        elif self.size_multiple is None:
+            raise ValueError(
+                f"{self.label} decodes one image size; these tokens have a grid of {tokens.grid}"
+            )
         lengths = tokens.lengths
         if lengths is not None:
             lengths = lengths.to(self.device)
@@ -252,12 +266,29 @@ class Tokenizer(nn.Module):
                 )
         return latents
 
+    def check_decoding(
+        self, *, condition: Any = None, steps: int | None = None, guidance: float | None = None
+    ) -> None:
+        """Raise ValueError for options of `decode` that this family has not."""
+        if not self.stochastic and (steps is not None or guidance is not None):
+            raise ValueError(
+                f"{self.label} decodes in one deterministic pass; steps and guidance do not apply"
+            )
+        if condition is not None and not self.conditions:
+            raise ValueError(f"{self.label} decodes tokens alone; leave condition out")
+
     def check_image_size(self, height: int, width: int, fix: str) -> None:
         """Raise ValueError unless the model takes images of this size."""
-        if height != self.image_size or width != self.image_size:
+        multiple = self.size_multiple
+        if multiple is None and (height, width) != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {height}×{width} pixels; {self.label} takes "
                 f"{self.image_size}×{self.image_size}: {fix}"
+            )
+        if multiple is not None and (height % multiple or width % multiple or not height or not width):
+            raise ValueError(
+                f"images are {height}×{width} pixels; {self.label} takes sides that are multiples of "
+                f"{multiple}: {fix}"
             )
 
     def check_num_tokens(self, num_tokens: int | None) -> int:

@@ -1,6 +1,7 @@
 """`Tokens`: the value between encode and decode, and its packed form on disk (layout: `vistok.packing`)."""
 
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from .packing import (
 _KINDS = ("indices", "bits", "latents")
 _LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST_SIDES = 8  # of a grid in a file
 _HAS_CODEBOOK_AXIS, _HAS_LENGTHS, _HAS_TOKENIZER, _HAS_NAMES = 4, 8, 16, 128
 
 
@@ -37,7 +39,9 @@ class Tokens:
     [B, K, D]; `latents` float16, bfloat16, float32 or float64 [B, K, D]. `lengths` int64 [B], each in 0..K,
     says how many tokens belong to each image; None means all K. Entries past an image's length are set to
     zero. `codebook_sizes` has one size per codebook and goes with `indices` only. `names` has one text per
-    image, such as its file's, and does not count when tokens are compared.
+    image, such as its file's, and does not count when tokens are compared. `grid` has the sides of the grid
+    that the K tokens fill, row by row, where there is one: (height, width), or (frames, height, width) of a
+    video; several tokens may share a place, so K is a multiple of the product of the sides.
 
     Construction checks dtypes, shapes and devices (ValueError, or TypeError for what is no tensor at all) but
     reads no values, so that it never waits for an accelerator; `validate` and `to_bytes` check the values.
@@ -54,6 +58,7 @@ class Tokens:
     tokenizer: str | None = None
     codebook_sizes: tuple[int, ...] | None = None
     names: tuple[str, ...] | None = None
+    grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes, shapes and devices, and set the padding to zero."""
@@ -75,6 +80,8 @@ class Tokens:
             object.__setattr__(self, "codebook_sizes", self._checked_codebook_sizes(self.codebook_sizes))
         if self.names is not None:
             object.__setattr__(self, "names", self._checked_names(self.names))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", self._checked_grid(self.grid))
         if self.lengths is not None:
             self._check_lengths()
             padding = torch.arange(self.num_tokens, device=self.device) >= self.lengths[:, None]  # [B, K]
@@ -127,6 +134,17 @@ class Tokens:
             )
         return names
 
+    def _checked_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(grid, (tuple, list)):
+            raise TypeError(f"Tokens takes the grid as a tuple of sides; got {grid!r}")
+        sides = tuple(operator.index(side) for side in grid)
+        if not sides or min(sides) < 1 or self.num_tokens % math.prod(sides):
+            raise ValueError(
+                f"Tokens takes the sides of a grid that {self.num_tokens} tokens fill, equally many at each "
+                f"place; got {sides}"
+            )
+        return sides
+
     @property
     def _kind(self) -> str:
         return next(kind for kind in _KINDS if getattr(self, kind) is not None)
@@ -156,6 +174,7 @@ class Tokens:
             "shape of a token": list(self._data.shape[2:]),
             "codebook_sizes": self.codebook_sizes,
             "tokenizer": self.tokenizer,
+            "grid": self.grid,
         }
 
     @property
@@ -231,7 +250,8 @@ class Tokens:
             parts.append("lengths=int64 " + str(list(self.lengths.shape)))
         parts += [
             f"{name}={value!r}"
-            for name, value in (("tokenizer", self.tokenizer), ("codebook_sizes", self.codebook_sizes))
+            for name in ("tokenizer", "codebook_sizes", "grid")
+            for value in (getattr(self, name),)
             if value is not None
         ]
         return f"Tokens({', '.join(parts)}, device={str(self.device)!r})"
@@ -242,7 +262,7 @@ class Tokens:
 
         Where K differs, the shorter are padded and lengths are set. Names stay if all parts have them.
         ValueError for an empty list and for parts that differ in kind, dtype, D or Q, codebook sizes,
-        tokenizer or device. TypeError for a part that is not Tokens.
+        tokenizer, grid or device. TypeError for a part that is not Tokens.
         """
         parts = list(parts)
         if others := [part for part in parts if not isinstance(part, Tokens)]:
@@ -270,13 +290,16 @@ class Tokens:
         )
 
     def prefix(self, k: int) -> "Tokens":
-        """Keep the first k tokens of every image, k in 1..K; shorter images keep all of theirs."""
+        """Keep the first k tokens of every image, k in 1..K; shorter images keep all of theirs. A part of a
+        grid has no grid."""
         k = operator.index(k)
         if not 1 <= k <= self.num_tokens:
             raise ValueError(
                 f"prefix takes k in 1..{self.num_tokens}, the tokens that an image has here; got {k}"
             )
-        return self._with(self._data[:, :k], None if self.lengths is None else self.lengths.clamp(max=k))
+        lengths = None if self.lengths is None else self.lengths.clamp(max=k)
+        grid = self.grid if k == self.num_tokens else None
+        return dataclasses.replace(self, **{self._kind: self._data[:, :k]}, lengths=lengths, grid=grid)
 
     def to(self, target: torch.device | str | int | torch.dtype) -> "Tokens":
         """Move to a device, or convert latents to a dtype."""
@@ -308,6 +331,8 @@ class Tokens:
         data = self._data.detach().cpu()
         flags = _KINDS.index(kind)
         header = bytearray(1)
+        if self.grid is not None:
+            header += b"".join(map(varint, (len(self.grid), *self.grid)))
         header += varint(len(self)) + varint(self.num_tokens) + varint(self._width)
         header += b"".join(map(varint, self.codebook_sizes or ()))
         if kind == "indices" and data.ndim == 3:
@@ -336,7 +361,8 @@ class Tokens:
             payload = np.packbits(data.numpy()).tobytes()
         else:
             payload = _as_integers(data).numpy().astype(f"<i{data.itemsize}", copy=False).tobytes()
-        return seal(bytes(header) + payload, version=1 if self.names is None else 2)
+        version = 3 if self.grid is not None else 1 if self.names is None else 2
+        return seal(bytes(header) + payload, version=version)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> "Tokens":
@@ -352,6 +378,7 @@ class Tokens:
         if kind_number >= len(_KINDS) or (version == 1 and flags & _HAS_NAMES):
             raise ValueError(f"corrupt vistok token file: unknown flags {flags:#04x}")
         kind, dtype = _KINDS[kind_number], _LATENT_DTYPES[dtype_number]
+        grid = _unpack_grid(reader) if version >= 3 else None
         batch, num_tokens, width = reader.varint(), reader.varint(), reader.varint()
         sizes = tuple(reader.varint() for _ in range(width)) if kind == "indices" else None
         if sizes is not None and not all(1 <= size <= 2**63 for size in sizes):
@@ -388,6 +415,7 @@ class Tokens:
             tokenizer=tokenizer,
             codebook_sizes=sizes,
             names=names,
+            grid=grid,
         )
         tokens.validate()
         return tokens
@@ -414,6 +442,13 @@ class Tokens:
             return cls.from_bytes(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _unpack_grid(reader: Reader) -> tuple[int, ...]:
+    count = reader.varint()
+    if not 1 <= count <= _MOST_SIDES:
+        raise ValueError(f"corrupt vistok token file: a grid of {count} sides")
+    return tuple(reader.varint() for _ in range(count))
 
 
 def _unpack_text(reader: Reader) -> str:

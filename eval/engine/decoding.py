@@ -1,7 +1,6 @@
 """How an evaluation decodes: reproducibly, whatever batch an image is in, to finite images; and what of that
 a protocol says."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def decode_images(
     images that are not finite.
     """
     options: dict[str, Any] = {"steps": steps, "guidance": guidance}
-    if "size" in inspect.signature(model.decode).parameters:
+    if model.sized:
         options["size"] = size
     seeds = [hash((seed, number)) & (2**63 - 1) for number in numbers]
     generators = [torch.Generator().manual_seed(each) for each in seeds]
@@ -60,5 +59,5 @@ ICC_PROFILES = {"icc_profiles": "ignored"}
 
 def captions(*models: Tokenizer) -> dict[str, str]:
     """What a protocol says where a decoder takes text: it is given none here."""
-    takers = [model.label for model in models if "text" in inspect.signature(model.decode).parameters]
+    takers = [model.label for model in models if "text" in model.conditions]
     return {"captions": f"empty ({', '.join(takers)})"} if takers else {}

@@ -5,7 +5,6 @@ with its original as it is, and becomes 8-bit before Inception sees it: by round
 evaluator does ("An Image is Worth 32 Tokens for Reconstruction and Generation", 2024, arXiv 2406.07550).
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,12 +309,8 @@ def _in_order(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _multiple(model: Tokenizer) -> int:
     """What sides of whole, not square images must be a multiple of; ValueError where only squares decode."""
-    if "size" not in inspect.signature(model.decode).parameters:
-        raise ValueError(f"{model.label} decodes squares only: leave --no-crop out")
-    for multiple in (2**power for power in range(12)):
-        try:
-            model.check_image_size(3 * multiple, 5 * multiple, "")
-        except ValueError:
-            continue
-        return multiple
-    raise ValueError(f"{model.label} takes {model.image_size}×{model.image_size} only: leave --no-crop out")
+    if model.size_multiple is None:
+        raise ValueError(
+            f"{model.label} takes {model.image_size}×{model.image_size} only: leave --no-crop out"
+        )
+    return model.size_multiple

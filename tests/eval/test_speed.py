@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CASES
 
 from vistok import create
+from vistok.eval.speed.plain_flextok import GUIDED_STEPS
 from vistok.eval.speed.plain_karl import PlainKarl
-from vistok.eval.speed.tokenizers import GUIDED_STEPS, HEADER, Speed, Variant, measure
+from vistok.eval.speed.tokenizers import HEADER, Speed, measure
+from vistok.eval.speed.variants import Variant
 
 FLEXTOK = {
     **CASES["flextok"][1],

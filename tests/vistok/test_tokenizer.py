@@ -871,7 +871,24 @@ def test_any_size_divisible_by_the_factor_is_taken_row_by_row(models):
     assert model.decode(model.encode(torch.rand(1, 3, 48, 48))).shape == (1, 3, 48, 48)
 
 
-def test_oblong_grids_are_refused_at_decoding(models):
+def test_an_oblong_grid_decodes_by_the_sides_that_its_tokens_carry(models, tmp_path):
+    model = models("maskgit-vqgan")
+    tokens = model.encode(torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0)))
+    assert tokens.grid == (3, 4)
+    tokens.save(tmp_path / "oblong.vtok")
+    with torch.no_grad():
+        latents = model.quantizer.decode(tokens.indices).view(1, 3, 4, -1).permute(0, 3, 1, 2)
+        expected = model.decoder(latents).clamp(0, 1)
+    decoded = model.decode(Tokens.load(tmp_path / "oblong.vtok"))
+    torch.testing.assert_close(decoded, expected)
+    assert model.reconstruct(torch.rand(2, 3, 16, 80)).shape == (2, 3, 16, 80)
+    with pytest.raises(ValueError, match=r"decodes one image size; these tokens have a grid of \(\d+,\)"):
+        fixed = models("titok-vq")
+        codes = fixed.encode(pictures(1))
+        fixed.decode(dataclasses.replace(codes, grid=(codes.num_tokens,)))
+
+
+def test_oblong_grids_are_refused_at_decoding_without_their_sides(models):
     model = models("maskgit-vqgan")
     with pytest.raises(ValueError, match="12 is no square"):
         model.decode(torch.zeros(1, 12, dtype=torch.int64))

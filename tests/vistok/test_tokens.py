@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistok import Tokens
+from vistok.packing import seal
 
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -244,8 +245,8 @@ def test_other_files_are_told_apart_by_their_magic_number(data):
 
 def test_a_newer_version_asks_for_an_upgrade():
     packed = bytearray(example().to_bytes())
-    packed[4] += 2
-    with pytest.raises(ValueError, match="version 3, newer than version 2 read here: upgrade vistok"):
+    packed[4] += 3
+    with pytest.raises(ValueError, match="version 4, newer than version 3 read here: upgrade vistok"):
         Tokens.from_bytes(packed)
 
 
@@ -561,6 +562,39 @@ def test_lengths_that_are_all_full_equal_no_lengths():
 def test_negative_zero_differs_from_zero():
     zero = torch.zeros(1, 1, 1)
     assert Tokens(latents=zero) != Tokens(latents=-zero)
+
+
+def test_a_grid_follows_its_tokens_and_comes_back_from_a_file(tmp_path):
+    tokens = Tokens(indices=torch.arange(24).view(2, 12), codebook_sizes=(32,), grid=[3, 4])
+    assert tokens.grid == (3, 4) and "grid=(3, 4)" in repr(tokens)
+    tokens.save(tmp_path / "grid.vtok")
+    loaded = Tokens.load(tmp_path / "grid.vtok")
+    assert loaded == tokens and loaded.grid == (3, 4)
+    assert loaded[1:].grid == loaded.to("cpu").grid == loaded.prefix(12).grid == (3, 4)
+    assert loaded.prefix(8).grid is None
+    assert Tokens.cat([loaded[:1], loaded[1:]]) == tokens
+    assert tokens != dataclasses.replace(tokens, grid=None) != dataclasses.replace(tokens, grid=(4, 3))
+    with pytest.raises(ValueError, match=r"parts of one grid: part 0 has \(3, 4\), part 1 \(4, 3\)"):
+        Tokens.cat([tokens, dataclasses.replace(tokens, grid=(4, 3))])
+    video = dataclasses.replace(tokens, grid=(2, 1, 3), names=("a", "b"))  # two tokens for each place
+    assert Tokens.from_bytes(video.to_bytes()).grid == (2, 1, 3)
+    assert Tokens.from_bytes(video.to_bytes()).names == ("a", "b")
+
+
+@pytest.mark.parametrize("grid", [(), (5,), (0, 12), (3, -4), (3.0, 4)])
+def test_a_grid_has_sides_that_its_tokens_fill(grid):
+    with pytest.raises((ValueError, TypeError), match=r"grid|integer"):
+        Tokens(indices=torch.zeros(1, 12, dtype=torch.int64), grid=grid)
+
+
+def test_a_file_with_a_grid_is_of_version_3_and_its_header_is_checked():
+    data = Tokens(indices=torch.zeros(1, 4, dtype=torch.int64), codebook_sizes=(2,), grid=(2, 2)).to_bytes()
+    assert data[4] == 3
+    start = data.index(bytes([2, 2, 2]))  # two sides of two
+    for sides in ([9, 2, 2], [0, 2, 2], [2, 2, 3]):
+        content = data[6:start] + bytes(sides) + data[start + 3 : -4]
+        with pytest.raises(ValueError, match="grid"):
+            Tokens.from_bytes(seal(content, version=3))
 
 
 def test_the_representation_names_kind_shape_and_origin_but_no_values():

@@ -347,6 +347,7 @@ class Instella(Tokenizer):
     """
 
     config_class = InstellaConfig
+    sized = True
     checkpoint_ignores = ("decoder.repa_proj.*",)  # feature alignment, in training only
 
     def __init__(self, config: InstellaConfig) -> None:
@@ -406,6 +407,7 @@ class Instella(Tokenizer):
         tokens: Tokens | Tensor,
         *,
         size: int | tuple[int, int] | None = None,
+        condition: Any = None,
         steps: int | None = None,
         guidance: float | None = None,
         generator: torch.Generator | None = None,
@@ -417,8 +419,7 @@ class Instella(Tokenizer):
         stochastic decoders and refused.
         """
         self._grid(size)
-        if steps is not None or guidance is not None:
-            return super().decode(tokens, steps=steps, guidance=guidance)
+        self.check_decoding(condition=condition, steps=steps, guidance=guidance)
         latents, _ = self.dequantize(tokens)
         return self.pixels(latents, size=size).clamp(0, 1)
 
@@ -433,14 +434,10 @@ class Instella(Tokenizer):
         decoded = self.pixels(quantized.latents, size=tuple(images.shape[2:]) if size is None else size)
         return TrainingOutput(decoded, quantized.codes, quantized.losses)
 
-    def check_image_size(self, height: int, width: int, fix: str) -> None:
-        """Any size the grid can be halved at."""
-        factor = self.config.encoder_factor
-        if height % factor or width % factor or not height or not width:
-            raise ValueError(
-                f"images are {height}×{width} pixels; {self.label} takes sides that are multiples of "
-                f"{factor}: {fix}"
-            )
+    @property
+    def size_multiple(self) -> int:
+        """Any size that the grid can be halved at."""
+        return self.config.encoder_factor
 
     def _grid(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Rows and columns of patches of a decoded image."""

@@ -5,6 +5,7 @@ twice: as the teacher of its first training stage and, inside its checkpoints, a
 second.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -211,20 +212,21 @@ class MaskGITVQGAN(Tokenizer):
         """Images [B, 3, H, W] → [B, H/16 · W/16, 256], row by row."""
         return self.encoder(images).flatten(2).transpose(1, 2)
 
-    def pixels(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Latents of a square grid [B, n², 256] → images [B, 3, 16n, 16n], not clamped."""
+    def pixels(
+        self, latents: Tensor, lengths: Tensor | None = None, *, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Latents of a `grid` of h × w (by default square) [B, hw, 256] → images [B, 3, 16h, 16w], not
+        clamped."""
         side = isqrt(latents.shape[1])
-        return self.decoder(latents.transpose(1, 2).unflatten(2, (side, -1)))
+        return self.decoder(latents.transpose(1, 2).unflatten(2, grid or (side, side)))
 
-    def check_image_size(self, height: int, width: int, fix: str) -> None:
-        """Any size that is a multiple of 16."""
-        if height % self.factor or width % self.factor or not height or not width:
-            raise ValueError(
-                f"images are {height}×{width} pixels; {self.label} takes multiples of {self.factor}: {fix}"
-            )
+    @property
+    def size_multiple(self) -> int:
+        """16 at the published size."""
+        return self.factor
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
-        """Any square grid."""
+        """Any square grid; tokens that carry their `grid` may have another shape."""
         if num_tokens is None:
             return self.num_tokens
         if num_tokens < 1 or isqrt(num_tokens) ** 2 != num_tokens:
@@ -240,7 +242,24 @@ class MaskGITVQGAN(Tokenizer):
         codes = self.quantize.encode(self.check_latents(self.latents(self.check_images(images))))
         if num_tokens not in (None, codes.shape[1]):
             raise ValueError(f"these images have {codes.shape[1]} tokens each; {num_tokens} was asked for")
-        return self.as_tokens(codes)
+        sides = images.shape[2] // self.factor, images.shape[3] // self.factor
+        return dataclasses.replace(self.as_tokens(codes), grid=sides)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tokens | Tensor,
+        *,
+        condition: Any = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Tokens (or bare codes [B, K] of a square grid) → images [B, 3, H, W] in [0, 1]."""
+        self.check_decoding(condition=condition, steps=steps, guidance=guidance)
+        latents, _ = self.dequantize(tokens)
+        grid = tokens.grid if isinstance(tokens, Tokens) else None
+        return self.pixels(latents, grid=grid).clamp(0, 1)
 
 
 register(

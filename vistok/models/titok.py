@@ -329,29 +329,31 @@ class TiTok(Tokenizer):
 
 @register_family("tatitok")
 class TATiTok(TiTok):
-    """TiTok whose decoder also reads a caption: `decode(tokens, text=["A photo of a jay."])`."""
+    """TiTok whose decoder also reads a caption: `decode(tokens, condition=["A photo of a jay."])`."""
 
     text_aware = True
+    conditions = ("text",)
 
     @torch.no_grad()
     def decode(
         self,
         tokens: Tokens | Tensor,
         *,
+        condition: list[str] | Tensor | None = None,
         text: list[str] | Tensor | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Tokens and one caption an image → images [B, 3, H, W] in [0, 1].
+        """Tokens and one caption per image → images [B, 3, H, W] in [0, 1].
 
-        `text` is a list of B captions or their text states [B, 77, 768]; None means empty captions, which are
-        encoded like any other (the weights have no null caption).
+        `condition`, or `text`, which means the same, is a list of B captions or their text states [B, 77,
+        768]; None means empty captions, which are encoded like any other (the weights have no null caption).
         """
-        if steps is not None or guidance is not None:
-            raise ValueError(
-                f"{self.label} decodes in one deterministic pass; steps and guidance do not apply"
-            )
+        self.check_decoding(condition=condition, steps=steps, guidance=guidance)
+        if condition is not None and text is not None:
+            raise ValueError("condition and text mean the same captions; give one of them")
+        text = condition if text is None else text
         latents, _ = self.dequantize(tokens)
         return self.pixels(latents, text=self.text_states(text, len(latents))).clamp(0, 1)
 

@@ -43,21 +43,13 @@ class OptimizerConfig:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One run of `vistok train`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run of the training loop needs, whatever it trains.
 
-    `tokenizer` is `{name: registry name or family, …fields}` for `vistok.create`; `data` is what
-    `vistok.train.data.build` takes. `batch_size` is that of one process and one accumulation step. `teacher`
-    names a MaskGIT-VQGAN checkpoint and makes the objective TiTok's stage 1 (proxy codes); without it the
-    objective is pixels. `freeze` lists patterns of parameter names that do not train. `nested_dropout` is the
-    share of images that keep only a random prefix of their tokens (ordered tokenizers). `warm_start_images`
-    fits what the family can fit in closed form to that many images first. `validation` lists shipped
-    photographs (`vistok.train.data`) or image files; keep them out of `data`.
+    `batch_size` is that of one process and one accumulation step.
     """
 
-    tokenizer: dict[str, Any]
-    data: dict[str, Any]
     steps: int
     batch_size: int
     seed: int = 42
@@ -65,17 +57,7 @@ class TrainConfig:
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    loss: ReconstructionLossConfig = dataclasses.field(default_factory=ReconstructionLossConfig)
-    discriminator_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    perceptual_weights: str = "hub"
     ema: float = 0.999
-    initial: str | None = None
-    teacher: str | None = None
-    freeze: tuple[str, ...] = ()
-    nested_dropout: float = 0.0
-    warm_start_images: int = 0
-    validation: tuple[str, ...] = ()
-    validation_tokens: tuple[int, ...] = ()
     workers: int = 1
     log_every: int = 50
     validate_every: int = 500
@@ -94,10 +76,39 @@ class TrainConfig:
             checkpoint_every=(1, math.inf),
             seed=(0, math.inf),
             ema=(0, 1),
-            warm_start_images=(0, math.inf),
-            validation_tokens=(1, math.inf),
             workers=(0, MOST_WORKERS),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A run that trains a tokenizer.
+
+    `tokenizer` is `{name: registry name or family, …fields}` for `vistok.create`; `data` is what
+    `vistok.train.data.build` takes. `teacher` names a MaskGIT-VQGAN checkpoint and makes the objective
+    TiTok's stage 1 (proxy codes); without it the objective is pixels. `freeze` lists patterns of parameter
+    names that do not train. `nested_dropout` is the share of images that keep only a random prefix of their
+    tokens (ordered tokenizers). `warm_start_images` fits what the family can fit in closed form to that many
+    images first. `validation` lists shipped photographs (`vistok.train.data`) or image files; keep them out
+    of `data`.
+    """
+
+    tokenizer: dict[str, Any]
+    data: dict[str, Any]
+    loss: ReconstructionLossConfig = dataclasses.field(default_factory=ReconstructionLossConfig)
+    discriminator_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    perceptual_weights: str = "hub"
+    initial: str | None = None
+    teacher: str | None = None
+    freeze: tuple[str, ...] = ()
+    nested_dropout: float = 0.0
+    warm_start_images: int = 0
+    validation: tuple[str, ...] = ()
+    validation_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, warm_start_images=(0, math.inf), validation_tokens=(1, math.inf))
         if not 0 <= self.nested_dropout <= 1:
             raise ValueError(f"nested_dropout is {self.nested_dropout}; it is a share of images, 0 to 1")
         if not isinstance(self.tokenizer.get("name", ""), str):
@@ -105,6 +116,15 @@ class TrainConfig:
             raise ValueError(f"tokenizer: name is {name}; give a registry name or a family as text")
         if "name" not in self.tokenizer:
             raise ValueError("tokenizer needs a name: a registry name or a family (see `vistok list`)")
+
+
+def check_schedule(name: str, optimizer: OptimizerConfig, steps: int) -> None:
+    """Raise ValueError for a schedule that cannot be followed in `steps` steps, before they begin."""
+    if optimizer.schedule == "cosine" and steps <= optimizer.warmup:
+        raise ValueError(
+            f"{name}.warmup is {optimizer.warmup}, but only {steps} steps follow its start; give a shorter "
+            "warm-up, more steps, or schedule: constant"
+        )
 
 
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:

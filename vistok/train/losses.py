@@ -249,7 +249,34 @@ class ReconstructionLoss(nn.Module):
         quantizer_loss: Tensor | None = None,
         kl: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The tokenizer's weighted loss, and its parts by name, unweighted and detached.
+        """The tokenizer's weighted loss, and its parts by name, unweighted and detached; see
+        `generator_losses`."""
+        parts = self.generator_losses(images, reconstructions, step, quantizer_loss=quantizer_loss, kl=kl)
+        total = sum(self.weights[name] * part for name, part in parts.items())
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each part of `generator_losses`."""
+        config = self.config
+        return {
+            "reconstruction": config.reconstruction_weight,
+            "perceptual": config.perceptual_weight,
+            "adversarial": config.discriminator_weight,
+            "quantizer": config.quantizer_weight,
+            "kl": config.kl_weight,
+        }
+
+    def generator_losses(
+        self,
+        images: Tensor,
+        reconstructions: Tensor,
+        step: int,
+        *,
+        quantizer_loss: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The parts of the tokenizer's loss by name, unweighted, float32 scalars.
 
         `images`, `reconstructions`: [B, 3, H, W], images in [0, 1]; `quantizer_loss` and `kl` (summed over
         tokens and channels, mean over images) scalars where the bottleneck has them. Parts: `reconstruction`,
@@ -257,25 +284,21 @@ class ReconstructionLoss(nn.Module):
         batches differ in shape.
         """
         _check_pair(images, reconstructions)
-        config, weighted = self.config, {}
+        config, parts = self.config, {}
         with torch.autocast(images.device.type, enabled=False):
             images, reconstructions = images.float(), reconstructions.float()
             distance = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
             # A fixed log-variance scales the reconstruction term, as in VQGAN's and TA-TiTok's KL losses.
-            reconstruction = distance(reconstructions, images) * math.exp(-config.logvar)
-            weighted["reconstruction"] = (config.reconstruction_weight, reconstruction)
+            parts["reconstruction"] = distance(reconstructions, images) * math.exp(-config.logvar)
             if config.perceptual_weight > 0:
-                perceptual = self.perceptual_loss(images, reconstructions)
-                weighted["perceptual"] = (config.perceptual_weight, perceptual)
+                parts["perceptual"] = self.perceptual_loss(images, reconstructions)
             if self.uses_discriminator(step):
-                adversarial = hinge_generator_loss(self._frozen_discriminator(reconstructions))
-                weighted["adversarial"] = (config.discriminator_weight, adversarial)
+                parts["adversarial"] = hinge_generator_loss(self._frozen_discriminator(reconstructions))
             if quantizer_loss is not None:
-                weighted["quantizer"] = (config.quantizer_weight, quantizer_loss.float())
+                parts["quantizer"] = quantizer_loss.float()
             if kl is not None:
-                weighted["kl"] = (config.kl_weight, kl.float())
-            total = sum(weight * part for weight, part in weighted.values())
-        return total, {name: part.detach() for name, (_, part) in weighted.items()}
+                parts["kl"] = kl.float()
+        return parts
 
     def discriminator_step(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss, and its parts by name, unweighted and detached; moves the LeCam means.
@@ -323,25 +346,29 @@ def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
 # ---- tokens ------------------------------------------------------------------------------------------------
 
 
-def proxy_code_loss(
-    logits: Tensor, codes: Tensor, quantizer_loss: Tensor, quantizer_weight: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """TiTok stage 1: predict the MaskGIT-VQGAN codes of the image, plus the weighted quantizer loss.
+def proxy_code_losses(logits: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    """TiTok stage 1: how well the MaskGIT-VQGAN codes of the image are predicted, two scalars.
 
-    `logits` [B, V, h, w] (V = 1024); `codes` int64 [B, h*w] or [B, h, w], row by row. Returns the total and
-    its parts `cross_entropy`, `accuracy`, `quantizer`, detached. Raises ValueError when the grids disagree.
+    `logits` [B, V, h, w] (V = 1024); `codes` int64 [B, h*w] or [B, h, w], row by row. Returns
+    `cross_entropy` and `accuracy`. Raises ValueError when the grids disagree.
 
     "An Image is Worth 32 Tokens for Reconstruction and Generation" (2024, arXiv 2406.07550), section 3.3.
     """
     logits, codes = logits.float().flatten(2).mT, codes.flatten(1)  # [B, h*w, V], [B, h*w]
     _check_tokens(logits, codes)
-    cross_entropy = F.cross_entropy(logits.mT, codes)
-    parts = {
-        "cross_entropy": cross_entropy,
+    return {
+        "cross_entropy": F.cross_entropy(logits.mT, codes),
         "accuracy": (logits.argmax(-1) == codes).float().mean(),
-        "quantizer": quantizer_loss,
     }
-    total = cross_entropy + quantizer_weight * quantizer_loss
+
+
+def proxy_code_loss(
+    logits: Tensor, codes: Tensor, quantizer_loss: Tensor, quantizer_weight: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The cross entropy of `proxy_code_losses` plus the weighted quantizer loss, a scalar, and the parts
+    `cross_entropy`, `accuracy` and `quantizer`, detached."""
+    parts = {**proxy_code_losses(logits, codes), "quantizer": quantizer_loss}
+    total = parts["cross_entropy"] + quantizer_weight * quantizer_loss
     return total, {name: part.detach() for name, part in parts.items()}
 
 

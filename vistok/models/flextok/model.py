@@ -78,6 +78,7 @@ class FlexTok(Tokenizer):
     config_class = FlexTokConfig
     ordered = True
     stochastic = True
+    sized = True
     own_config_wins = True
 
     def __init__(self, config: FlexTokConfig) -> None:
@@ -260,6 +261,7 @@ class FlexTok(Tokenizer):
         tokens: Tokens | Tensor,
         *,
         size: int | Size | list[Size] | None = None,
+        condition: Any = None,
         steps: int | None = None,
         guidance: flow.Guidance | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -280,6 +282,7 @@ class FlexTok(Tokenizer):
         [C, h, w] beside a list of sizes, takes the generator's place. ValueError for lengths of 0 or beyond
         the maximum, and for sizes that the model does not take.
         """
+        self.check_decoding(condition=condition)
         latents, lengths = self.dequantize(tokens)
         options = {"steps": steps, "guidance": guidance, "normalized": normalized}
         if not isinstance(size, list):

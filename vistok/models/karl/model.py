@@ -560,6 +560,7 @@ class Karl(Tokenizer):
 
     config_class = KarlConfig
     adaptive = True
+    sized = True
     checkpoint_ignores = ("gan_losses.*",)
 
     def __init__(self, config: KarlConfig) -> None:
@@ -730,15 +731,24 @@ class Karl(Tokenizer):
         return dataclasses.replace(tokens, lengths=lengths)
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens | Tensor, *, size: int | Size | None = None, **options: Any) -> Tensor:
+    def decode(
+        self,
+        tokens: Tokens | Tensor,
+        *,
+        size: int | Size | None = None,
+        condition: Any = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Tokens (or bare codes [B, K]) → images [B, 3, H, W] in [0, 1].
 
         `size` is a side or (height, width) in pixels, by default `image_size`; on the VAE it may be twice as
-        wide as high. `options` are every tokenizer's. ValueError for sizes that the model does not take.
+        wide as high. ValueError for sizes that the model does not take, and for the other options, which are
+        every tokenizer's, as in `Tokenizer.decode`.
         """
         size = self._checked_size(size)
-        if any(options.get(name) is not None for name in ("steps", "guidance")):
-            return super().decode(tokens, **options)  # says that they do not apply
+        self.check_decoding(condition=condition, steps=steps, guidance=guidance)
         latents, lengths = self.dequantize(tokens)
         return self.pixels(latents, lengths, size=size).clamp(0, 1)
 
