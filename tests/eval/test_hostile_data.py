@@ -181,7 +181,16 @@ def test_a_bad_manifest_is_one_short_line(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["x{0..99999999}.tar", "{0..99999}{0..99999}.tar", "{a,b}" * 40, "x{0..9999999999999999}"]
+    "pattern",
+    [
+        "x{0..99999999}.tar",
+        "x{99999999..0}.tar",
+        "{0..99999}{0..99999}.tar",
+        "{a,b}" * 40,
+        "x{0..9999999999999999}",
+        "{x,{0..99999}{0..99999}}.tar",
+        "{x," + "{a..z}" * 9 + "}.tar",
+    ],
 )
 def test_braces_are_not_written_out_beyond_a_limit(pattern):
     with pytest.raises(ValueError, match=f"stands for more than {MOST_PATHS:,} paths"):

@@ -2,10 +2,12 @@
 
 import glob
 import itertools
+import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
+
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from ..commands.console import safe_text
 
@@ -13,22 +15,34 @@ MOST_PATHS = 100_000
 """Paths that the braces of one pattern may stand for."""
 LONGEST = 300
 """Characters of a path in a message."""
-_DIGITS = 18
+_DIGITS = 18  # of a number in a range
+_INNERMOST = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?")
 
 
 def expand(pattern: str) -> list[str]:
     """The files that a path with braces and wildcards stands for, in order.
 
+    Braces are those of bash: `{000..010}`, `{0..10..2}`, `{a..c}` and `{x,y}`, also inside each other.
+
     Raises:
         FileNotFoundError: one of its paths matches no file.
-        ValueError: a range in braces counts down, or the braces stand for more than 100,000 paths.
+        ValueError: a brace has no partner, or the braces stand for more than 100,000 paths.
     """
-    paths = list(dict.fromkeys(itertools.islice(_braces(pattern), MOST_PATHS + 1)))
-    if len(paths) > MOST_PATHS:
+    if os.path.isfile(pattern):
+        return [pattern]
+    if _number_of_paths(pattern) > MOST_PATHS:
         raise ValueError(
             f"{_shown(pattern)} stands for more than {MOST_PATHS:,} paths: write a shorter range, or a "
             "wildcard (*)"
         )
+    try:
+        paths = list(dict.fromkeys(braceexpand(pattern, escape=False)))
+    except UnbalancedBracesError as error:
+        raise ValueError(
+            f"{_shown(pattern)} is not a file, and as a pattern it has a brace without its partner: write "
+            "ranges as {000..010} and choices as {a,b}"
+        ) from error
     files = [[path] if os.path.isfile(path) else _matches(path) for path in paths]
     missing = [path for path, found in zip(paths, files, strict=True) if not found]
     if missing:
@@ -60,23 +74,21 @@ def _matches(path: str) -> list[str]:
     return sorted(str(each) for each in matches if not any(p.startswith(".") for p in each.parts[hidden:]))
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    """`a{00..02}` to a00, a01, a02; `{x,y}` to x, y; leftmost innermost brace first."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    for part in _parts(match[1], pattern):
-        yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
+def _number_of_paths(pattern: str) -> int:
+    """How many paths the braces stand for, counted from the innermost outwards; equal ones count each."""
+    while (group := _INNERMOST.search(pattern)) is not None:
+        bounds = _RANGE.fullmatch(group[1])
+        number = _length(*bounds.groups()) if bounds else sum(map(_product, group[1].split(",")))
+        pattern = f"{pattern[: group.start()]}\0{number}\0{pattern[group.end() :]}"
+    return _product(pattern)
 
 
-def _parts(inside: str, pattern: str) -> Iterator[str]:
-    bounds = re.fullmatch(rf"(\d{{1,{_DIGITS}}})\.\.(\d{{1,{_DIGITS}}})", inside)
-    if bounds is None:
-        yield from inside.split(",")
-        return
-    first, last = bounds.groups()
-    if int(first) > int(last):
-        raise ValueError(f"{_shown(pattern)} counts down: write {{{last}..{first}}}")
-    for number in range(int(first), int(last) + 1):
-        yield str(number).zfill(len(first))
+def _length(first: str, last: str, step: str | None) -> int:
+    if max(len(first), len(last)) > _DIGITS:
+        return MOST_PATHS + 1
+    places = [ord(bound) if bound.isalpha() else int(bound) for bound in (first, last)]
+    return abs(places[1] - places[0]) // max(1, int(step or 1)) + 1
+
+
+def _product(counted: str) -> int:
+    return math.prod(map(int, re.findall("\0([0-9]+)\0", counted)))
