@@ -11,7 +11,7 @@ from ..reducer import Budget, Reducer, Stage, VisionReducer
 from ..report.accounting import vit_block_macs
 from ..report.counts import ImageReport, Report
 from ..undo import Undo
-from . import timm, tower
+from . import tower
 from .merging import VisionMerging
 
 
@@ -65,5 +65,7 @@ def _installer(model: nn.Module) -> Callable[[nn.Module, VisionReducer, Budget, 
             model, reducer, undo, keep=keep, unmerge=False
         )
     if type(model).__module__.startswith("timm."):
+        from . import timm
+
         return lambda model, reducer, keep, undo: timm.install(model, reducer, undo, keep=keep)
     return None

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, is_grad_enabled, nn
 
+from ...extras import needs
 from ..reducer import Budget, VisionReducer
 from ..undo import Undo
 from .merging import BlockParts, MergeTrace, VisionMerging
+
+with needs("timm", "compress", "attaching to timm's models"):
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 PARTS = BlockParts(
     norm1="norm1",
