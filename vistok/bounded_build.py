@@ -17,6 +17,22 @@ _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "randint", "new
 
 
 @contextmanager
+def empty_weights() -> Iterator[None]:
+    """Modules made in the block have their parameters on the meta device and their buffers in memory."""
+    handle = torch_modules.register_module_parameter_registration_hook(_without_memory)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _without_memory(owner: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return type(parameter)(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+@contextmanager
 def bounded_build(tensors: int, elements: int, source: Any) -> Iterator[None]:
     """Modules made in the block have parameters without memory, and may not outgrow the file.
 
@@ -26,15 +42,13 @@ def bounded_build(tensors: int, elements: int, source: Any) -> Iterator[None]:
     Raises:
         ValueError: the model would be larger than the file can fill.
     """
-    from accelerate import init_empty_weights
-
     limit = _Limit(_FACTOR * elements, _FACTOR * tensors, source)
     handles = [
         torch_modules.register_module_parameter_registration_hook(limit.add_parameter),
         torch_modules.register_module_module_registration_hook(limit.add_module),
     ]
     try:
-        with _SizedFactories(limit), init_empty_weights(include_buffers=False):
+        with _SizedFactories(limit), empty_weights():
             yield
     finally:
         for handle in handles:

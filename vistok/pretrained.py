@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, configuration, hub, registry
-from .bounded_build import bounded_build, count
+from .bounded_build import bounded_build, count, empty_weights
 from .files import looks_like_path
 from .statedict import StateDict
 
@@ -136,8 +136,7 @@ def _published(entry: registry.Entry, hub_options: dict[str, Any]) -> checkpoint
 
 
 def _check_digest(path: Path, entry: registry.Entry) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != entry.sha256:
         raise ValueError(
             f"{path} is not the {entry.name} that this version of vistok ships (sha256 {digest[:12]}…, not "
@@ -196,10 +195,8 @@ def _identify(
 
 def _build(family: Any, fields: dict[str, Any], bound: StateDict | None, source: Path) -> Any:
     """The model without weights; a configuration from a file may not ask for more than `bound` can fill."""
-    from accelerate import init_empty_weights
-
     if bound is None:
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             return family.create(**fields)
     with bounded_build(*count(bound.tensors), source):
         return configuration.understood(lambda: family.create(**fields), source)

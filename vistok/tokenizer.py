@@ -4,11 +4,12 @@ import dataclasses
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from . import checkpoint, configuration, pretrained
 from .adaptive import AdaptiveTokens, encode_to_quality

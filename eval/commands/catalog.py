@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...commands.console import table
+from ...commands.console import note, table
 
 if TYPE_CHECKING:
     from ...quantizers import Quantizer
@@ -21,24 +21,28 @@ def list_(
     """All tokenizers with their hub repository, licence and paper figures."""
     from dataclasses import asdict
 
+    from ...bounded_build import empty_weights
     from ...loading import create
     from ...registry import entries
 
-    table = entries()
+    tokenizers = entries()
     if as_json:
-        print(json.dumps([asdict(entry) for entry in table.values()], indent=2))
+        print(json.dumps([asdict(entry) for entry in tokenizers.values()], indent=2))
         return
-    from accelerate import init_empty_weights
-
-    rows = []
-    for entry in table.values():
-        with init_empty_weights(include_buffers=False):
-            model = create(entry.name)
+    rows, hints = [], set()
+    for entry in tokenizers.values():
+        try:
+            with empty_weights():
+                model = create(entry.name)
+            tokens, codebook = _choice(model), _codebook(model.quantizer)
+        except ModuleNotFoundError as error:
+            tokens = codebook = "needs an extra"
+            hints.add(str(error))
         rows.append(
             [
                 entry.name,
-                _choice(model),
-                _codebook(model.quantizer),
+                tokens,
+                codebook,
                 f"{entry.parameters:g}",
                 ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()),
                 entry.license,
@@ -52,6 +56,8 @@ def list_(
     shown = (0, 1, 2, 3, 5) if narrow else range(len(header))
     title = f"{len(rows)} tokenizers (verified: largest errors against recorded outputs of the original)"
     table(title, [header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    for hint in sorted(hints):
+        note(hint)
 
 
 def _choice(model: "Tokenizer") -> str:
@@ -74,15 +80,14 @@ def info(
     """One tokenizer: configuration, weights, licence, paper; of a file also which of its weights load."""
     from dataclasses import asdict
 
-    from accelerate import init_empty_weights
-
+    from ...bounded_build import empty_weights
     from ...files import looks_like_path
     from ...loading import create, load
     from ...registry import entries, unknown_name
 
     if name in entries():
         facts = _published_facts(entries()[name])
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             model = create(name)
     elif looks_like_path(name):
         model = load(name)  # logs which weights of the file it takes

@@ -14,6 +14,7 @@ import numpy as np
 from ... import hub
 from ...commands.console import safe_text
 from ...configuration import shorten
+from ...extras import needs
 from ...files import check_source, looks_like_path
 from ...image_files import ImageFolder
 from ...images import MAX_FILE_BYTES
@@ -319,10 +320,8 @@ def _hub(source: str, split: str | None, column: str | None) -> Dataset:
 def _rows(
     source: str, path: str, configuration: str | None, split: str | None, column: str | None
 ) -> Dataset:
-    try:
+    with needs("datasets", "eval", f"the hub dataset {source}"):
         import datasets
-    except ImportError as error:
-        raise ImportError(f"{source} is read by the package datasets: pip install datasets") from error
     try:
         builder = datasets.load_dataset_builder(path, configuration)
         files = builder.config.data_files

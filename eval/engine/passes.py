@@ -4,27 +4,34 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
+from ...extras import needs
 from ...train.workers import worker_errors
 from ..data.dataset import Batch, Dataset, batches
 from .record import Clock
 from .state import State
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 LAST = "last: "
 """How the names of stages begin that come after the pass."""
 
 
-def join(device: torch.device) -> tuple[PartialState, torch.device]:
+def join(device: torch.device) -> tuple["PartialState", torch.device]:
     """This process's place among those of `accelerate launch` or `torchrun`, and the device it works on.
 
     Alone it is the only process, on `device`; one of several takes the accelerator of its number where
     `device` is of that type.
     """
+    with needs("accelerate", "eval", "evaluation"):
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
     on_cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process may be done long before another; the default of half an hour would end the run there.
     process = PartialState(cpu=on_cpu, timeout=timedelta(days=7))

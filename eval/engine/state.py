@@ -13,18 +13,21 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
+from typing_extensions import Self
 
 from ...files import atomic_write, check_target
 from ...lock import NAME as LOCK
 from ...lock import FolderLock
 from ...saved import read_state
 from ..data.inventory import Inventory
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 DIGEST = 16
 """Bytes of an image's digest that are kept."""
@@ -63,7 +66,7 @@ class State:
         count: int,
         settings: Mapping[str, Any],
         inventory: Inventory,
-        process: PartialState,
+        process: "PartialState",
     ) -> None:
         self.folder, self.count, self.process = folder, count, process
         self.settings = json.loads(json.dumps(settings)) | {"files": inventory.digest}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import SUFFIXES
+from ...extras import needs
 from .image import check_pair
 from .precision import full_precision
 from .weights import WeightsMissing, find
@@ -60,7 +61,8 @@ def load_clip(
     Raises WeightsMissing, without any download, where they are absent, and ValueError for a name or tag that
     open_clip does not know and for weights of another model.
     """
-    import open_clip
+    with needs("open_clip_torch", "clip", "CLIP similarity"):
+        import open_clip
 
     if name not in open_clip.list_models():
         raise ValueError(f"open_clip knows no model {name!r}; open_clip.list_models() names them")

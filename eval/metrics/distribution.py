@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...extras import needs
+
 SEED = 2020  # torch-fidelity's
 
 
@@ -50,7 +52,8 @@ def kernel_distance(
     Features are read subset by subset. ValueError when a set is smaller than `subset_size`, and for shapes
     and values that are no features. "Demystifying MMD GANs" (2018, arXiv 1801.01401), section 4.
     """
-    from torch_fidelity.metric_kid import kernel_mmd
+    with needs("torch-fidelity", "eval", "KID"):
+        from torch_fidelity.metric_kid import kernel_mmd
 
     _check(features_1, features_2)
     smaller = min(len(features_1), len(features_2))
@@ -76,7 +79,8 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> In
     ValueError for fewer images than splits, and for shapes and values that are no logits.
     "Improved Techniques for Training GANs" (2016, arXiv 1606.03498), section 4.
     """
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+    with needs("torch-fidelity", "eval", "the Inception score"):
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
     _check(logits, logits)
     if len(logits) < splits:
@@ -101,7 +105,8 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int = 3) 
     for sets of k images or fewer, and for shapes and values that are no features. "Improved Precision and
     Recall Metric for Assessing Generative Models" (2019, arXiv 1904.06991), section 3.
     """
-    from torch_fidelity.metric_prc import calculate_precision_recall_part
+    with needs("torch-fidelity", "eval", "precision and recall"):
+        from torch_fidelity.metric_prc import calculate_precision_recall_part
 
     _check(generated, real)
     if min(len(generated), len(real)) <= neighborhood:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import checkpoint
+from ...extras import needs
 from .precision import full_precision
 from .weights import find, hub_folder
 
@@ -26,10 +27,9 @@ class Inception:
     """
 
     def __init__(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
-        try:
+        with needs("torch-fidelity", "eval", "Inception"):
             from torch_fidelity import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise ImportError('Inception needs torch-fidelity: pip install "vistok[eval]"') from error
+
         # The package unpickles whatever its path names, and downloads without one; a buffer does neither.
         file = io.BytesIO()
         torch.save(state, file)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...bounded_build import empty_weights
 from ...configuration import shorten
 from .fields import CannotBuild, check_fields, check_size, is_numbered, whole
 from .meta import build_within, remove_unfilled
@@ -152,9 +153,7 @@ class Case:
         try:
             state = build_within(make, published).state_dict()
             self._check_keys(state, published, part)
-            from accelerate import init_empty_weights
-
-            with init_empty_weights(include_buffers=False):
+            with empty_weights():
                 module = make()
             own = {key: value for key, value in module.state_dict().items() if key in published}
             if any(value.is_meta for key, value in own.items() if self._is_kept(key)):

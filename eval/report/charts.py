@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 
+from ...extras import missing
 from ...files import atomic_write
 
 if TYPE_CHECKING:
@@ -83,11 +84,9 @@ class Chart:
 
 
 def require() -> None:
-    """ImportError with what to install, if nothing can be drawn here."""
+    """Raise ModuleNotFoundError, with what to install, if nothing can be drawn here."""
     if find_spec("matplotlib") is None:
-        raise ImportError(
-            'charts need matplotlib, which is not installed: `pip install "vistok[eval]"`, or --no-html'
-        )
+        raise missing("matplotlib", "eval", "a page with charts (--no-html writes none)")
 
 
 def _styled(draw: Callable[P, "Chart"]) -> Callable[P, "Chart"]:

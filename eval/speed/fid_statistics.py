@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...extras import needs
 from ..metrics.inception import FEATURES
 from ..metrics.statistics import FeatureStatistics, Gaussian, frechet_distance
 from .paired import Took, in_turn, ratios, seconds, spread
@@ -36,7 +37,8 @@ def distance(dim: int, decay: float, repeats: int) -> None:
 
     The k-th largest variance of the features is k^-decay.
     """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    with needs("torch-fidelity", "eval", "the comparison with it"):
+        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     pair = [_set_of_features(dim, decay, seed) for seed in (0, 1)]
     arrays = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in pair]

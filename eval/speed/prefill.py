@@ -10,14 +10,17 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers as hf
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...compress import attach
 from ...compress.hosts import cache_in, with_cache
 from ...compress.reducer import Reducer
+from ...extras import needs
 from .paired import ratios, timed
+
+with needs("transformers", "compress", "timing a vision-language model"):
+    import transformers as hf
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 HEADER = [
     "reducer",

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
 from PIL import ExifTags, Image
 
 from ...files import check_source
@@ -26,6 +26,9 @@ from ..metrics import feature_sets
 from ..metrics.feature_sets import FEW, FeatureSet, compare, warn_of_few
 from ..metrics.statistics import Gaussian
 from ..options import FidConfig
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class _Side:
         config: FidConfig,
         size: tuple[int, int],
         out: Path,
-        process: PartialState,
+        process: "PartialState",
         instruments: Instruments,
     ) -> None:
         self.dataset, self.config, self.size = dataset, config, size

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...extras import needs
 from ...images import to_pil
 from ...tokenizer import Tokenizer
 from ..metrics.image import psnr
@@ -72,10 +73,8 @@ def measure(
     A target is a mean absolute error for an adaptive tokenizer and a PSNR in dB for an ordered one. Raises
     ValueError for tokenizers of fixed length and for fewer than two images.
     """
-    try:
+    with needs("scipy", "eval", "rank correlation"):
         from scipy.stats import spearmanr
-    except ImportError as error:
-        raise ImportError('ranks need scipy: pip install "vistok[eval]"') from error
     if not (tokenizer.adaptive or tokenizer.ordered):
         raise ValueError(
             f"{tokenizer.label} gives every image {tokenizer.num_tokens} tokens; lengths differ with "

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ...commands.options import binding, recorded
@@ -30,6 +29,9 @@ from ..metrics.summary import interval
 from ..options import CurvesConfig
 from . import codecs
 from .sweeps import CodecSweep, TokenizerSweep
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 METRICS = (*PAIRS, "fid")
 LEAST_RANGE = 2048
@@ -109,7 +111,7 @@ class _Curves:
         self,
         config: CurvesConfig,
         folder: Path,
-        process: PartialState,
+        process: "PartialState",
         device: torch.device,
         models: Sequence[Tokenizer] | None,
     ) -> None:
@@ -178,7 +180,7 @@ class _Curves:
                     self.skipped[name] = f"nothing of it fits {max(within):,.0f} bytes per image"
         return found
 
-    def _declare(self, folder: Path, process: PartialState, models: list[Tokenizer]) -> None:
+    def _declare(self, folder: Path, process: "PartialState", models: list[Tokenizer]) -> None:
         """The tables and sums of this measurement."""
         settings = binding(self.config)
         settings |= {"metrics": [*self.instruments.pairs, *self.instruments.sets], "size": self.size}

@@ -8,11 +8,10 @@ evaluator does ("An Image is Worth 32 Tokens for Reconstruction and Generation",
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ...commands.options import binding, recorded
@@ -31,6 +30,9 @@ from ..metrics.image import psnr
 from ..metrics.perturbation import ALPHAS, DELTAS, ChangedCodes, Perturbation, grid
 from ..metrics.summary import interval
 from ..options import ReconConfig
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 METRICS = (*PAIRS, *SETS, "codes")
 
@@ -79,7 +81,7 @@ class _Reconstruction:
         self,
         config: ReconConfig,
         folder: Path,
-        process: PartialState,
+        process: "PartialState",
         device: torch.device,
         model: Tokenizer | None,
     ) -> None:
@@ -117,7 +119,7 @@ class _Reconstruction:
             for instrument in self.instruments.pairs.values():
                 instrument(decoded, images)
 
-    def _declare(self, folder: Path, process: PartialState, wanted: list[str]) -> None:
+    def _declare(self, folder: Path, process: "PartialState", wanted: list[str]) -> None:
         """The tables and sums of this evaluation."""
         sets = self.instruments.sets
         settings = binding(self.config)

@@ -184,7 +184,7 @@ def test_bars_are_named_and_numbered():
 
 def test_charts_without_matplotlib_say_what_to_install(monkeypatch):
     monkeypatch.setattr(charts, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=r'pip install "vistok\[eval\]"`, or --no-html'):
+    with pytest.raises(ImportError, match=r'--no-html.* needs matplotlib.*pip install "vistok\[eval\]"'):
         charts.require()
 
 

@@ -8,11 +8,12 @@ midway. There are no position embeddings but a rotary one over (token, row, colu
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..nn.cpu.linear import linear
 from ..quantizers import BinaryQuantizer, Quantized

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..nn.cpu.batching import few_at_a_time
 from ..nn.cpu.upsample import upsample_conv

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from .. import checkpoint, hub
+from ..extras import needs
 from ..files import looks_like_path
 
 ACTIVATIONS = ("quickgelu", "gelu")
@@ -41,8 +42,9 @@ class CLIPTextEncoder(nn.Module):
         activation: str = "quickgelu",
     ) -> None:
         super().__init__()
-        from open_clip.tokenizer import SimpleTokenizer
-        from open_clip.transformer import QuickGELU, TextTransformer
+        with needs("open_clip_torch", "clip", "CLIP's text tower"):
+            from open_clip.tokenizer import SimpleTokenizer
+            from open_clip.transformer import QuickGELU, TextTransformer
 
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; it is {' or '.join(ACTIVATIONS)}")
@@ -95,7 +97,8 @@ class CLIPTextEncoder(nn.Module):
 
 def _hub_file(source: str) -> Path:
     """The weights file of a tag, from the cache, or of `hf://owner/name`, downloaded where needed."""
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+    with needs("open_clip_torch", "clip", "CLIP's text tower"):
+        from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     name, asked = "ViT-L-14-336", source.startswith(hub.PREFIX)
     repo = source.removeprefix(hub.PREFIX) if asked else get_pretrained_cfg(name, source).get("hf_hub")

@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..extras import needs
+
 
 def build_lpips(net: Literal["alex", "vgg"], backbone: Mapping[str, Tensor] | None) -> nn.Module:
     """LPIPS v0.1 with the package's linear layers on a state dict of torchvision's AlexNet or VGG16.
@@ -13,10 +15,8 @@ def build_lpips(net: Literal["alex", "vgg"], backbone: Mapping[str, Tensor] | No
     Only the backbone's `features.*` are used. None leaves backbone and linear layers random: values that mean
     nothing, for tests. Raises ImportError without the package, and ValueError for another network's state.
     """
-    try:
+    with needs("lpips", "lpips", "LPIPS"):
         from lpips import LPIPS
-    except ImportError as error:
-        raise ImportError("LPIPS needs the lpips package: pip install lpips") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old argument names
         # The package downloads the backbone on its own unless told to leave it random.

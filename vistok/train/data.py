@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..extras import missing
 from ..images import load_image
 from .scenes import scene
 from .stored import Folder, Shards, check_size_and_seed, listed
@@ -102,9 +103,7 @@ def _photo_paths() -> dict[str, Path]:
     for package, distribution in (("skimage", "scikit-image"), ("sklearn", "scikit-learn")):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ImportError(
-                f'photographs ship inside {distribution}, not installed: pip install "vistok[train]"'
-            )
+            raise missing(distribution, "train", "training on photographs")
         roots[package] = Path(spec.submodule_search_locations[0])
     paths = {
         name: roots[package].joinpath(*folders, file)

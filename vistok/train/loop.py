@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from ..extras import needs
 from .config import OptimizerConfig, RunConfig, check_schedule
 from .objective import Objective
 from .objectives import objective_class
 from .run_folder import MODEL, SAMPLES, RunFolder
 from .schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
 from .workers import worker_errors
+
+with needs("accelerate", "train", "training"):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import send_to_device
 
 Log = Callable[[dict[str, float]], None]
 
@@ -250,7 +253,8 @@ class _Run:
         self.folder.open_log(self.step)
         writer = None
         if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with needs("tensorboard", "train", "`tensorboard: true`"):
+                from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(self.folder.path / "tensorboard", purge_step=self.step)
 

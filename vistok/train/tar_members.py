@@ -3,7 +3,9 @@
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
+
+from typing_extensions import Self
 
 from ..files import check_source
 from ..images import MAX_FILE_BYTES, image_extensions

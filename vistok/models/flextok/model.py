@@ -17,14 +17,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ... import hub, registry
 from ...adaptive import AdaptiveTokens, encode_to_quality
+from ...extras import needs
 from ...nn import flow
 from ...quantizers import FiniteScalarQuantizer
 from ...registry import Entry, register, register_family
@@ -86,7 +88,8 @@ class FlexTok(Tokenizer):
         self.image_size, self.num_tokens = config.image_size, config.num_tokens
         self.quantizer = FiniteScalarQuantizer(config.levels)
         if config.vae:
-            from diffusers import AutoencoderKL  # takes seconds
+            with needs("diffusers", "diffusers", "FlexTok's VAE"):
+                from diffusers import AutoencoderKL  # takes seconds
 
             autoencoder = AutoencoderKL(**vae_config(config))
             self.vae = FlexTokVAE(autoencoder, config.vae_scaling_factor, config.vae_source)
@@ -150,7 +153,8 @@ class FlexTok(Tokenizer):
         the VAE's. ValueError for another kind of model, and for latents of another shape than the
         tokenizer's.
         """
-        from diffusers import AutoencoderKL
+        with needs("diffusers", "diffusers", "FlexTok's VAE"):
+            from diffusers import AutoencoderKL
 
         if self.config.vae:
             raise ValueError(

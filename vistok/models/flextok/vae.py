@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ... import checkpoint, hub
 from ...bounded_build import bounded_build, count
 from ...configuration import convert, understood
+from ...extras import needs
 from ...files import looks_like_path
 from ...nn.cpu.batching import few_at_a_time
 from ...nn.cpu.upsample import upsample_conv
@@ -149,7 +150,8 @@ def load_vae(source: str | Path) -> nn.Module:
         FileNotFoundError: there is no such file, or the hub does not give it.
         ValueError: what is there is not an AutoencoderKL.
     """
-    from diffusers import AutoencoderKL
+    with needs("diffusers", "diffusers", "FlexTok's VAE"):
+        from diffusers import AutoencoderKL
 
     located = _locate_vae(source)
     beside = located.weights.parent / checkpoint.CONFIG_NAME

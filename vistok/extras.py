@@ -1,0 +1,44 @@
+"""Packages that only a part of vistok needs, and the extras that install them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+
+@contextmanager
+def needs(package: str, extra: str, purpose: str) -> Iterator[None]:
+    """Import what only `purpose` needs, and name the extra that installs it where it is missing or too old.
+
+        with needs("lpips", "lpips", "LPIPS"):
+            from lpips import LPIPS
+
+    Raises ImportError when `package` is older than vistok declares, and ModuleNotFoundError when it or a
+    package that it imports is not installed.
+    """
+    try:
+        _check_release(package, extra, purpose)
+        yield
+    except ModuleNotFoundError as error:
+        raise missing(error.name or package, extra, purpose) from error
+
+
+def missing(package: str, extra: str, purpose: str) -> ModuleNotFoundError:
+    """The error for a `package` that is not installed, with the command that installs it."""
+    return ModuleNotFoundError(
+        f'{purpose} needs {package}, which is not installed: pip install "vistok[{extra}]"', name=package
+    )
+
+
+def _check_release(package: str, extra: str, purpose: str) -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    installed, name = metadata.version(package), canonicalize_name(package)
+    declared = map(Requirement, metadata.requires("vistok") or ())
+    requirement = next(each for each in declared if canonicalize_name(each.name) == name)
+    if not requirement.specifier.contains(installed, prereleases=True):
+        raise ImportError(
+            f"{purpose} needs {package} {requirement.specifier}, and {installed} is installed: "
+            f'pip install --upgrade "vistok[{extra}]"',
+            name=package,
+        )
