@@ -12,10 +12,14 @@ def full_precision() -> Iterator[None]:
 
     A published figure should not depend on the card it was computed on.
     """
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        holder, name, value = cudnn.conv, "fp32_precision", "ieee"
+    else:  # before torch 2.9
+        holder, name, value = cudnn, "allow_tf32", False
+    before = getattr(holder, name)
+    setattr(holder, name, value)
     try:
         yield
     finally:
-        convolutions.fp32_precision = before
+        setattr(holder, name, before)

@@ -88,7 +88,7 @@ def _status(app: Callable[..., Any], arguments: list[str], debug: bool, stop: _S
     except BrokenPipeError:  # the reader of the output is gone, as with `| head`
         _forget_output()
         return 1
-    except typer.TyperException as error:
+    except _parsing_errors() as error:
         return _usage(error)
     except BaseException as error:
         if stop.status is not None:  # libraries turn interrupts into other errors, as of their worker's pipe
@@ -99,6 +99,13 @@ def _status(app: Callable[..., Any], arguments: list[str], debug: bool, stop: _S
             traceback.print_exception(error)
             return 1
         return _report(_sentence(error), 1)
+
+
+def _parsing_errors() -> type[Exception]:
+    """The base of errors in the command line: typer's own since 0.27, before that click's."""
+    import typer
+
+    return getattr(typer, "TyperException", typer.BadParameter.__mro__[2])
 
 
 def _usage(error: Any) -> int:
