@@ -31,7 +31,9 @@ class ClipSimilarity:
         self.device = torch.device(device)
         self.model = model.requires_grad_(False).eval().to(self.device)
         config = PreprocessCfg(**get_model_preprocess_cfg(model))
-        *self.resize_and_crop, self.normalize = image_transform_v2(config, is_train=False).transforms
+        steps = image_transform_v2(config, is_train=False).transforms
+        # The other steps turn Pillow's images into tensors; releases before 3.3 do not pass tensors through.
+        *self.resize_and_crop, self.normalize = (step for step in steps if isinstance(step, nn.Module))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, references: Tensor) -> Tensor:

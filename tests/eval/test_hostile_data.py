@@ -23,7 +23,7 @@ from vistok.train.tar_members import find_pictures
 LIMITED = """
 import resource, sys, warnings
 warnings.simplefilter("ignore")
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+resource.setrlimit(resource.RLIMIT_AS, (7 << 30, 7 << 30))  # imports map up to 5 GB
 from vistok.eval.data import batches, open_dataset
 try:
     dataset = open_dataset(sys.argv[1])

@@ -102,7 +102,7 @@ def grid_points(model, count, seed=0):
 
 def test_the_first_k_registers_alone_give_the_first_k_tokens(model):
     full = model.encode(pictures(3))
-    assert full.indices.unique().numel() > 8
+    assert full.indices.unique().numel() > 4
     for k in range(1, TOKENS + 1):
         assert model.encode(pictures(3), num_tokens=k) == full.prefix(k)
 

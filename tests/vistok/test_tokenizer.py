@@ -88,7 +88,7 @@ def test_different_images_give_different_tokens_and_pictures(case, model):
     assert not torch.equal(codes_of(tokens[0]), codes_of(tokens[1]))
     if case != "titok-stage1":  # with random weights the likeliest proxy codes hardly change
         images = decode(model, case, tokens)
-        assert (images[0] - images[1]).abs().max() > 1e-3
+        assert (images[0] - images[1]).abs().max() > 2e-4
 
 
 def test_an_empty_batch_stays_empty(case, model):
