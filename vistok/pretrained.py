@@ -1,4 +1,4 @@
-"""Find, recognise and load the weights of a tokenizer class; `vistok.loading` has the public functions."""
+"""Find, recognise and load the weights of a class of models; `vistok.loading` has the public functions."""
 
 import hashlib
 import logging
@@ -27,22 +27,27 @@ def load_pretrained(
     weights: str | Path | None,
     config: Mapping[str, Any] | str | Path | None,
     hub_options: dict[str, Any],
+    catalog: Any = registry,
 ) -> Any:
-    """Load a tokenizer of the class `cls` or a subclass; the arguments are those of `from_pretrained`."""
+    """Load a model of the class `cls` or a subclass; the arguments are those of `from_pretrained`.
+
+    `catalog` has the names of that kind of model: the registry of tokenizers, or a `vistok.catalog.Catalog`.
+    """
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"a tokenizer is loaded by a name or path; got a {type(source).__name__}")
+        raise TypeError(f"a model is loaded by a name or path; got a {type(source).__name__}")
     source = source if isinstance(source, str) else Path(source)
     kind = torch.float32 if dtype is None else as_dtype(dtype)
     device = as_device(device)
-    entry = registry.entries().get(str(source))
-    located = _locate(source, entry, weights, hub_options)
+    entry = catalog.entries().get(str(source))
+    located = _locate(source, entry, weights, hub_options, catalog)
     if config is not None and not isinstance(config, Mapping):
         config = checkpoint.read_config(Path(config))
     choices = checkpoint.read_choices(located.weights)
-    family, fields = _identify(choices, config, located, entry)
+    family, fields = _identify(choices, config, located, entry, catalog)
     if not issubclass(family, cls):
         raise ValueError(
-            f"{source} is a {family.family!r} checkpoint, not one of {cls.__name__}; use vistok.load"
+            f"{source} is a {family.family!r} checkpoint, not one of {cls.__name__}; use vistok.load, "
+            "or vistok.generate.load for a generator"
         )
     published = entry is not None and config is None and fields == entry.config
     model = _build(family, fields, None if published else choices[0], located.weights)
@@ -96,18 +101,19 @@ def _locate(
     entry: registry.Entry | None,
     weights: str | Path | None,
     hub_options: dict[str, Any],
+    catalog: Any,
 ) -> checkpoint.Located:
     """The weights file on this machine; only a registry name or `hf://owner/name` is ever downloaded."""
     if weights is not None:
-        if entry is None and str(source) not in registry.families() and not Path(source).exists():
-            raise ValueError(registry.unknown_name(str(source)))
+        if entry is None and str(source) not in catalog.families() and not Path(source).exists():
+            raise ValueError(catalog.unknown_name(str(source)))
         return checkpoint.locate(weights)
     if entry is not None:
         return _published(entry, hub_options)
     if isinstance(source, Path) or looks_like_path(source):
         return checkpoint.locate(source)
     repo = source.removeprefix(hub.PREFIX)
-    if source.startswith(hub.PREFIX) or repo in {entry.repo for entry in registry.entries().values()}:
+    if source.startswith(hub.PREFIX) or repo in {entry.repo for entry in catalog.entries().values()}:
         if repo.count("/") != 1 or not all(repo.split("/")):
             raise ValueError(f"{source} is not a hub repository; give {hub.PREFIX}owner/name")
         return checkpoint.fetch(repo, **hub_options)
@@ -116,7 +122,7 @@ def _locate(
             f"{source} is neither a file or folder here nor a registry name; `vistok list` shows the names, "
             f"and a repository of the Hugging Face hub is given as {hub.PREFIX}{source}"
         )
-    raise ValueError(registry.unknown_name(source))
+    raise ValueError(catalog.unknown_name(source))
 
 
 def _published(entry: registry.Entry, hub_options: dict[str, Any]) -> checkpoint.Located:
@@ -152,10 +158,11 @@ def _identify(
     given: Mapping[str, Any] | None,
     located: checkpoint.Located,
     entry: registry.Entry | None,
+    catalog: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Family and fields: by the `given` config, the registry row, a config.json, the file's own, or the
     keys."""
-    known = registry.families()
+    known = catalog.families()
     config = given or located.config
     if config is None:
         own = (family.config_in_file(located.weights) for family in known.values())
@@ -218,7 +225,7 @@ def _report(choice: StateDict, choices: list[StateDict], source: Path) -> None:
 
 
 def _own_name(config: Mapping[str, Any], source: Path) -> str | None:
-    """The name that a config.json gives the tokenizer, checked because tokens carry it."""
+    """The name that a config.json gives the model, checked because tokens carry it."""
     name = config.get("name")
     if name is None or (isinstance(name, str) and name.isprintable() and 0 < len(name) <= 200):
         return name
