@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..configuration import build, shorten
+from ..configuration import build
+from ..nested_config import resolved, section
 from ..loading import load
 from ..nn.transformer import Transformer
 from ..quantizers import GaussianQuantizer, Quantizer, VectorQuantizer
@@ -86,7 +87,7 @@ class TiTokConfig:
         """From field names, or from the original's nested configuration, whose other keys are ignored."""
         if "model" not in values:
             return build(cls, values, "titok")
-        model = _section(values, "model").get("vq_model")
+        model = section(values, "model").get("vq_model")
         if not isinstance(model, Mapping):
             raise ValueError(
                 f"the configuration's model has {sorted(values['model'] or ())}; a TiTok one has a mapping "
@@ -94,35 +95,11 @@ class TiTokConfig:
             )
         known = {field.name for field in fields(cls)}
         found = {name: value for name, value in model.items() if name in known}
-        crop = _section(_section(values, "dataset"), "preprocessing").get("crop_size")
+        crop = section(section(values, "dataset"), "preprocessing").get("crop_size")
         if crop is not None:
             found["crop_size"] = crop
-        resolved = {name: _resolved(value, values, name) for name, value in found.items()}
-        return build(cls, resolved, "the configuration's vq_model")
-
-
-def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a nested configuration, empty where it is missing."""
-    section = values.get(name) or {}
-    if not isinstance(section, Mapping):
-        raise ValueError(f"the configuration's {name} is {shorten(section)}; it takes a mapping")
-    return section
-
-
-def _resolved(value: Any, root: Mapping[str, Any], name: str) -> Any:
-    """The value that an interpolation "${model.vq_model.num_latent_tokens}" points to; others as they are."""
-    seen = set()
-    while isinstance(value, str) and value.startswith("${") and value.endswith("}"):
-        node: Any = root
-        for part in value[2:-1].split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
-        if node is None or value in seen:
-            raise ValueError(
-                f"{name} is {value!r}, which leads nowhere in this configuration; write its value"
-            )
-        seen.add(value)
-        value = node
-    return value
+        stated = {name: resolved(value, values, name) for name, value in found.items()}
+        return build(cls, stated, "the configuration's vq_model")
 
 
 class TiTokEncoder(nn.Module):
