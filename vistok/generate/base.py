@@ -1,0 +1,226 @@
+"""The contract every generator keeps: a condition → tokens that a tokenizer decodes."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import configuration
+from ..pretrained_model import PretrainedModel
+from ..tokens import Tokens
+from .noise import ImageNoise, Noise
+from .registry import GENERATORS
+
+_BOUNDS = {"temperature": "a finite number of 0 or more", "guidance": "a finite number of 0 or more"}
+
+
+class Generator(PretrainedModel):
+    """A model that writes tokens: `sample`, `logits`, `from_pretrained`, `save_pretrained`.
+
+    A family subclasses this with a `config` dataclass and two methods, `logits` and `write`. Images are not
+    its business: `config.tokenizer` names the tokenizer that decodes what it writes, and is never loaded
+    here.
+    """
+
+    catalog = GENERATORS
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """What a picture is asked for by: ("class",)."""
+    settings: ClassVar[Mapping[str, str]] = {}
+    """Arguments of `sample` → the fields of the configuration with their published values. An argument that
+    is not among them does not apply to the family."""
+    codebook_size: int
+    """Codes that a token may have."""
+    num_tokens: int
+    """Tokens per image."""
+    num_classes: int
+    """Classes that may be asked for; the number itself stands for no class, as `logits` takes it."""
+
+    # What a family provides ---------------------------------------------------------------------------------
+
+    def logits(self, indices: Tensor, classes: Tensor) -> Tensor:
+        """Logits over the codebook for tokens int64 [B, …] of images of `classes` int64 [B]; for training
+        and parity.
+
+        A class of `num_classes` is no class, as in the unconditional pass of guidance. Each family documents
+        the rows.
+        """
+        raise NotImplementedError
+
+    def write(self, classes: Tensor, settings: Any, noise: Noise) -> Tensor:
+        """Write token indices int64 [B, K] for classes int64 [B].
+
+        `settings` is the configuration with the arguments of `sample` in place of its published values.
+        """
+        raise NotImplementedError
+
+    def unguided(self, settings: Any) -> float:
+        """The guidance with which only the conditional pass counts."""
+        raise NotImplementedError
+
+    @classmethod
+    def create(cls, **config: Any) -> Self:
+        """Build with fresh weights from the fields of the family's configuration, or from the original's
+        nested form, whose other keys are ignored."""
+        return cls(cls.parse(config))
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Any:
+        """The configuration from its fields or from the original's nested form."""
+        return configuration.build(cls.config_class, values, cls.family)
+
+    # What a user calls --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: int | Sequence[int] | Tensor,
+        *,
+        temperature: float | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Noise | None = None,
+        **options: Any,
+    ) -> Tokens:
+        """Write the tokens of one image per class, on this model's device.
+
+        Args:
+            condition: classes, whole numbers in 0..num_classes-1; a list or int64 [B], or one class.
+            temperature: 0 takes the likeliest token every time. None is the published value, here and below.
+            guidance: strength of the condition; `unguided` is without.
+            steps: forward passes; families that write one token per pass do not take it.
+            generator: one that seeds every image in turn, or a list with one per image, whose pictures then
+                depend neither on the batch nor on the place in it. None is torch's default generator.
+            noise: a recorded stream of draws in place of a generator.
+            options: further settings of the family, by the names in `settings`.
+
+        Raises:
+            ValueError: classes, settings and generators that do not fit, and logits with NaN or infinity.
+        """
+        classes = self.check_classes(condition)
+        values = {"temperature": temperature, "guidance": guidance, "steps": steps, **options}
+        settings = self.check_settings({name: value for name, value in values.items() if value is not None})
+        if noise is not None and generator is not None:
+            raise ValueError("noise and a generator were given; give one of them")
+        if noise is None:
+            noise = ImageNoise(len(classes), generator, self.device)
+        with _evaluating(self):
+            return self.as_tokens(self.write(classes, settings, noise))
+
+    def as_tokens(self, indices: Tensor) -> Tokens:
+        """Wrap token indices int64 [B, K] with the tokenizer's name and codebook size."""
+        return Tokens(indices=indices, tokenizer=self.config.tokenizer, codebook_sizes=(self.codebook_size,))
+
+    def drop_classes(self, classes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Replace a random `class_label_dropout` of classes int64 [B] by no class, for training with
+        guidance.
+
+        The generator is on the classes' device.
+        """
+        uniform = torch.rand(len(classes), generator=generator, device=classes.device)
+        return classes.masked_fill(uniform < self.config.class_label_dropout, self.num_classes)
+
+    # Checks -------------------------------------------------------------------------------------------------
+
+    def check_classes(self, condition: int | Sequence[int] | Tensor) -> Tensor:
+        """Classes int64 [B] on this model's device, or a ValueError that says what is accepted."""
+        accepted = f"{self.label} takes classes in 0..{self.num_classes - 1}, as int64 [B] or a list"
+        try:
+            # Without its dtype an empty list would be one of floats.
+            dtype = torch.int64 if isinstance(condition, list | tuple) and not condition else None
+            values = torch.as_tensor(condition, dtype=dtype)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"the classes are {configuration.shorten(condition)}; {accepted}") from error
+        if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+            raise ValueError(
+                f"the classes are {configuration.shorten(condition)} ({values.dtype}); {accepted}"
+            )
+        if values.ndim > 1:
+            raise ValueError(f"the classes have shape {list(values.shape)}; {accepted}")
+        values = values.reshape(-1).to(self.device, torch.int64)
+        if values.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in values.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"class {low if low < 0 else high} does not exist; {accepted}")
+        return values
+
+    def check_settings(self, values: Mapping[str, Any]) -> Any:
+        """The configuration with these arguments of `sample` in it.
+
+        Raises:
+            ValueError: arguments that do not apply or are out of range, and a setting that neither the
+                arguments nor the configuration state.
+        """
+        if unknown := [name for name in values if name not in self.settings]:
+            raise ValueError(
+                f"{unknown[0]} does not apply to {self.label}; it takes {', '.join(self.settings)}"
+            )
+        for name in _BOUNDS.keys() & values.keys():
+            _require_number(name, values[name])
+        if "steps" in values:
+            _require_steps(values["steps"])
+        fields = {self.settings[name]: value for name, value in values.items()}
+        settings = self.parse({**dataclasses.asdict(self.config), **fields})
+        for name, field in self.settings.items():
+            if getattr(settings, field) is None:
+                raise ValueError(f"the configuration of {self.label} states no {field}; give {name}=")
+        return settings
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise ValueError unless a tokenizer decodes what this generator writes: by name, codes and tokens
+        per image."""
+        name, own = getattr(tokenizer, "name", None), self.config.tokenizer
+        if name and own and name != own:
+            raise ValueError(f"{self.label} writes tokens of {own!r}; {name!r} cannot decode them")
+        sizes = tokenizer.quantizer.codebook_sizes
+        if sizes != (self.codebook_size,):
+            raise ValueError(
+                f"{self.label} writes codes of one codebook of {self.codebook_size}; {tokenizer.label} has "
+                f"codebook sizes {sizes}"
+            )
+        if tokenizer.num_tokens != self.num_tokens:
+            raise ValueError(
+                f"{self.label} writes {self.num_tokens} tokens per image; {tokenizer.label} decodes "
+                f"{tokenizer.num_tokens}"
+            )
+
+    def check_finite(self, finite: Tensor) -> None:
+        """Raise ValueError where `finite`, bool [], reports that logits held NaN or infinity."""
+        if not torch.compiler.is_compiling() and not bool(finite):
+            raise ValueError(
+                f"the logits of {self.label} hold NaN or infinity, so no token can be chosen; values may "
+                f"overflow in {self.dtype}: load with dtype='float32', or check the weights"
+            )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout in the block, whatever mode the module is in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _require_number(name: str, value: Any) -> None:
+    """Raise ValueError unless a setting is a finite number of 0 or more."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is {configuration.shorten(value)}; it takes {_BOUNDS[name]}")
+
+
+def _require_steps(value: Any) -> None:
+    """Raise ValueError unless a number of steps is a whole number of 1 or more."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, (bool, np.bool_)) or value < 1:
+        raise ValueError(
+            f"steps is {configuration.shorten(value)}; it takes a whole number of 1 or more, such as 8"
+        )
