@@ -25,6 +25,7 @@ from ...train.losses import (
     proxy_code_loss,
 )
 from ...train.schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
+from . import generators
 from .case import Case, Outputs
 from .fields import check_size, whole
 
@@ -47,9 +48,14 @@ LOSSES = (r"vq_l2\..*", r"vq_plain\..*", r"(cvq|kl|tok|stage1|lr|ema)\..*", *IMA
 
 def run(case: Case) -> Outputs:
     """Our outputs for every recorded tensor, in the order they were made."""
+    if generators.system_of(case):
+        yield from generators.run(case)
+        return
     system = case.data.get("system", "")
     if system and not any(known in system for known in SYSTEMS):
-        raise case.refusal(f"no adapter for the system {system!r}; known are {', '.join(SYSTEMS)}")
+        raise case.refusal(
+            f"no adapter for the system {system!r}; known are {', '.join([*SYSTEMS, *generators.SYSTEMS])}"
+        )
     for holds, outputs in (
         (_holds_training_step, _training_step),
         (_holds_tokenizer, _tokenizer),

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..configuration import build
-from ..nested_config import resolved, section
 from ..loading import load
+from ..nested_config import resolved, section
 from ..nn.transformer import Transformer
 from ..quantizers import GaussianQuantizer, Quantizer, VectorQuantizer
 from ..registry import Entry, register, register_family
