@@ -1,31 +1,39 @@
 """Spending fewer visual tokens: reducers that attach to vision-language models and vision transformers.
 
 `attach(model, "divprune", keep=0.1)` has a stock model keep a tenth of its visual tokens; the algorithms are
-pure functions in `vistok.compress.algorithms.select`, `.anyres`, `.merge` and `.energy`.
+pure functions in `vistok.compress.algorithms`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..checkout import check_checkout
-from .registry import METHODS, list_reducers
 
 if TYPE_CHECKING:
-    from .session import Session, attach
+    from .registry import list_reducers as list_reducers
+    from .session import Session as Session
+    from .session import attach as attach
 
 check_checkout(__file__, "compress")
-_CLASSES = {path.split(".")[1]: path.split(".")[0] for path in METHODS.values()}
-
-__all__ = ["Session", "attach", "list_reducers", *sorted(_CLASSES)]
+_HOMES = {"attach": "session", "Session": "session", "list_reducers": "registry"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("attach", "Session"):
-        return getattr(import_module(".session", __name__), name)
-    if name in _CLASSES:
-        return getattr(import_module(f".methods.{_CLASSES[name]}", __name__), name)
+    """`attach`, `Session`, `list_reducers` and the classes of all reducers, imported on first use."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "__all__":
+        return [*_HOMES, *_classes()]
+    if not name.startswith("_") and name in (classes := _classes()):
+        return classes[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES, *_classes()})
+
+
+def _classes() -> dict[str, Any]:
+    from .registry import reducers
+
+    return {kind.__name__: kind for kind in reducers().values()}

@@ -246,6 +246,22 @@ _REFUSED = {
 }
 
 
+def register_family(model_type: str, family: Family) -> None:
+    """Describe how the visual tokens of models with this `config.model_type` lie, for a family that vistok
+    does not know. Raises ValueError for one that it does."""
+    if model_type in FAMILIES or model_type in _OTHER_CUTS:
+        raise ValueError(f"the family {model_type!r} is known already; see `vistok list --families`")
+    FAMILIES[model_type] = family
+
+
+def described_families() -> list[dict[str, str]]:
+    """One row per model family that is known by name: its `config.model_type` and where reducers act."""
+    rows = {name: "features, layers, cache, and the tower where its class is known" for name in FAMILIES}
+    rows |= dict.fromkeys(_OTHER_CUTS, "features at its Q-Former or cross-attention")
+    rows |= {name: f"none: {reason}" for name, reason in _REFUSED.items()}
+    return [{"model type": name, "reducers of": where} for name, where in sorted(rows.items())]
+
+
 def resolve(model: nn.Module) -> Host:
     """The parts of a Hugging Face VLM. Raises TypeError, naming the class and the reason, for what cannot
     host a reducer."""

@@ -169,6 +169,12 @@ class Reducer:
     keep: Budget = None
 
     stage: ClassVar[Stage]
+    summary: ClassVar[str] = ""
+    """What the method does, in a few words for tables."""
+    paper: ClassVar[str] = ""
+    """Its source, such as "arXiv 2503.02175"; empty for baselines."""
+    verified: ClassVar[str] = ""
+    """What was compared with recorded outputs of the original, and how closely it agreed."""
     paper_positions: ClassVar[Literal["keep", "compact"]] = "keep"
 
     def __post_init__(self) -> None:

@@ -1,22 +1,47 @@
 """Names of one kind of model: family → class, published name → configuration, weights and licence."""
 
 import difflib
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .registry import Entry
+from .plugins import modules_of, plugins
 
 T = TypeVar("T", bound=type)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published (or shipped) checkpoint.
+
+    `repo` is the hub repository, `file` the weights in it, `sha256` their digest where they ship with vistok
+    (no `repo`); `license` is that of the weights; `figures` are the paper's own numbers, `parameters`
+    millions of them. `verified` has the largest absolute errors of this configuration against recorded
+    outputs of the original; nothing was recorded where it is empty.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any]
+    repo: str | None
+    license: str
+    paper: str
+    parameters: float
+    file: str = "model.safetensors"
+    figures: dict[str, float] = field(default_factory=dict)
+    notes: str = ""
+    verified: str = ""
+    sha256: str = ""
 
 
 class Catalog:
     """The families and published checkpoints of one kind of model, imported on first use."""
 
-    def __init__(self, kind: str, package: str, modules: Sequence[str], listing: str) -> None:
-        """`kind` is the word for such a model in messages; the `modules` of `package`, one per family file,
-        register their classes and rows when imported; `listing` completes "… shows the names"."""
-        self.kind, self.package, self.modules, self.listing = kind, package, tuple(modules), listing
+    def __init__(self, kind: str, package: str, listing: str, *, plugins: str) -> None:
+        """`kind` is the word for such a model in messages; the modules of `package`, one file or folder per
+        family, register their classes and rows when imported, and so do the entry points of the group
+        `plugins` of other packages; `listing` completes "… shows the names"."""
+        self.kind, self.package, self.listing, self.group = kind, package, listing, plugins
         self._families: dict[str, type[Any]] = {}
         self._entries: dict[str, Entry] = {}
 
@@ -38,19 +63,14 @@ class Catalog:
             self._entries[entry.name] = entry
 
     def entries(self) -> dict[str, Entry]:
-        """Published checkpoints by name, in registration order."""
+        """Published checkpoints by name, family after family."""
         self._import()
-        return dict(self._entries)
+        return dict(sorted(self._entries.items(), key=lambda item: item[1].family))
 
     def families(self) -> dict[str, type[Any]]:
-        """Family name → class, in the order of the modules whatever was imported first."""
+        """Family name → class."""
         self._import()
-
-        def place(item: tuple[str, type[Any]]) -> int:
-            module = item[1].__module__.rpartition(".")[2]
-            return self.modules.index(module) if module in self.modules else len(self.modules)
-
-        return dict(sorted(self._families.items(), key=place))
+        return dict(sorted(self._families.items()))
 
     def create(self, name_or_family: str, **config: Any) -> Any:
         """Build a model with fresh weights: of a published configuration changed by `config`, or of a family
@@ -71,5 +91,6 @@ class Catalog:
         )
 
     def _import(self) -> None:
-        for module in self.modules:
-            import_module(f"{self.package}.{module}")
+        for _ in modules_of(self.package):
+            pass
+        plugins(self.group)

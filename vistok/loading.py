@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .registry import entries, families, unknown_name
+from .registry import TOKENIZERS, entries, families
 from .tokenizer import Tokenizer
 
 
@@ -15,13 +15,7 @@ def create(name_or_family: str, **config: Any) -> Tokenizer:
     (`create("titok", **json.load(open("config.json")))`). The state dict has the published checkpoint's keys.
     Raises ValueError for names, fields and values that do not exist.
     """
-    known = entries()
-    if name_or_family in known:
-        entry = known[name_or_family]
-        return families()[entry.family].create(**{**entry.config, **config})
-    if name_or_family in families():
-        return families()[name_or_family].create(**config)
-    raise ValueError(unknown_name(name_or_family))
+    return TOKENIZERS.create(name_or_family, **config)
 
 
 def load(

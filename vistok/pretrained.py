@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, configuration, hub, registry
+from . import checkpoint, configuration, hub
 from .bounded_build import bounded_build, count, empty_weights
+from .catalog import Catalog, Entry
 from .files import looks_like_path
 from .statedict import StateDict
 
@@ -27,11 +28,11 @@ def load_pretrained(
     weights: str | Path | None,
     config: Mapping[str, Any] | str | Path | None,
     hub_options: dict[str, Any],
-    catalog: Any = registry,
+    catalog: Catalog,
 ) -> Any:
     """Load a model of the class `cls` or a subclass; the arguments are those of `from_pretrained`.
 
-    `catalog` has the names of that kind of model: the registry of tokenizers, or a `vistok.catalog.Catalog`.
+    `catalog` has the families and published checkpoints of that kind of model.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"a model is loaded by a name or path; got a {type(source).__name__}")
@@ -98,7 +99,7 @@ def as_target(target: Any) -> Any:
 
 def _locate(
     source: str | Path,
-    entry: registry.Entry | None,
+    entry: Entry | None,
     weights: str | Path | None,
     hub_options: dict[str, Any],
     catalog: Any,
@@ -125,7 +126,7 @@ def _locate(
     raise ValueError(catalog.unknown_name(source))
 
 
-def _published(entry: registry.Entry, hub_options: dict[str, Any]) -> checkpoint.Located:
+def _published(entry: Entry, hub_options: dict[str, Any]) -> checkpoint.Located:
     """The weights of a registry row: in this package or on the hub; FileNotFoundError for those on a page."""
     from importlib.resources import files
 
@@ -141,7 +142,7 @@ def _published(entry: registry.Entry, hub_options: dict[str, Any]) -> checkpoint
     return checkpoint.fetch(entry.repo, entry.file, **hub_options)
 
 
-def _check_digest(path: Path, entry: registry.Entry) -> None:
+def _check_digest(path: Path, entry: Entry) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != entry.sha256:
         raise ValueError(
@@ -157,7 +158,7 @@ def _identify(
     choices: list[StateDict],
     given: Mapping[str, Any] | None,
     located: checkpoint.Located,
-    entry: registry.Entry | None,
+    entry: Entry | None,
     catalog: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Family and fields: by the `given` config, the registry row, a config.json, the file's own, or the

@@ -2,8 +2,6 @@
 
 import dataclasses
 import numbers
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, overload
 
 import numpy as np
@@ -11,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from . import checkpoint, configuration, pretrained
+from . import configuration
 from .adaptive import AdaptiveTokens, encode_to_quality
+from .pretrained_model import PretrainedModel
 from .quantizers import Quantizer
+from .registry import TOKENIZERS
 from .tokens import Tokens
 
 
@@ -30,7 +30,7 @@ class TrainingOutput:
     losses: dict[str, Tensor]
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(PretrainedModel):
     """An image tokenizer: `encode`, `decode`, `reconstruct`, `from_pretrained`, `save_pretrained`.
 
     Images are [B, 3, H, W] floats in [0, 1]; tokens are `vistok.Tokens`. A family subclasses this with a
@@ -38,8 +38,7 @@ class Tokenizer(nn.Module):
     → images).
     """
 
-    family: ClassVar[str]
-    config_class: ClassVar[type]
+    catalog = TOKENIZERS
     ordered: ClassVar[bool] = False
     """Whether any prefix of the tokens decodes to a whole image."""
     adaptive: ClassVar[bool] = False
@@ -54,15 +53,9 @@ class Tokenizer(nn.Module):
     """Whether the model also gives features for understanding."""
     modality: ClassVar[str] = "image"
     """What is tokenized: "image", "video" or "shape"."""
-    checkpoint_ignores: ClassVar[tuple[str, ...]] = ()
-    """Patterns of keys that a checkpoint may have or lack without harm (training statistics)."""
-    own_config_wins: ClassVar[bool] = False
-    """Whether the configuration that comes with published weights is taken instead of the registry's."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.name: str | None = None
+        super().__init__(config)
         self._companions: dict[str, nn.Module]
         self.__dict__["_companions"] = {}
 
@@ -98,25 +91,6 @@ class Tokenizer(nn.Module):
                 f"{', '.join(sorted(fields))}"
             )
         return cls(configuration.build(cls.config_class, config, cls.family))
-
-    @classmethod
-    def recognise(
-        cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
-    ) -> dict[str, Any] | None:
-        """The configuration of a checkpoint with these keys and shapes, or None if it is not of this family.
-
-        `config` is the config.json found with it, in whatever form its authors wrote it.
-        """
-        return None
-
-    @classmethod
-    def config_in_file(cls, weights: Path) -> dict[str, Any] | None:
-        """The configuration that a weights file of this family itself holds, or None."""
-        return None
-
-    @classmethod
-    def check_variant(cls, shapes: Mapping[str, torch.Size], config: Mapping[str, Any]) -> None:
-        """Raise ValueError for a checkpoint of another variant than `config` where a sentence can say so."""
 
     # What a user calls --------------------------------------------------------------------------------------
 
@@ -309,33 +283,6 @@ class Tokenizer(nn.Module):
 
     # Where it lives -----------------------------------------------------------------------------------------
 
-    @property
-    def label(self) -> str:
-        """What messages call this model."""
-        return self.name or self.family
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating dtype of the weights."""
-        return next(self.parameters()).dtype
-
-    def to(self, *arguments: Any, **options: Any) -> Self:
-        """Move or convert as `torch.nn.Module.to`; a dtype may be given by name ("bfloat16").
-
-        Raises ValueError for a text that names neither a device nor a floating dtype.
-        """
-        converted = [pretrained.as_target(value) for value in arguments]
-        if isinstance(options.get("dtype"), str):
-            options["dtype"] = pretrained.as_dtype(options["dtype"])
-        if "device" in options:
-            options["device"] = pretrained.as_device(options["device"])
-        return super().to(*converted, **options)
-
     def add_companion(self, name: str, module: nn.Module) -> None:
         """Take over a module, frozen: it moves with this one but is not in its checkpoint (a text tower)."""
         self._companions[name] = module.eval().requires_grad_(False).to(self.device, self.dtype)
@@ -348,44 +295,6 @@ class Tokenizer(nn.Module):
         for module in self._companions.values():
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-    # Checkpoints --------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        weights: str | Path | None = None,
-        config: Mapping[str, Any] | str | Path | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> Self:
-        """Load by registry name, hub repository (`hf://owner/name`), folder or file; see `vistok.load`.
-
-        Weights become float32 unless `dtype` is given; a `config` given here wins over every other.
-        """
-        return pretrained.load_pretrained(
-            cls,
-            source,
-            device=device,
-            dtype=dtype,
-            weights=weights,
-            config=config,
-            hub_options={
-                "revision": revision,
-                "cache_dir": cache_dir,
-                "local_files_only": local_files_only,
-            },
-        )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, which `load(folder)` reads back exactly."""
-        config = {"family": self.family, "name": self.name, "config": dataclasses.asdict(self.config)}
-        checkpoint.save(folder, self.state_dict(), config)
 
 
 def require_whole(num_tokens: Any) -> None:

@@ -16,6 +16,8 @@ class AveragePool(FeatureReducer):
     """Replaces runs of neighbouring tokens along the sequence by their mean, as evenly as the count
     allows."""
 
+    summary: ClassVar = "means of neighbours along the sequence"
+
     paper_positions: ClassVar = "keep"
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:

@@ -20,6 +20,10 @@ class DivPrune(FeatureReducer):
     precision.
     """
 
+    summary: ClassVar = "farthest-first subset"
+    paper: ClassVar = "arXiv 2503.02175"
+    verified: ClassVar = "picks equal in 10 sets with ties, logits 2.6e-6"
+
     compute_dtype: Literal["float32", "input"] = "float32"
 
     default_keep: ClassVar[float] = 0.098

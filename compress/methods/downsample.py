@@ -27,6 +27,8 @@ class Downsample(FeatureReducer):
     refused with TypeError.
     """
 
+    summary: ClassVar = "the picture encoded once more, smaller"
+
     paper_positions: ClassVar = "keep"
     wants_pixels: ClassVar = True
 

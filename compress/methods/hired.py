@@ -27,6 +27,10 @@ class HiRED(FeatureReducer):
     encoder's tokens.
     """
 
+    summary: ClassVar = "a budget per tile by attention"
+    paper: ClassVar = "arXiv 2408.10945"
+    verified: ClassVar = "picks and packing equal in 6 settings, logits 2.6e-6"
+
     alpha: float = 0.5
     salient: int | Literal["mass"] | None = None
     redistribute: bool | None = None

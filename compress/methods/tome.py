@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,10 @@ class ToMe(VisionReducer):
     spreads r as evenly as that limit allows. With `prop_attn` a merged token counts in attention as often as
     tokens merged into it (the paper turns it off for MAE models used without training).
     """
+
+    summary: ClassVar = "merges the most similar"
+    paper: ClassVar = "arXiv 2210.09461"
+    verified: ClassVar = "groups equal, ViT logits within 3% of tolerance"
 
     r: int | tuple[int, float] | Sequence[int] | None = None
     prop_attn: bool = True

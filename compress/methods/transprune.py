@@ -24,6 +24,10 @@ class TransPrune(LayerReducer):
     tokens ("code").
     """
 
+    summary: ClassVar = "token transitions and instruction attention"
+    paper: ClassVar = "arXiv 2507.20630"
+    verified: ClassVar = "scores 1.5e-8, kept sets equal, logits bit-equal"
+
     accumulating_layer_list: Sequence[int] = (7, 8, 9, 10, 11, 12)
     pruning_layer_list: Sequence[int] = (7, 9, 12)
     image_token_ratio_list: Sequence[float] = (0.875, 0.625, 0.125)

@@ -15,6 +15,8 @@ from ..reducer import FeatureReducer
 class UniformGrid(FeatureReducer):
     """Keeps tokens at even distances along the sequence."""
 
+    summary: ClassVar = "every n-th token"
+
     paper_positions: ClassVar = "keep"
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:

@@ -1,63 +1,141 @@
 """`vistok list` and `vistok info`."""
 
 import json
-import sys
-from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...commands.console import note, table
+from ...commands.console import table
 
 if TYPE_CHECKING:
+    from ...catalog import Entry
     from ...quantizers import Quantizer
-    from ...registry import Entry
     from ...tokenizer import Tokenizer
+
+# Of the licences' usual names, so that a row fits on 80 columns; `vistok info` has the whole text.
+_LICENCE = 14
 
 
 def list_(
+    reducers: Annotated[bool, typer.Option("--reducers", help="Token reducers instead.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Metrics of evaluations instead.")] = False,
+    families: Annotated[
+        bool, typer.Option("--families", help="Vision-language model families instead.")
+    ] = False,
+    generators: Annotated[bool, typer.Option("--generators", help="Generators instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """All tokenizers with their hub repository, licence and paper figures."""
-    from dataclasses import asdict
+    """Tokenizers: tokens, bits, rFID, licence; or reducers, metrics, model families, generators."""
+    kinds: dict[str, tuple[bool, Callable[[], tuple[str, list[str], list[dict[str, Any]]]]]] = {
+        "--reducers": (reducers, _reducers),
+        "--metrics": (metrics, _metrics),
+        "--families": (families, _families),
+        "--generators": (generators, _generators),
+    }
+    chosen = [name for name, (wanted, _) in kinds.items() if wanted]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} are different lists; give one of them")
+    title, columns, rows = (kinds[chosen[0]][1] if chosen else _tokenizers)()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table(title, columns, [[str(row[column]) for column in columns] for row in rows])
 
+
+def _tokenizers() -> tuple[str, list[str], list[dict[str, Any]]]:
     from ...bounded_build import empty_weights
     from ...loading import create
     from ...registry import entries
 
-    tokenizers = entries()
-    if as_json:
-        print(json.dumps([asdict(entry) for entry in tokenizers.values()], indent=2))
-        return
-    rows, hints = [], set()
-    for entry in tokenizers.values():
-        try:
-            with empty_weights():
-                model = create(entry.name)
-            tokens, codebook = _choice(model), _codebook(model.quantizer)
-        except ModuleNotFoundError as error:
-            tokens = codebook = "needs an extra"
-            hints.add(str(error))
+    rows = []
+    for entry in entries().values():
+        with empty_weights():
+            model = create(entry.name)
         rows.append(
-            [
-                entry.name,
-                tokens,
-                codebook,
-                f"{entry.parameters:g}",
-                ", ".join(f"{k} {v:g}" for k, v in entry.figures.items()),
-                entry.license,
-                entry.verified or "–",
-                entry.repo or "shipped with vistok",
-            ]
+            asdict(entry)
+            | {
+                "tokens": _choice(model).replace("up to", "≤"),
+                "bits per image": _bits(model),
+                "rFID": f"{entry.figures['rFID']:g}" if "rFID" in entry.figures else "–",
+                "licence": _short(entry.license),
+                "verified": "✓" if entry.verified else "",
+                "compared": entry.verified,
+                "codebook": _codebook(model.quantizer),
+            }
         )
-    header = ["name", "tokens", "codebook", "M params", "paper figures", "licence", "verified", "weights"]
-    # A narrow terminal has no room for figures, digits and where weights are; `info` shows all three.
-    narrow = sys.stdout.isatty() and get_terminal_size().columns < 130
-    shown = (0, 1, 2, 3, 5) if narrow else range(len(header))
-    title = f"{len(rows)} tokenizers (verified: largest errors against recorded outputs of the original)"
-    table(title, [header[i] for i in shown], [[row[i] for i in shown] for row in rows])
-    for hint in sorted(hints):
-        note(hint)
+    title = f"{len(rows)} tokenizers (✓: compared with the original); more of one: vistok info NAME"
+    return title, ["name", "tokens", "bits per image", "rFID", "licence", "verified"], rows
+
+
+def _generators() -> tuple[str, list[str], list[dict[str, Any]]]:
+    from ...generate.registry import GENERATORS
+
+    rows = [
+        {
+            "name": entry.name,
+            "writes tokens of": entry.config["tokenizer"],
+            "M parameters": f"{entry.parameters:g}",
+            "gFID": f"{entry.figures['gFID']:g}" if "gFID" in entry.figures else "–",
+            "licence": _short(entry.license),
+            "verified": "✓" if entry.verified else "",
+        }
+        for entry in GENERATORS.entries().values()
+    ]
+    columns = ["name", "writes tokens of", "M parameters", "gFID", "licence", "verified"]
+    return f"{len(rows)} generators", columns, rows
+
+
+def _reducers() -> tuple[str, list[str], list[dict[str, Any]]]:
+    from ...compress.registry import reducers
+
+    rows = [
+        {
+            "name": name,
+            "stage": kind.stage.value,
+            "what it does": kind.summary,
+            "paper": kind.paper,
+            "verified": "✓" if kind.verified else "",
+            "compared": kind.verified,
+        }
+        for name, kind in reducers().items()
+    ]
+    columns = ["name", "stage", "what it does", "paper", "verified"]
+    return f"{len(rows)} reducers for compress.attach", columns, rows
+
+
+def _metrics() -> tuple[str, list[str], list[dict[str, Any]]]:
+    from ..metrics.metric import metrics
+
+    arrows = {"higher": "higher", "lower": "lower", None: ""}
+    rows = [
+        {
+            "name": metric.name,
+            "metric": metric.label,
+            "unit": metric.unit,
+            "better": arrows[metric.better],
+            "option": metric.option
+            if metric.option.startswith("-")
+            else f"--metrics {metric.option or name}",
+            "needs": metric.needs,
+        }
+        for name, metric in metrics().items()
+    ]
+    return f"{len(rows)} metrics", ["name", "unit", "better", "option", "needs"], rows
+
+
+def _families() -> tuple[str, list[str], list[dict[str, Any]]]:
+    from ...compress.families import described_families
+
+    rows = described_families()
+    title = f"{len(rows)} families of vision-language models; others are tried, and refused by name"
+    return title, list(rows[0]), rows
+
+
+def _short(licence: str) -> str:
+    first = licence.split(";")[0].split(",")[0].split(" (")[0]
+    return first if len(first) <= _LICENCE else first[: _LICENCE - 1] + "…"
 
 
 def _choice(model: "Tokenizer") -> str:
@@ -65,6 +143,16 @@ def _choice(model: "Tokenizer") -> str:
     if model.adaptive:
         return f"up to {model.num_tokens}"
     return f"1–{model.num_tokens}" if model.ordered else str(model.num_tokens)
+
+
+def _bits(model: "Tokenizer") -> str:
+    """Bits of an image at full length; – for continuous tokens."""
+    quantizer = model.quantizer
+    if quantizer.kind == "bits":
+        return f"{model.num_tokens * len(quantizer.embed):,}"
+    if quantizer.codebook_sizes is None:
+        return "–"
+    return f"{model.num_tokens * sum((size - 1).bit_length() for size in quantizer.codebook_sizes):,}"
 
 
 def _codebook(quantizer: "Quantizer") -> str:
@@ -78,8 +166,6 @@ def info(
     name: Annotated[str, typer.Argument(help="Registry name, folder or weights file.", show_default=False)],
 ) -> None:
     """One tokenizer: configuration, weights, licence, paper; of a file also which of its weights load."""
-    from dataclasses import asdict
-
     from ...bounded_build import empty_weights
     from ...files import looks_like_path
     from ...loading import create, load

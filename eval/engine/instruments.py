@@ -2,21 +2,17 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..metrics.clip import load_clip
-from ..metrics.image import psnr, ssim
 from ..metrics.inception import Inception, load_inception
-from ..metrics.perceptual import load_lpips
+from ..metrics.metric import pair_metrics
 from ..metrics.weights import WeightsMissing
 from ..options import WeightFiles
 
-PAIRS = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip")
-"""Metrics of an image and its reference."""
 SETS = ("fid", "is", "kid", "pr")
 """Metrics of sets of images, by their Inception features."""
 
@@ -44,16 +40,9 @@ class Instruments:
         for option, path in (("--inception-weights", files.inception), ("--lpips-weights", files.lpips)):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{option} {path}: there is no such file or folder")
-        makers: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
-            "psnr": lambda: psnr,
-            "ssim": lambda: ssim,
-            "lpips-alex": lambda: load_lpips("alex", _lpips_file(files.lpips, "alex"), device),
-            "lpips-vgg": lambda: load_lpips("vgg", _lpips_file(files.lpips, "vgg"), device),
-            "clip": lambda: load_clip(files.clip_model, files.clip, device),
-        }
         self.pairs = {}
-        for name in (name for name in PAIRS if name in wanted):
-            if instrument := self._load([name], makers[name]):
+        for name, metric in pair_metrics().items():
+            if name in wanted and (instrument := self._load([name], partial(metric.make, files, device))):
                 self.pairs[name] = instrument
         self.sets = [name for name in SETS if name in wanted]
         self.inception: Inception | None = None
@@ -87,16 +76,3 @@ def fingerprint(*modules: nn.Module) -> str:
             digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
             digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _lpips_file(path: Path | None, net: str) -> Path | None:
-    """What `--lpips-weights` means for one network: a folder is for both, a file for the one in its name."""
-    if path is None or not path.is_file():
-        return path
-    named = [each for each in ("alex", "vgg") if path.name.startswith(each)]
-    if not named:
-        raise ValueError(
-            f"{path} does not say whether it is alexnet or vgg16: keep the file's published name, or give "
-            "the folder that holds both"
-        )
-    return path if net in named else None

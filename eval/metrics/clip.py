@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...checkpoint import SUFFIXES
 from ...extras import needs
 from .image import check_pair
+from .metric import Metric
 from .precision import full_precision
 from .weights import WeightsMissing, find
 
@@ -117,3 +118,15 @@ def _file(name: str, path: Path) -> Path:
             f"CLIP similarity: no file {path}; {OPTION} takes a weights file or a tag ({tags})"
         )
     raise ValueError(f"{path} is neither a weights file nor a pretrained tag of {name}; its tags are {tags}")
+
+
+METRICS = (
+    Metric(
+        "clip",
+        "CLIP similarity",
+        better="higher",
+        needs="open_clip and its weights",
+        make=lambda files, device: load_clip(files.clip_model, files.clip, device),
+        rank=5,
+    ),
+)

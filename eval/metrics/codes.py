@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tokens import Tokens
+from .metric import Metric
 
 # A table of counts per codebook: 2^24 entries are 128 MiB.
 LARGEST_CODEBOOK = 2**24
@@ -167,3 +168,19 @@ def _grown_sum(total: Tensor | None, value: Tensor) -> Tensor:
     result = longer.clone()
     result[: len(shorter)] += shorter
     return result
+
+
+METRICS = (
+    Metric("tokens-per-image", "tokens per image", style=".4g", better="lower", option="codes", rank=21),
+    Metric(
+        "bits-per-image", "bits per image", style=",.1f", better="lower", option="codes", card=True, rank=22
+    ),
+    Metric("bits-per-pixel", "bits per pixel", style=".4g", better="lower", option="codes", rank=23),
+    Metric(
+        "codebook-usage", "codebook used", style=".2%", better="higher", option="codes", card=True, rank=24
+    ),
+    Metric("perplexity", "perplexity", style=",.1f", better="higher", option="codes", rank=25),
+    Metric("bit-entropy", "entropy per bit", better="higher", option="codes", rank=26),
+    Metric("lowest-bit-entropy", "lowest entropy of a bit", better="higher", option="codes", rank=27),
+    Metric("bit-correlation", "correlation of bits", better="lower", option="codes", rank=28),
+)

@@ -10,6 +10,7 @@ from ..engine.record import Clock
 from ..engine.state import State
 from .distribution import inception_score, kernel_distance, precision_recall
 from .inception import CLASSES, FEATURES
+from .metric import Metric
 from .statistics import FeatureStatistics, Gaussian, frechet_distance
 
 FEW = 10_000
@@ -123,3 +124,13 @@ def _kernel(
 def _manifold(judged: FeatureSet | Gaussian, real: FeatureSet | Gaussian) -> dict[str, dict[str, Any]]:
     found = precision_recall(_rows(judged, "features"), _rows(real, "features"))
     return {"precision": {"value": found.precision}, "recall": {"value": found.recall}}
+
+
+_NETWORK = "torch-fidelity's InceptionV3"
+METRICS = (
+    Metric("fid", "FID", style=".3f", better="lower", needs=_NETWORK, card=True, rank=11),
+    Metric("is", "Inception score", style=".2f", better="higher", needs=_NETWORK, card=True, rank=13),
+    Metric("kid", "KID", style=".3e", better="lower", needs=_NETWORK, rank=14),
+    Metric("precision", "precision", better="higher", needs=_NETWORK, option="pr", rank=15),
+    Metric("recall", "recall", better="higher", needs=_NETWORK, option="pr", rank=16),
+)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .metric import Metric
+
 WINDOW = 11
 SIGMA = 1.5
 LUMINANCE_CONSTANT = 0.01**2
@@ -101,3 +103,9 @@ def check_pair(images: Tensor, references: Tensor) -> None:
                 f"{name} span [{low:.4g}, {high:.4g}]; the metrics take [0, 1]: clamp reconstructions, "
                 "map [-1, 1] by (x + 1) / 2, divide 8-bit values by 255"
             )
+
+
+METRICS = (
+    Metric("psnr", "PSNR", "dB", ".2f", "higher", make=lambda files, device: psnr, card=True, rank=1),
+    Metric("ssim", "SSIM", better="higher", make=lambda files, device: ssim, card=True, rank=2),
+)

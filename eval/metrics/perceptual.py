@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ... import checkpoint
 from ...nn.lpips import build_lpips
 from .image import check_pair
+from .metric import Metric
 from .precision import full_precision
 from .weights import find, hub_folder
 
@@ -66,3 +67,38 @@ def load_lpips(
         return Lpips(build_lpips(net, checkpoint.read(path)), smallest, device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _file(path: Path | None, net: str) -> Path | None:
+    """What `--lpips-weights` means for one network: a folder is for both, a file for the one in its name."""
+    if path is None or not path.is_file():
+        return path
+    named = [each for each in ("alex", "vgg") if path.name.startswith(each)]
+    if not named:
+        raise ValueError(
+            f"{path} does not say whether it is alexnet or vgg16: keep the file's published name, or give "
+            "the folder that holds both"
+        )
+    return path if net in named else None
+
+
+METRICS = (
+    Metric(
+        "lpips-alex",
+        "LPIPS (AlexNet)",
+        better="lower",
+        needs="torchvision's AlexNet, the lpips package",
+        make=lambda files, device: load_lpips("alex", _file(files.lpips, "alex"), device),
+        card=True,
+        rank=3,
+    ),
+    Metric(
+        "lpips-vgg",
+        "LPIPS (VGG)",
+        better="lower",
+        needs="torchvision's VGG16, the lpips package",
+        make=lambda files, device: load_lpips("vgg", _file(files.lpips, "vgg"), device),
+        card=True,
+        rank=4,
+    ),
+)

@@ -30,6 +30,7 @@ from ...quantizers import (
 )
 from ...quantizers.composite import CompositeQuantizer
 from ...tokens import Tokens
+from .metric import Metric
 
 ALPHAS = (0.9, 0.8, 0.7, 0.6, 0.5)
 DELTAS = (200, 280, 360)
@@ -351,3 +352,17 @@ def nearest_flips(num_bits: int, count: int) -> Tensor:
 def _check(count: int, size: int) -> None:
     if count > size:
         raise ValueError(f"pFID delta {count} is more than the {size} codes there are; give {size} or less")
+
+
+METRICS = (
+    Metric(
+        "pfid",
+        "pFID",
+        style=".3f",
+        better="lower",
+        needs="torch-fidelity's InceptionV3, discrete codes",
+        option="--pfid",
+        card=True,
+        rank=12,
+    ),
+)

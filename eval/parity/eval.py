@@ -11,6 +11,8 @@ from ..metrics.image import psnr, ssim
 from ..metrics.statistics import FeatureStatistics, frechet_distance
 from .case import CannotBuild, Case, Outputs
 
+FAMILIES = ("eval",)
+
 RTOL = 1e-6
 # Parity: SSIM was recorded from torchmetrics in float32, where rounding puts it 1e-5 off torchmetrics' own
 # value in float64, which ours equals to 1e-12.

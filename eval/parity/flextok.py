@@ -16,6 +16,8 @@ from .fields import check_size, whole
 from .flextok_components import RECORDED, components
 from .meta import remove_unfilled
 
+FAMILIES = ("flextok",)
+
 MOST_STEPS = 1000
 GRID, ROWS, MAP = "[:, ::4, ::4, ::8]", "[:, ::32, ::16]", "[:, :, ::2, ::2]"
 

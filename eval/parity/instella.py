@@ -14,6 +14,8 @@ from ...quantizers import BinaryQuantizer
 from .case import Case, Outputs
 from .fields import check_size
 
+FAMILIES = ("instella",)
+
 VARIANT = re.compile(r"s(none|\d+)")
 PARTS = {"encoder", "decoder", "quantizer", "to_pixel"}
 

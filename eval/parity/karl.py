@@ -15,6 +15,8 @@ from ...models.karl.model import TARGETS, Analysis, Karl, KarlConfig, TrainingPa
 from .case import Case, Outputs
 from .fields import check_size, whole
 
+FAMILIES = ("karl",)
+
 STAGE1 = "latent_distillation_pretrain"
 # What a recorded loss is called → what ours is called, the first that fits.
 LOSSES = (("halt_loss", "halted"), ("active_loss", "active"), ("nll", "nll"), ("code_loss", "code"))

@@ -22,6 +22,8 @@ from ...compress.algorithms.grid import Grid
 from ...compress.algorithms.select import cosine_distances, farthest_first, top_k
 from .case import CannotBuild, Case, Outputs
 
+FAMILIES = ("prune",)
+
 Subcase = dict[str, Any]
 Array = np.ndarray
 

@@ -27,6 +27,8 @@ from ...compress.vision import timm as timm_host
 from ...compress.vision import tower as tower_host
 from .case import CannotBuild, Case, Outputs
 
+FAMILIES = ("reduce",)
+
 WIDTHS = {"deit-s": 384, "vit-l": 1024}
 
 

@@ -29,6 +29,8 @@ from . import generators
 from .case import Case, Outputs
 from .fields import check_size, whole
 
+FAMILIES = ("titok", "tatitok", "maskgit-vqgan", "maskgit_vqgan")
+
 SEQUENCE = "[:, ::16, ::32]"
 PIXELS = "[..., 1::3, 1::3]"
 SYSTEMS = (

@@ -8,30 +8,26 @@ tensor's largest value, and 9 of 10 indices must agree.
 
 import re
 from dataclasses import dataclass
-from importlib import import_module
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ...plugins import modules_of
 from .case import CannotBuild, Case
 from .fields import exact_names
 
-FAMILIES = {
-    "titok": "titok",
-    "tatitok": "titok",
-    "maskgit-vqgan": "titok",
-    "maskgit_vqgan": "titok",
-    "karl": "karl",
-    "instella": "instella",
-    "flextok": "flextok",
-    "prune": "prune",
-    "reduce": "reduce",
-    "eval": "eval",
-}
-"""The name of a family in a case → the module of `parity` that runs it."""
 MOST_AROUND_ZERO = 1e-2
 """The largest absolute tolerance of a tensor that is zero everywhere."""
+
+
+@cache
+def adapters() -> dict[str, ModuleType]:
+    """The name of a family in a case → the module of this folder that runs it and has it in `FAMILIES`."""
+    modules = modules_of(__package__)
+    return {family: module for module in modules for family in getattr(module, "FAMILIES", ())}
 
 
 @dataclass(frozen=True)
@@ -57,16 +53,16 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     """
     case = Case.open(path, device, dtype)
     family = case.data["family"]
-    if family not in FAMILIES:
-        raise case.refusal(f"family is {family!r}; this version verifies {', '.join(FAMILIES)}")
+    known = adapters()
+    if family not in known:
+        raise case.refusal(f"family is {family!r}; this version verifies {', '.join(known)}")
     case.check()
     if lacking := _lacking(case):
         return lacking
-    adapter = import_module(f".{FAMILIES[family]}", __package__)
     rows = {}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for name, ours in adapter.run(case):
+            for name, ours in known[family].run(case):
                 if name in case.tensors:
                     rows[name] = compare(case, name, ours)
                 elif case.is_named(name):

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from ..metrics.metric import described
 from ..metrics.summary import psnr_text
 from ..tasks.rate_distortion import CurvesRecord, Point, Result
 from .charts import Chart, Series, curves
 from .page import Card, Gallery, Report, Strip, Table, write_html
-from .records import FORMATS, circumstances, lead, skipped
+from .records import circumstances, lead, skipped
 
 GALLERY_NOTE = "Each picture as it was given, then as it comes back; bytes are those of this picture."
 
@@ -70,9 +71,9 @@ def chart(record: CurvesRecord, metric: str) -> Chart:
                     baseline=points[0].baseline,
                 )
             )
-    label, unit, _ = FORMATS[metric]
-    shown = f"{label}, {unit}" if unit else label
-    return curves(f"{label} for bytes", "bytes per image", f"{shown} (n = {record.n:,})", series)
+    kind = described(metric)
+    axis = f"{kind.label}, {kind.unit}" if kind.unit else kind.label
+    return curves(f"{kind.label} for bytes", "bytes per image", f"{axis} (n = {record.n:,})", series)
 
 
 def write_curves(path: Path, result: Result) -> None:
@@ -98,7 +99,7 @@ def write_curves(path: Path, result: Result) -> None:
 
 
 def _cell(name: str, point: Point) -> str:
-    metric, style = point.metrics[name], FORMATS[name][2]
+    metric, style = point.metrics[name], described(name).style
     if "skipped" in metric:
         return "skipped"
     if "exact" in metric:
@@ -114,5 +115,5 @@ def _decibels(point: Point) -> str:
 
 
 def _label(name: str) -> str:
-    label, unit, _ = FORMATS.get(name, (name, "", ""))
-    return f"{label} {unit}".strip()
+    kind = described(name)
+    return f"{kind.label} {kind.unit}".strip()

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...commands.console import decibels
 from ..engine.record import Record, environment
+from ..metrics.metric import described, metrics
 from .charts import Chart, bars, histogram
 from .page import Card, Gallery, Report, Strip, Table, error_map, write_html
 
@@ -18,37 +19,13 @@ if TYPE_CHECKING:
 EXAMPLES = 6
 """Best, and worst, reconstructions that a report shows."""
 ERROR_NOTE = "Original, reconstruction, and error: black is none, white a quarter of the range or more."
-CARDS = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "fid", "pfid", "is", "codebook-usage", "bits-per-image")
-"""What a report shows large, if it was computed."""
-
 HEADER = ["metric", "value", "95% interval", ""]
 PFID_HEADER = ["alpha", "delta", "codes changed", "FID"]
-# By name in a record: label, unit, and how its numbers are written.
-FORMATS: dict[str, tuple[str, str, str]] = {
-    "psnr": ("PSNR", "dB", ".2f"),
-    "ssim": ("SSIM", "", ".4f"),
-    "lpips-alex": ("LPIPS (AlexNet)", "", ".4f"),
-    "lpips-vgg": ("LPIPS (VGG)", "", ".4f"),
-    "clip": ("CLIP similarity", "", ".4f"),
-    "fid": ("FID", "", ".3f"),
-    "is": ("Inception score", "", ".2f"),
-    "kid": ("KID", "", ".3e"),
-    "precision": ("precision", "", ".4f"),
-    "recall": ("recall", "", ".4f"),
-    "pfid": ("pFID", "", ".3f"),
-    "tokens-per-image": ("tokens per image", "", ".4g"),
-    "bits-per-image": ("bits per image", "", ",.1f"),
-    "bits-per-pixel": ("bits per pixel", "", ".4g"),
-    "codebook-usage": ("codebook used", "", ".2%"),
-    "perplexity": ("perplexity", "", ",.1f"),
-    "bit-entropy": ("entropy of a bit", "", ".4f"),
-    "lowest-bit-entropy": ("lowest entropy of a bit", "", ".4f"),
-    "bit-correlation": ("correlation of bits", "", ".4f"),
-}
 
 
 def _row(name: str, metric: dict[str, Any], record: Record) -> list[str]:
-    label, unit, style = FORMATS.get(name, (name, "", ".4g"))
+    kind = described(name)
+    label, unit, style = kind.label, kind.unit, kind.style
     if name == "fid" and record.tokenizer is not None:
         label = "rFID"
     if "skipped" in metric:
@@ -80,7 +57,8 @@ def write_reconstruction(path: Path, result: "Result") -> None:
     record = result.record
     charts: list[Chart] = []
     for name, values in result.values.items():
-        label, unit, _ = FORMATS.get(f"{name}-per-image", FORMATS.get(name, (name, "", "")))
+        kind = metrics().get(f"{name}-per-image") or described(name)
+        label, unit = kind.label, kind.unit
         finite = values[np.isfinite(values)]
         if len(finite) and (finite.min() < finite.max() or name == "bits"):
             charts.append(histogram(f"{label}, each image", f"{label} {unit}".strip(), finite))
@@ -128,13 +106,13 @@ def lead(record: Record) -> str:
 
 def cards(record: Record) -> list[Card]:
     """The figures that were computed, of those that papers print."""
-    shown = []
-    for name in CARDS:
+    large = []
+    for name in (each.name for each in metrics().values() if each.card):
         metric = record.metrics.get(name, {})
         if "value" in metric:
             label, value, interval, remark = _row(name, metric, record)
-            shown.append(Card(label, value, interval or remark))
-    return shown
+            large.append(Card(label, value, interval or remark))
+    return large
 
 
 def tables(record: Record) -> list[Table]:
@@ -155,7 +133,7 @@ def skipped(record: Record) -> list[Table]:
     """What was not computed and why, one row per reason; nothing if all was."""
     reasons: dict[str, list[str]] = {}
     for name, reason in record.skipped.items():
-        reasons.setdefault(reason, []).append(FORMATS.get(name, (name,))[0])
+        reasons.setdefault(reason, []).append(described(name).label)
     rows = [[", ".join(names), reason] for reason, names in reasons.items()]
     return [Table("Skipped", ["metric", "why"], rows)] if rows else []
 

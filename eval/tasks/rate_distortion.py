@@ -21,10 +21,11 @@ from ...tokenizer import Tokenizer
 from ..data.dataset import Batch, first_readable, one, open_dataset
 from ..engine import passes
 from ..engine.decoding import ICC_PROFILES, captions, resizing, to_levels
-from ..engine.instruments import PAIRS, Instruments, choose, fingerprint
+from ..engine.instruments import Instruments, choose, fingerprint
 from ..engine.record import Clock, Record
 from ..engine.state import State
 from ..metrics.feature_sets import FeatureSet, compare, skipped, warn_of_few
+from ..metrics.metric import pair_metrics
 from ..metrics.summary import interval
 from ..options import CurvesConfig
 from . import codecs
@@ -33,7 +34,6 @@ from .sweeps import CodecSweep, TokenizerSweep
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-METRICS = (*PAIRS, "fid")
 LEAST_RANGE = 2048
 """Bytes an image up to which codecs are measured; four times the longest tokens, if that is more."""
 SHOWN = 4
@@ -116,7 +116,10 @@ class _Curves:
         models: Sequence[Tokenizer] | None,
     ) -> None:
         self.config, self.device = config, device
-        wanted = ["psnr", *(name for name in choose(config.metrics, METRICS) if name != "psnr")]
+        wanted = [
+            "psnr",
+            *(name for name in choose(config.metrics, [*pair_metrics(), "fid"]) if name != "psnr"),
+        ]
         if unknown := sorted(set(config.baselines) - set(codecs.NAMES)):
             raise ValueError(
                 f"there is no baseline {', '.join(unknown)}; there are {', '.join(codecs.NAMES)}"

@@ -21,12 +21,13 @@ from ...tokens import Tokens
 from ..data.dataset import Batch, first_readable, one, open_dataset
 from ..engine import passes
 from ..engine.decoding import ICC_PROFILES, captions, decode_images, resizing, to_levels
-from ..engine.instruments import PAIRS, SETS, Instruments, choose, fingerprint
+from ..engine.instruments import SETS, Instruments, choose, fingerprint
 from ..engine.record import Clock, Record
 from ..engine.state import State
 from ..metrics.codes import LARGEST_CODEBOOK, CodeStatistics
 from ..metrics.feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_few
 from ..metrics.image import psnr
+from ..metrics.metric import pair_metrics
 from ..metrics.perturbation import ALPHAS, DELTAS, ChangedCodes, Perturbation, grid
 from ..metrics.summary import interval
 from ..options import ReconConfig
@@ -34,7 +35,10 @@ from ..options import ReconConfig
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-METRICS = (*PAIRS, *SETS, "codes")
+
+def available() -> list[str]:
+    """What `--metrics` takes."""
+    return [*pair_metrics(), *SETS, "codes"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class _Reconstruction:
         model: Tokenizer | None,
     ) -> None:
         self.config, self.device = config, device
-        wanted = choose(config.metrics, METRICS)
+        wanted = choose(config.metrics, available())
         if (config.pfid_alpha or config.pfid_delta) and not config.pfid:
             raise ValueError("--pfid-alpha and --pfid-delta are the grid of --pfid: give that as well")
         cells = grid(config.pfid_alpha or ALPHAS, config.pfid_delta or DELTAS) if config.pfid else []
@@ -217,7 +221,7 @@ class _Reconstruction:
         if self.instruments.sets:
             metrics |= self._of_sets(self.instruments.sets)
         metrics |= self._pfid()
-        if "codes" in choose(config.metrics, METRICS):
+        if "codes" in choose(config.metrics, available()):
             metrics |= self._codes(values)
         record = Record(
             protocol=self._protocol(),
@@ -305,7 +309,7 @@ class _Reconstruction:
 
 def _in_order(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Metrics that were asked for by name first, in their usual order; then what they bring along."""
-    order = [part for name in METRICS for part in PARTS.get(name, (name,))]
+    order = [part for name in available() for part in PARTS.get(name, (name,))]
     return dict(sorted(metrics.items(), key=lambda item: order.index(item[0]) if item[0] in order else 99))
 
 

@@ -13,11 +13,11 @@ from vistok.compress import DivPrune, FasterVLM, GlobalCom2, HiRED, PruMerge, Vi
 from vistok.compress.algorithms.anyres import globalcom2_ratios
 from vistok.compress.algorithms.grid import Grid
 from vistok.compress.reducer import Image, Stage
-from vistok.compress.registry import METHODS, reducer_class
+from vistok.compress.registry import reducers
 
-NAMES = [name for name in METHODS if reducer_class(name).stage is Stage.FEATURES]
+NAMES = [name for name, kind in reducers().items() if kind.stage is Stage.FEATURES]
 SETTINGS = {
-    **{name: reducer_class(name) for name in NAMES},
+    **{name: reducers()[name] for name in NAMES},
     "hired-lossy": partial(HiRED, redistribute=False, salient="mass"),
     "globalcom2-nonempty": partial(GlobalCom2, newline="nonempty"),
     "prumerge-plus": partial(PruMerge, plus=True),

@@ -17,10 +17,11 @@ import torch
 from checkpoints import MINI, cached, same
 from safetensors.torch import save_file
 
-from vistok import create, load
+from vistok import create, list_tokenizers, load
+from vistok.bounded_build import empty_weights
 from vistok.files import looks_like_path
 from vistok.models.mini import MiniConfig
-from vistok.registry import entries
+from vistok.registry import entries, families
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
@@ -338,3 +339,19 @@ def test_a_configuration_may_be_given_by_a_path_below_home(mini, saved, monkeypa
     monkeypatch.setenv("HOME", str(saved))
     (saved / "model.safetensors").rename(saved / "w.safetensors")
     assert same(load(saved / "w.safetensors", config="~/config.json"), mini)
+
+
+@pytest.mark.parametrize("name", list_tokenizers())
+def test_the_keys_of_a_published_checkpoint_are_those_of_one_family(name):
+    with empty_weights():
+        shapes = {key: value.shape for key, value in create(name).state_dict().items()}
+
+    def recognises(kind):
+        try:
+            return kind.recognise(shapes, None) is not None
+        except ValueError as error:  # FlexTok's keys do not have the whole configuration
+            assert "come without the configuration" in str(error)
+            return True
+
+    known = {family for family, kind in families().items() if recognises(kind)}
+    assert known == ({entries()[name].family} if entries()[name].family != "mini" else set())

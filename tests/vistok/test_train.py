@@ -425,9 +425,9 @@ def test_the_discriminator_trains_from_its_first_step_on(tmp_path):
     run(config, tmp_path, steps=4)
     assert ["adversarial" in row for row in rows(tmp_path)] == [False, False, True, True]
     state = checkpoint(tmp_path)
-    assert any(key.startswith("discriminator.block_in") for key in state["loss"])
-    assert float(state["loss"]["ema_real_logits_mean"]) != 0
-    assert len(state["discriminator_optimizer"]["state"]) > 0
+    assert any(key.startswith("discriminator.block_in") for key in state["objective"])
+    assert float(state["objective"]["ema_real_logits_mean"]) != 0
+    assert len(state["adversary_optimizer"]["state"]) > 0
 
 
 @pytest.mark.parametrize("which", ["optimizer", "discriminator_optimizer"])

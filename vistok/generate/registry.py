@@ -2,8 +2,7 @@
 
 from ..catalog import Catalog
 
-# One module per family; `vistok.generate.<module>` registers its class and rows when imported. The first
-# whose `recognise` knows a checkpoint's keys has it.
-FAMILY_MODULES = ("maskgit", "rar")
-
-GENERATORS = Catalog("generator", "vistok.generate", FAMILY_MODULES, "`vistok.generate.list_generators()`")
+GENERATORS = Catalog(
+    "generator", "vistok.generate", "`vistok.generate.list_generators()`", plugins="vistok.generators"
+)
+"""The families in `vistok/generate`, and those that other packages add by entry points."""

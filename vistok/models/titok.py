@@ -254,7 +254,8 @@ class TiTok(Tokenizer):
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
         """Everything follows from keys and shapes but `use_l2_norm`, which the published sizes tell."""
-        if "latent_tokens" not in shapes or ("decoder.text_guidance_proj.weight" in shapes) != cls.text_aware:
+        own = "latent_tokens" in shapes and any(key.startswith("encoder.conv_out.") for key in shapes)
+        if not own or ("decoder.text_guidance_proj.weight" in shapes) != cls.text_aware:
             return None
         if config and "model" in config:
             return config

@@ -1,0 +1,71 @@
+"""What a metric declares, so that commands, tables and pages need no list of metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...plugins import modules_of, plugins, skip_plugin
+from ..options import WeightFiles
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a record.
+
+    Args:
+        name: its key in records.
+        label: what tables call it.
+        unit: such as "dB"; empty without one.
+        style: how its numbers are written, a format specification.
+        better: whether higher or lower is better; None where neither is.
+        needs: what it is computed by beside the images, for `vistok list --metrics`.
+        option: the name that `--metrics` takes for it, where that is not its own.
+        make: for a metric of an image and its reference, a function of the files that were given and the
+            device that returns the comparison: two float tensors [B, 3, H, W] in [0, 1] → [B]. It raises
+            `WeightsMissing` where a network is not on this machine.
+        card: whether a report shows it large.
+        rank: its place in tables; metrics of other packages stand behind all of vistok's.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    style: str = ".4f"
+    better: Literal["higher", "lower"] | None = None
+    needs: str = ""
+    option: str = ""
+    make: Callable[[WeightFiles, torch.device], Compare] | None = None
+    card: bool = False
+    rank: int = 1_000
+
+
+@cache
+def metrics() -> dict[str, Metric]:
+    """All metrics by name, in the order of tables: those in the `METRICS` of this folder's files, and those
+    that other packages add by entry points of the group `vistok.metrics`, each a `Metric` with `make`."""
+    own = [each for module in modules_of(__package__) for each in getattr(module, "METRICS", ())]
+    known = {each.name: each for each in sorted(own, key=lambda each: each.rank)}
+    for name, value in plugins("vistok.metrics").items():
+        if not isinstance(value, Metric) or value.make is None:
+            skip_plugin("vistok.metrics", name, f"it is {value!r}, which is not a Metric with make")
+        elif value.name in known:
+            skip_plugin("vistok.metrics", name, f"another metric is called {value.name!r}")
+        else:
+            known[value.name] = value
+    return known
+
+
+def pair_metrics() -> dict[str, Metric]:
+    """The metrics of an image and its reference."""
+    return {name: metric for name, metric in metrics().items() if metric.make is not None}
+
+
+def described(name: str) -> Metric:
+    """The metric of that name; one called after itself where a record holds a metric that is not known."""
+    return metrics().get(name) or Metric(name, name, style=".4g")
