@@ -36,7 +36,7 @@ def direct(random, shape):
 
 
 def nested(model):
-    fields = {key: value for key, value in vars(model.config).items() if key != "tokenizer"}
+    fields = {key: value for key, value in vars(model.config).items() if key not in ("tokenizer", "grid")}
     return {"model": {"vq_model": {"codebook_size": fields.pop("codebook_size")}, "generator": fields}}
 
 

@@ -24,7 +24,7 @@ CASES = {
     ),
     "uvit-power-cosine": ("maskgit-uvit", {**NETWORK, "num_steps": 5, "guidance_decay": "power-cosine"}),
     "rar": ("rar", {**NETWORK, "guidance_scale_pow": 1.5}),
-    "rar-constant": ("rar", {**NETWORK, "guidance_scale_pow": 0.0}),
+    "rar-grid": ("rar", {**NETWORK, "guidance_scale_pow": 0.0, "grid": (2, 3)}),
 }
 
 

@@ -48,6 +48,7 @@ def test_tokens_carry_the_tokenizer_and_its_codes(model):
     tokens = model.sample(LABELS, generator=seeded())
     assert (tokens.tokenizer, tokens.codebook_sizes) == (model.config.tokenizer, (model.codebook_size,))
     assert tokens.indices.shape == (len(LABELS), model.num_tokens)
+    assert tokens.grid == model.grid
     tokens.validate()
 
 
@@ -225,8 +226,12 @@ def test_token_indices_of_another_shape_are_refused_by_logits(model):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = tiny_tokenizers.build("titok-vq")
+def tokenizer(model):
+    """One that decodes what the model writes: a grid, or the tokens of a TiTok."""
+    if model.grid is None:
+        tokenizer = tiny_tokenizers.build("titok-vq")
+    else:
+        tokenizer = tiny_tokenizers.build("maskgit-vqgan", num_embeddings=CODES)
     tokenizer.name = tiny_generators.TOKENIZER
     return tokenizer
 
@@ -234,7 +239,8 @@ def tokenizer():
 def test_from_class_to_picture(model, tokenizer):
     model.check_tokenizer(tokenizer)
     images = tokenizer.decode(model.sample(LABELS, generator=seeded()))
-    assert images.shape == (len(LABELS), 3, tokenizer.image_size, tokenizer.image_size)
+    height, width = (tokenizer.image_size,) * 2 if model.grid is None else (16 * side for side in model.grid)
+    assert images.shape == (len(LABELS), 3, height, width)
     assert bool(images.isfinite().all())
 
 
@@ -242,7 +248,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model, tokenizer):
     for change, message in (
         ({"tokenizer": "another"}, "writes tokens of 'another'; 'tiny' cannot decode them"),
         ({"codebook_size": 32}, r"one codebook of 32; tiny has codebook sizes \(64,\)"),
-        ({"image_seq_len": 4}, "writes 4 tokens per image; tiny decodes 6"),
+        (
+            {"image_seq_len": 5} | ({"grid": None} if model.grid else {}),
+            "writes 5 tokens per image; tiny decodes",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             build_with(model, **change).check_tokenizer(tokenizer)
@@ -309,7 +318,8 @@ def nested(model):
     fields = vars(model.config).copy()
     tokenizer = {"codebook_size": fields.pop("codebook_size"), "num_latent_tokens": COUNT}
     fields["image_seq_len"] = "${model.vq_model.num_latent_tokens}"
-    del fields["tokenizer"]
+    for own in ("tokenizer", "grid"):
+        fields.pop(own, None)
     return {
         "experiment": {},
         "model": {"vq_model": tokenizer, "generator": {**fields, "use_checkpoint": False}},
@@ -321,7 +331,8 @@ def test_published_files_are_recognised_by_keys_and_nested_configuration(model, 
     (tmp_path / "config.json").write_text(json.dumps(nested(model)))
     loaded = generate.load(tmp_path)
     assert type(loaded) is type(model)
-    assert vars(loaded.config) == {**vars(model.config), "tokenizer": None}
+    unstated = dict.fromkeys({"tokenizer", "grid"} & vars(model.config).keys())
+    assert vars(loaded.config) == vars(model.config) | unstated
     assert loaded.sample([1]).tokenizer is None
     assert torch.equal(
         loaded.sample([1], generator=seeded()).indices, model.sample([1], generator=seeded()).indices
@@ -366,6 +377,12 @@ def test_a_generator_fits_the_tokenizer_that_its_row_names():
         model.check_tokenizer(tokenizer)
 
 
+def test_a_grid_is_refused_by_a_tokenizer_of_one_size():
+    one_size = tiny_tokenizers.build("titok-vq")
+    with pytest.raises(ValueError, match=r"rar writes a grid of \(2, 3\) tokens; titok decodes no grids"):
+        build("rar-grid").check_tokenizer(one_size)
+
+
 def test_unknown_names_suggest_near_ones():
     with pytest.raises(ValueError, match=r"unknown generator 'maskgit-l23'\. Did you mean maskgit-l32"):
         generate.create("maskgit-l23")
@@ -394,6 +411,7 @@ def test_weights_that_are_not_on_this_machine_say_how_to_get_them(offline):
         ("maskgit", {"width": 3}, "unknown key width"),
         ("rar", {"randomize_temperature": -1.0}, "randomize_temperature is -1"),
         ("rar", {"randomness_anneal_start": 9, "randomness_anneal_end": 8}, "the first not after the second"),
+        ("rar", {"grid": (2, 2)}, r"grid is \(2, 2\); it has the 6 places of image_seq_len"),
         ("rar", {"image_seq_len": 0}, "image_seq_len is 0"),
     ],
 )

@@ -41,6 +41,9 @@ class Generator(PretrainedModel):
     num_classes: int
     """Classes that may be asked for; the number itself stands for no class, as `logits` takes it."""
 
+    grid: tuple[int, ...] | None = None
+    """Sides of the grid that the tokens fill, row by row; None: one-dimensional tokens."""
+
     # What a family provides ---------------------------------------------------------------------------------
 
     def logits(self, indices: Tensor, classes: Tensor) -> Tensor:
@@ -114,8 +117,13 @@ class Generator(PretrainedModel):
             return self.as_tokens(self.write(classes, settings, noise))
 
     def as_tokens(self, indices: Tensor) -> Tokens:
-        """Wrap token indices int64 [B, K] with the tokenizer's name and codebook size."""
-        return Tokens(indices=indices, tokenizer=self.config.tokenizer, codebook_sizes=(self.codebook_size,))
+        """Wrap token indices int64 [B, K] with the tokenizer's name, the codebook's size and the grid."""
+        return Tokens(
+            indices=indices,
+            tokenizer=self.config.tokenizer,
+            codebook_sizes=(self.codebook_size,),
+            grid=self.grid,
+        )
 
     def drop_classes(self, classes: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Replace a random `class_label_dropout` of classes int64 [B] by no class, for training with
@@ -173,8 +181,8 @@ class Generator(PretrainedModel):
         return settings
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise ValueError unless a tokenizer decodes what this generator writes: by name, codes and tokens
-        per image."""
+        """Raise ValueError unless a tokenizer decodes what this generator writes: by name, codes, and the
+        grid or number of tokens per image."""
         name, own = getattr(tokenizer, "name", None), self.config.tokenizer
         if name and own and name != own:
             raise ValueError(f"{self.label} writes tokens of {own!r}; {name!r} cannot decode them")
@@ -184,7 +192,11 @@ class Generator(PretrainedModel):
                 f"{self.label} writes codes of one codebook of {self.codebook_size}; {tokenizer.label} has "
                 f"codebook sizes {sizes}"
             )
-        if tokenizer.num_tokens != self.num_tokens:
+        if self.grid is not None and tokenizer.size_multiple is None:
+            raise ValueError(
+                f"{self.label} writes a grid of {self.grid} tokens; {tokenizer.label} decodes no grids"
+            )
+        if self.grid is None and tokenizer.num_tokens != self.num_tokens:
             raise ValueError(
                 f"{self.label} writes {self.num_tokens} tokens per image; {tokenizer.label} decodes "
                 f"{tokenizer.num_tokens}"

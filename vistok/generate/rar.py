@@ -32,7 +32,7 @@ MODULATION_NUMBERS = 2**25  # modulations computed at once
 @dataclass(frozen=True, kw_only=True)
 class RARConfig:
     """`model.generator` of the original's configuration under its own names, the codebook's size, and the
-    name of the tokenizer.
+    name of the tokenizer with the sides of its grid (None: one-dimensional tokens).
 
     The last three are the settings of `sample`; where the configuration states none, `sample` asks for it.
     Training takes random orders until step `randomness_anneal_start`, and ever fewer until
@@ -40,6 +40,7 @@ class RARConfig:
     """
 
     tokenizer: str | None = None
+    grid: tuple[int, int] | None = None
     codebook_size: int
     image_seq_len: int
     hidden_size: int
@@ -63,6 +64,12 @@ class RARConfig:
         require_multiple(self, "hidden_size", "num_attention_heads")
         require_between(self, ["dropout", "attn_drop", "class_label_dropout"], 0, 1)
         require_settings(self, "randomize_temperature", "guidance_scale", "guidance_scale_pow")
+        if self.grid is not None and (
+            min(self.grid) < 1 or self.grid[0] * self.grid[1] != self.image_seq_len
+        ):
+            raise ValueError(
+                f"grid is {self.grid}; it has the {self.image_seq_len} places of image_seq_len, or is null"
+            )
         if not 0 <= self.randomness_anneal_start <= self.randomness_anneal_end:
             raise ValueError(
                 f"randomness_anneal_start is {self.randomness_anneal_start} and randomness_anneal_end "
@@ -156,7 +163,7 @@ class RAR(Generator):
     def __init__(self, config: RARConfig) -> None:
         super().__init__(config)
         self.codebook_size, self.num_tokens = config.codebook_size, config.image_seq_len
-        self.num_classes = config.condition_num_classes
+        self.num_classes, self.grid = config.condition_num_classes, config.grid
         dim, positions = config.hidden_size, config.image_seq_len + MORE_POSITIONS
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
@@ -371,6 +378,7 @@ def _rows() -> Iterator[Entry]:
             family="rar",
             config={
                 "tokenizer": "maskgit-vqgan",
+                "grid": (16, 16),
                 "codebook_size": 1024,
                 "image_seq_len": 256,
                 "hidden_size": width,
