@@ -37,9 +37,14 @@ SETTINGS = {
 }
 """Keys of a recorded run → arguments of `sample`."""
 _NOT_SETTINGS = {
-    *("noise_seed", "B", "min_margin", "min_top2_margin", "masked_count_entering_each_step"),
+    "noise_seed",
+    "B",
+    "min_margin",
+    "min_top2_margin",
+    "masked_count_entering_each_step",
     "teacher_forced_mismatches",
 }
+"""Keys of a recorded run that say how it was drawn, and what was observed."""
 
 
 def system_of(case: Case) -> str | None:
@@ -108,9 +113,9 @@ def _maskgit(case: Case, model: MaskGIT) -> Outputs:
     classes = case.recorded("condition").long()
     if case.records("input_ids"):
         indices = case.recorded("input_ids").long()
-        nobody = torch.full_like(classes, model.num_classes)
+        no_class = torch.full_like(classes, model.num_classes)
         yield from _logits(case, "cond", model.logits(indices, classes), "[:, :, ::16]")
-        yield from _logits(case, "uncond", model.logits(indices, nobody), "[:, :, ::16]")
+        yield from _logits(case, "uncond", model.logits(indices, no_class), "[:, :, ::16]")
     for name, run in _runs(case).items():
         batch = whole(case.path.name, run, "B", 1, len(classes)) if "B" in run else len(classes)
         settings, noise = _settings(model, run), _Replay(case, run, batch, uniform=True)
@@ -141,9 +146,9 @@ def _rar(case: Case, model: RAR) -> Outputs:
     classes = case.recorded("class").long()
     if case.records("input_ids"):
         indices = case.recorded("input_ids").long()
-        nobody = torch.full_like(classes, model.num_classes)
+        no_class = torch.full_like(classes, model.num_classes)
         yield from _logits(case, "raster", model.logits(indices, classes), "[:, ::4, ::16]")
-        yield from _logits(case, "uncond", model.logits(indices, nobody), "[:, ::8, ::16]")
+        yield from _logits(case, "uncond", model.logits(indices, no_class), "[:, ::8, ::16]")
         if case.records("orders"):
             orders = case.recorded("orders").long()
             labels = indices.gather(1, orders)

@@ -45,7 +45,7 @@ def write(folder, name, **fields):
     model = build(name)
     random = torch.Generator().manual_seed(2)
     ids = torch.randint(CODES, (2, COUNT), generator=random)
-    classes, nobody = torch.tensor([1, 4]), torch.tensor([CLASSES] * 2)
+    classes, no_class = torch.tensor([1, 4]), torch.tensor([CLASSES] * 2)
     if model.family == "rar":
         orders = torch.stack([torch.randperm(COUNT, generator=random) for _ in classes])
         labels = ids.gather(1, orders)
@@ -53,7 +53,7 @@ def write(folder, name, **fields):
         loss = torch.nn.functional.cross_entropy(permuted[:, :-1].flatten(0, 1), labels.flatten())
         logits = {
             "raster": model.logits(ids, classes),
-            "uncond": model.logits(ids, nobody),
+            "uncond": model.logits(ids, no_class),
             "permuted": permuted,
         }
         tensors = {"class": classes, "orders": orders, "labels_permuted": labels, "ar_loss_permuted": loss}
@@ -62,7 +62,7 @@ def write(folder, name, **fields):
         tensors["sample_eval"] = model.write(classes[:1], settings, Stream(1, direct))
     else:
         ids[:, 1::2] = CODES
-        logits = {"cond": model.logits(ids, classes), "uncond": model.logits(ids, nobody)}
+        logits = {"cond": model.logits(ids, classes), "uncond": model.logits(ids, no_class)}
         run = {"noise_seed": NOISE_SEED, "num_sample_steps": 3, "guidance_decay": "constant"}
         settings = model.check_settings({"steps": 3, "guidance_decay": "constant"})
         states = torch.stack(list(model.states(classes, settings, Stream(2, uniform))))
@@ -114,7 +114,7 @@ def test_a_changed_recording_is_a_miss(tmp_path, name, tensor):
     assert [row.name for row in verify(path) if not row.passed] == [tensor]
 
 
-def test_a_tensor_nobody_computes_is_not_passed_over(tmp_path, name):
+def test_a_tensor_no_class_computes_is_not_passed_over(tmp_path, name):
     path = write(tmp_path, name)
     tensors = load_file(path.with_suffix(".safetensors"))
     save_file(tensors | {"sample_other": tensors["sample_eval"].clone()}, path.with_suffix(".safetensors"))
