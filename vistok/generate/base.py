@@ -17,8 +17,6 @@ from ..tokens import Tokens
 from .noise import ImageNoise, Noise
 from .registry import GENERATORS
 
-_BOUNDS = {"temperature": "a finite number of 0 or more", "guidance": "a finite number of 0 or more"}
-
 
 class Generator(PretrainedModel):
     """A model that writes tokens: `sample`, `logits`, `from_pretrained`, `save_pretrained`.
@@ -30,7 +28,7 @@ class Generator(PretrainedModel):
 
     catalog = GENERATORS
     conditions: ClassVar[tuple[str, ...]] = ()
-    """What a picture is asked for by: ("class",)."""
+    """What `sample` takes as its condition, such as ("class",); see `check_condition`."""
     settings: ClassVar[Mapping[str, str]] = {}
     """Arguments of `sample` → the fields of the configuration with their published values. An argument that
     is not among them does not apply to the family."""
@@ -38,25 +36,25 @@ class Generator(PretrainedModel):
     """Codes that a token may have."""
     num_tokens: int
     """Tokens per image."""
-    num_classes: int
-    """Classes that may be asked for; the number itself stands for no class, as `logits` takes it."""
-
     grid: tuple[int, ...] | None = None
     """Sides of the grid that the tokens fill, row by row; None: one-dimensional tokens."""
 
     # What a family provides ---------------------------------------------------------------------------------
 
-    def logits(self, indices: Tensor, classes: Tensor) -> Tensor:
-        """Logits over the codebook for tokens int64 [B, …] of images of `classes` int64 [B]; for training
-        and parity.
+    def check_condition(self, condition: Any) -> Any:
+        """What `write` takes for the condition of `sample`, one per image and on this model's device.
 
-        A class of `num_classes` is no class, as in the unconditional pass of guidance. Each family documents
-        the rows.
+        Raises ValueError, with what is accepted, for anything else.
         """
         raise NotImplementedError
 
-    def write(self, classes: Tensor, settings: Any, noise: Noise) -> Tensor:
-        """Write token indices int64 [B, K] for classes int64 [B].
+    def logits(self, indices: Tensor, condition: Any) -> Tensor:
+        """Logits over the codebook for tokens int64 [B, …] of images with this condition, for training and
+        parity; each family documents the rows."""
+        raise NotImplementedError
+
+    def write(self, condition: Any, settings: Any, noise: Noise) -> Tensor:
+        """Write token indices int64 [B, K] for what `check_condition` returned.
 
         `settings` is the configuration with the arguments of `sample` in place of its published values.
         """
@@ -82,7 +80,7 @@ class Generator(PretrainedModel):
     @torch.no_grad()
     def sample(
         self,
-        condition: int | Sequence[int] | Tensor,
+        condition: Any,
         *,
         temperature: float | None = None,
         guidance: float | None = None,
@@ -91,10 +89,10 @@ class Generator(PretrainedModel):
         noise: Noise | None = None,
         **options: Any,
     ) -> Tokens:
-        """Write the tokens of one image per class, on this model's device.
+        """Write the tokens of one image per condition, on this model's device.
 
         Args:
-            condition: classes, whole numbers in 0..num_classes-1; a list or int64 [B], or one class.
+            condition: what `conditions` names; classes are a list of whole numbers, int64 [B], or one class.
             temperature: 0 takes the likeliest token every time. None is the published value, here and below.
             guidance: strength of the condition; `unguided` is without.
             steps: forward passes; families that write one token per pass do not take it.
@@ -104,17 +102,17 @@ class Generator(PretrainedModel):
             options: further settings of the family, by the names in `settings`.
 
         Raises:
-            ValueError: classes, settings and generators that do not fit, and logits with NaN or infinity.
+            ValueError: conditions, settings and generators that do not fit, and logits with NaN or infinity.
         """
-        classes = self.check_classes(condition)
+        condition = self.check_condition(condition)
         values = {"temperature": temperature, "guidance": guidance, "steps": steps, **options}
         settings = self.check_settings({name: value for name, value in values.items() if value is not None})
         if noise is not None and generator is not None:
             raise ValueError("noise and a generator were given; give one of them")
         if noise is None:
-            noise = ImageNoise(len(classes), generator, self.device)
+            noise = ImageNoise(len(condition), generator, self.device)
         with _evaluating(self):
-            return self.as_tokens(self.write(classes, settings, noise))
+            return self.as_tokens(self.write(condition, settings, noise))
 
     def as_tokens(self, indices: Tensor) -> Tokens:
         """Wrap token indices int64 [B, K] with the tokenizer's name, the codebook's size and the grid."""
@@ -125,38 +123,7 @@ class Generator(PretrainedModel):
             grid=self.grid,
         )
 
-    def drop_classes(self, classes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Replace a random `class_label_dropout` of classes int64 [B] by no class, for training with
-        guidance.
-
-        The generator is on the classes' device.
-        """
-        uniform = torch.rand(len(classes), generator=generator, device=classes.device)
-        return classes.masked_fill(uniform < self.config.class_label_dropout, self.num_classes)
-
     # Checks -------------------------------------------------------------------------------------------------
-
-    def check_classes(self, condition: int | Sequence[int] | Tensor) -> Tensor:
-        """Classes int64 [B] on this model's device, or a ValueError that says what is accepted."""
-        accepted = f"{self.label} takes classes in 0..{self.num_classes - 1}, as int64 [B] or a list"
-        try:
-            # Without its dtype an empty list would be one of floats.
-            dtype = torch.int64 if isinstance(condition, list | tuple) and not condition else None
-            values = torch.as_tensor(condition, dtype=dtype)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ValueError(f"the classes are {configuration.shorten(condition)}; {accepted}") from error
-        if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
-            raise ValueError(
-                f"the classes are {configuration.shorten(condition)} ({values.dtype}); {accepted}"
-            )
-        if values.ndim > 1:
-            raise ValueError(f"the classes have shape {list(values.shape)}; {accepted}")
-        values = values.reshape(-1).to(self.device, torch.int64)
-        if values.numel() and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in values.aminmax())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"class {low if low < 0 else high} does not exist; {accepted}")
-        return values
 
     def check_settings(self, values: Mapping[str, Any]) -> Any:
         """The configuration with these arguments of `sample` in it.
@@ -169,8 +136,9 @@ class Generator(PretrainedModel):
             raise ValueError(
                 f"{unknown[0]} does not apply to {self.label}; it takes {', '.join(self.settings)}"
             )
-        for name in _BOUNDS.keys() & values.keys():
-            _require_number(name, values[name])
+        for name in ("temperature", "guidance"):
+            if name in values:
+                _require_number(name, values[name])
         if "steps" in values:
             _require_steps(values["steps"])
         fields = {self.settings[name]: value for name, value in values.items()}
@@ -227,7 +195,7 @@ def _require_number(name: str, value: Any) -> None:
     """Raise ValueError unless a setting is a finite number of 0 or more."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
     if not is_number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} is {configuration.shorten(value)}; it takes {_BOUNDS[name]}")
+        raise ValueError(f"{name} is {configuration.shorten(value)}; it takes a finite number of 0 or more")
 
 
 def _require_steps(value: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..configuration import build
 from ..models.ranges import require_between, require_depths, require_multiple, require_sizes
 from ..registry import Entry
-from .base import Generator
+from .classes import ClassGenerator
 from .guidance import power_cosine
 from .layers import apply_linear, initialise, wide
 from .noise import Noise
@@ -68,14 +68,13 @@ class MaskGITConfig:
         require_settings(self, "randomize_temperature", "guidance_scale", "guidance_scale_pow")
 
 
-class MaskGIT(Generator):
+class MaskGIT(ClassGenerator):
     """What both networks share: token space, sampling, and masks for training.
 
     Input ids are 0..V-1 for codes, V for a masked token, V+1+c for class c and V+1001 for no class.
     """
 
     config_class = MaskGITConfig
-    conditions = ("class",)
     settings: ClassVar[Mapping[str, str]] = {
         "temperature": "randomize_temperature",
         "guidance": "guidance_scale",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..configuration import build
 from ..models.ranges import require_between, require_depths, require_multiple, require_sizes
 from ..registry import Entry
-from .base import Generator
 from .cache import KeyValueCache
+from .classes import ClassGenerator
 from .guidance import power_cosine
 from .layers import apply_linear, initialise, wide
 from .noise import Noise
@@ -145,7 +145,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 @GENERATORS.family("rar")
-class RAR(Generator):
+class RAR(ClassGenerator):
     """RAR over a grid of tokens, such as the 256 of MaskGIT-VQGAN.
 
     Rows of the transformer: a start row, the class, and the tokens so far. Input ids are 0..V-1 for codes,
@@ -153,7 +153,6 @@ class RAR(Generator):
     """
 
     config_class = RARConfig
-    conditions = ("class",)
     settings: ClassVar[Mapping[str, str]] = {
         "temperature": "randomize_temperature",
         "guidance": "guidance_scale",
