@@ -41,7 +41,8 @@ def list_(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table(title, columns, [[str(row[column]) for column in columns] for row in rows])
+    header = ["✓" if column == "verified" else column for column in columns]
+    table(title, header, [[str(row[column]) for column in columns] for row in rows])
 
 
 def _tokenizers() -> tuple[str, list[str], list[dict[str, Any]]]:
