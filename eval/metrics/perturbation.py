@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.karl.model import PlacedQuantizer
+from ...models.karl.quantizer import PlacedQuantizer
 from ...quantizers import (
     BinaryQuantizer,
     FiniteScalarQuantizer,

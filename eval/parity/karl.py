@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ...configuration import shorten
 from ...loading import create
-from ...models.karl.model import TARGETS, Analysis, Karl, KarlConfig, TrainingPass
+from ...models.karl.config import TARGETS, KarlConfig
+from ...models.karl.model import Karl
+from ...models.karl.network import Analysis, TrainingPass
 from .case import Case, Outputs
 from .fields import check_size, whole
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.karl.model import DEFAULT_TARGET, HALTED, Karl
+from ...models.karl.config import DEFAULT_TARGET, HALTED
+from ...models.karl.model import Karl
 from ...tokens import Tokens
 from .plain_titok import multihead
 from .variants import Variant

@@ -14,7 +14,7 @@ from tiny_tokenizers import codes_of
 
 from vistok import Tokens, create, load
 from vistok.models.karl import model as karl
-from vistok.models.karl.model import TARGETS, VARIANTS
+from vistok.models.karl.config import TARGETS, VARIANTS, KarlConfig
 from vistok.registry import entries
 from vistok.train.config import OptimizerConfig, TrainConfig
 from vistok.train.loop import train
@@ -359,7 +359,7 @@ def test_published_shapes_are_recognised_as_their_own_configuration(name):
     with torch.device("meta"):
         model = create(name)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    assert karl.KarlConfig(**karl.Karl.recognise(shapes, None)) == model.config
+    assert KarlConfig(**karl.Karl.recognise(shapes, None)) == model.config
     assert entries()[name].file.endswith(
         f"{model.config.base}_{'quantized' if model.config.quantize_latent else 'continuous'}_latents.pth"
     )

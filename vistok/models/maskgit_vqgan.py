@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..nn.cpu.batching import few_at_a_time
+from ..nn.cpu.batching import in_chunks
 from ..nn.cpu.upsample import upsample_conv
 from ..quantizers import VectorQuantizer
 from ..registry import Entry, register, register_family
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[B, 256, h, w] → [B, 3, 16h, 16w]."""
         cells = features.shape[2] * features.shape[3]
-        return few_at_a_time(self._decode, features, cells * 4 ** (len(self.up) - 1))
+        return in_chunks(self._decode, features, cells * 4 ** (len(self.up) - 1))
 
     def _decode(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features.contiguous(memory_format=torch.channels_last)))

@@ -32,6 +32,7 @@ from ...quantizers import FiniteScalarQuantizer
 from ...registry import Entry, register, register_family
 from ...tokenizer import Tokenizer, TrainingOutput
 from ...tokens import Tokens
+from ..image_sizes import Size, draw_by_size, image_sizes, in_order, read_size, read_sizes, rows_by_size
 from .config import LICENSE, FlexTokConfig, KeptTokens, header_config
 from .network import (
     Conditions,
@@ -44,7 +45,6 @@ from .network import (
     sincos_table,
     timestep_features,
 )
-from .sizes import Size, draw_by_size, image_sizes, in_order, read_size, read_sizes, rows_by_size
 from .vae import FlexTokVAE, load_vae, vae_config
 
 __all__ = [

@@ -12,7 +12,7 @@ from ...bounded_build import bounded_build, count
 from ...configuration import convert, understood
 from ...extras import needs
 from ...files import looks_like_path
-from ...nn.cpu.batching import few_at_a_time
+from ...nn.cpu.batching import in_chunks
 from ...nn.cpu.upsample import upsample_conv
 from ...nn.cpu.winograd import ExactGroupNorm, norm_silu_conv
 from ...tokenizer import TrainingOutput
@@ -121,7 +121,7 @@ class FlexTokVAE(nn.Module):
             if not weight.is_contiguous(memory_format=torch.channels_last):
                 self.vae.to(memory_format=torch.channels_last)
             x = x.contiguous(memory_format=torch.channels_last)
-            return few_at_a_time(run, x, x.shape[2] * x.shape[3] * pixels_a_cell).contiguous()
+            return in_chunks(run, x, x.shape[2] * x.shape[3] * pixels_a_cell).contiguous()
 
 
 def _exact(norm: nn.GroupNorm) -> ExactGroupNorm:

@@ -1,5 +1,6 @@
 """KARL: as many tokens as an image needs (arXiv 2507.07995)."""
 
-from .model import Karl, KarlConfig
+from .config import KarlConfig
+from .model import Karl
 
 __all__ = ["Karl", "KarlConfig"]

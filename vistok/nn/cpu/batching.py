@@ -8,7 +8,7 @@ from torch import Tensor
 PIXELS = 2**16
 
 
-def few_at_a_time(run: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+def in_chunks(run: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
     """`run(x)` for x [B, …] whose rows are or become images of that many `pixels`.
 
     On a CPU without gradients it takes as many rows at a time as have 2^16 pixels: they fit the cache better
