@@ -35,7 +35,9 @@ def _check_release(package: str, extra: str, purpose: str) -> None:
 
     installed, name = metadata.version(package), canonicalize_name(package)
     declared = map(Requirement, metadata.requires("vistok") or ())
-    requirement = next(each for each in declared if canonicalize_name(each.name) == name)
+    requirement = next((each for each in declared if canonicalize_name(each.name) == name), None)
+    if requirement is None:  # of an editable install whose metadata are older than its files
+        return
     if not requirement.specifier.contains(installed, prereleases=True):
         raise ImportError(
             f"{purpose} needs {package} {requirement.specifier}, and {installed} is installed: "

@@ -8,55 +8,16 @@ import io
 import itertools
 import re
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ...extras import needs
 from ...files import atomic_write
 from .charts import Chart
 
-STYLE = """
-:root { --ink: #1d2433; --soft: #5b6475; --line: #e3e7ee; --back: #f5f7fa; --strong: #0072b2 }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif }
-main { margin: 0 auto; max-width: 76rem; padding: 2rem 1.2rem 4rem }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere }
-h2 { font-size: 1.1rem; margin: 0 0 .6rem }
-.lead, .note, figcaption { color: var(--soft) }
-.lead { margin: 0 0 1.6rem }
-.note, figcaption { font-size: .88rem }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin-bottom: 1.2rem }
-.card, section { background: #fff; border: 1px solid var(--line); border-radius: 8px }
-.card { padding: .7rem .9rem; flex: 1 1 8.2rem; max-width: 14rem }
-.card b { display: block; font-size: 1.4rem; line-height: 1.3; color: var(--strong) }
-.card small { color: var(--soft); font-size: .82rem; display: block }
-section { padding: 1.1rem 1.2rem; margin-bottom: 1.2rem }
-.charts { display: grid; gap: 1.2rem; margin-bottom: 1.2rem;
-  grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)) }
-.charts section { margin: 0 }
-.charts img { width: 100%; max-width: 44rem; display: block }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word;
-  border-bottom: 1px solid var(--line) }
-th { color: var(--soft); font-weight: 600; white-space: nowrap }
-td:first-child:not(.number) { min-width: 11rem; max-width: 24rem }
-td.number { white-space: nowrap }
-td.long { overflow-wrap: anywhere }
-td.skipped { color: var(--soft); font-style: italic }
-figure { margin: 0 }
-figcaption { margin-top: .3rem; overflow-wrap: anywhere }
-.strips { display: grid; gap: 1.3rem }
-.strips.narrow { grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)) }
-.strip { display: grid; gap: .35rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 11rem) }
-.strip img { width: 100%; display: block; image-rendering: pixelated; border-radius: 3px }
-.strip span { font-size: .78rem; color: var(--soft); display: block; line-height: 1.3;
-  overflow-wrap: anywhere }
-"""
 NUMBER = re.compile(r"[-−±]?[\d.,]+(e[-+]?\d+)?( ?[%×–(-].*)?( dB)?")
 LONG = 30
 """Letters of a word that a cell may break anywhere."""
@@ -99,6 +60,11 @@ class Gallery:
     strips: list[Strip]
     note: str = ""
 
+    @property
+    def narrow(self) -> bool:
+        """Whether strips are short enough to stand beside each other."""
+        return all(len(strip.pictures) <= NARROW for strip in self.strips)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -111,24 +77,24 @@ class Report:
 
 
 def write_html(path: Path, report: Report) -> None:
-    """Write the page, aside first and then renamed."""
-    cards = "".join(
-        f'<div class="card"><small>{escape(card.label)}</small><b>{escape(card.value)}</b>'
-        f"<small>{escape(card.note)}</small></div>"
-        for card in report.cards
+    """Write the page, aside first and then renamed. Raises ModuleNotFoundError without jinja2."""
+    with needs("jinja2", "eval", "an HTML report"):
+        from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("vistok.eval.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    body = [
-        f'<h1>{escape(report.title)}</h1><p class="lead">{escape(report.lead)}</p>',
-        f'<div class="cards">{cards}</div>' if cards else "",
-    ]
-    for charts, parts in itertools.groupby(report.parts, lambda part: isinstance(part, Chart)):
-        shown = "".join(_section(part) for part in parts)
-        body.append(f'<div class="charts">{shown}</div>' if charts else shown)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    page = f'<!doctype html><html lang="en"><head>{head}<title>{escape(report.title)}</title></head>'
+    environment.filters |= {"kind": _kind, "data_url": _data_url}
+    environment.tests |= {
+        "chart": lambda part: isinstance(part, Chart),
+        "table": lambda part: isinstance(part, Table),
+    }
+    groups = itertools.groupby(report.parts, lambda part: isinstance(part, Chart))
+    page = environment.get_template("page.html").render(
+        report=report, groups=[(charts, list(parts)) for charts, parts in groups]
+    )
     with atomic_write(path) as aside:
-        text = page + f"<body><main>{''.join(body)}</main></body></html>\n"
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names that are no UTF-8
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")  # of names that are not UTF-8
 
 
 def error_map(original: Tensor, reconstruction: Tensor) -> Tensor:
@@ -138,42 +104,14 @@ def error_map(original: Tensor, reconstruction: Tensor) -> Tensor:
     return (4 * error).clamp(max=255).to(torch.uint8).expand(3, -1, -1)
 
 
-def _section(part: Table | Chart | Gallery) -> str:
-    if isinstance(part, Chart):
-        shown = f'<img alt="{escape(part.title)}" src="{part.svg()}">'
-    else:
-        shown = _table(part) if isinstance(part, Table) else _strips(part)
-        shown += f'<p class="note">{escape(part.note)}</p>' if part.note else ""
-    return f"<section><h2>{escape(part.title)}</h2>{shown}</section>"
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _cell(text: str) -> str:
-    kind = "skipped" if text == "skipped" else "number" if NUMBER.fullmatch(text) else ""
+def _kind(text: str) -> str:
+    """The class of a table's cell: "long", "number", "skipped" or none."""
     if any(len(word) > LONG for word in text.split()):
-        kind = "long"
-    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
+        return "long"
+    return "skipped" if text == "skipped" else "number" if NUMBER.fullmatch(text) else ""
 
 
-def _strips(gallery: Gallery) -> str:
-    narrow = all(len(strip.pictures) <= NARROW for strip in gallery.strips)
-    strips = []
-    for strip in gallery.strips:
-        images = "".join(
-            f'<div><img alt="{escape(name)}" src="{_data(pixels)}"><span>{escape(name)}</span></div>'
-            for name, pixels in strip.pictures
-        )
-        caption = f"<figcaption>{escape(strip.caption)}</figcaption>"
-        strips.append(f'<figure><div class="strip">{images}</div>{caption}</figure>')
-    return f'<div class="strips{" narrow" * narrow}">{"".join(strips)}</div>'
-
-
-def _data(pixels: Tensor) -> str:
+def _data_url(pixels: Tensor) -> str:
     """An image uint8 [3, H, W] as a data URL."""
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, "PNG", optimize=True)
