@@ -25,12 +25,12 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
         raise ValueError(f"--lengths {text!r}: give whole numbers, such as 1,4,16") from error
 
 
-def baselines(text: str) -> tuple[str, ...]:
+def baseline_names(text: str) -> tuple[str, ...]:
     """The names of a comma-separated list, or none."""
     return () if text.strip() == "none" else names(text) or ()
 
 
-def workers(count: int | None) -> int:
+def workers_or_cores(count: int | None) -> int:
     """Processes that decode images: the number given, or by the cores of this machine."""
     from .data.dataset import worker_count
 
@@ -58,7 +58,7 @@ Batch = Annotated[int, Option("--batch-size", min=1, help="Images at a time.")]
 Workers = Annotated[
     int,
     Option("--workers", min=0, max=256, help="Processes that decode images; by the cores otherwise."),
-    Setting(text=int | None, parse=workers, default=None, loose=True),
+    Setting(text=int | None, parse=workers_or_cores, default=None, loose=True),
 ]
 Every = Annotated[
     int,
@@ -168,7 +168,7 @@ class CurvesConfig:
     baselines: Annotated[
         tuple[str, ...],
         Option("--baselines", help="Comma-separated; none for none.", metavar="A,B,…"),
-        Setting(text=str, parse=baselines, default=",".join(BASELINES)),
+        Setting(text=str, parse=baseline_names, default=",".join(BASELINES)),
     ] = BASELINES
     metrics: Annotated[tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names)] = None
     files: Annotated[WeightFiles, LOOSE] = field(default_factory=WeightFiles)

@@ -159,7 +159,7 @@ def test_whole_pictures_keep_their_aspect_where_the_tokenizer_takes_them(tmp_pat
     result = evaluate(folder, tmp_path / "out", shared("instella"), crop=False)
     assert result.picture(0).original.shape == (3, 32, 48)
     assert result.record.metrics["bits-per-pixel"]["value"] == 6 * 12 / (32 * 48)
-    with pytest.raises(ValueError, match="squares only: leave --no-crop out"):
+    with pytest.raises(ValueError, match="takes 32×32 only: leave --no-crop out"):
         evaluate(folder, tmp_path / "out", crop=False)
 
 

@@ -21,7 +21,7 @@ from vistok import create, list_tokenizers, load
 from vistok.bounded_build import empty_weights
 from vistok.files import looks_like_path
 from vistok.models.mini import MiniConfig
-from vistok.registry import entries, families
+from vistok.registry import TOKENIZERS, entries, families
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
@@ -205,7 +205,7 @@ def test_a_view_that_repeats_a_number_is_refused(tmp_path):
 
 def test_the_shipped_model_is_checked_by_its_digest(tmp_path, monkeypatch):
     changed = dataclasses.replace(entries()["vistok-mini"], sha256="0" * 64)
-    monkeypatch.setitem(sys.modules["vistok.registry"]._ENTRIES, "vistok-mini", changed)
+    monkeypatch.setitem(TOKENIZERS._entries, "vistok-mini", changed)
     with pytest.raises(ValueError, match=r"is not the vistok-mini that this version of vistok ships"):
         load("vistok-mini")
 
