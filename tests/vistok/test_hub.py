@@ -16,7 +16,7 @@ from vistok import create, load
 
 COMMIT = "0" * 40
 EACH = """
-import sys, vistok, vistok.eval.sources
+import sys, vistok, vistok.eval.data.sources
 for source in sys.argv[1].split():
     try: {call}(source)
     except Exception as error: print(type(error).__name__, error, file=sys.stderr)
