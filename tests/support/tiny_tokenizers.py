@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vistok import create, load
+from vistok.registry import families
 
 SIDE, COUNT = 32, 6
 VIT = {
@@ -116,9 +117,17 @@ CASES = {
     "karl-vae-vq": ("karl", {**KARL, "base": "vae", "quantize_latent": True}),
     "karl-vae": ("karl", {**KARL, "base": "vae", "quantize_latent": False}),
 }
-ORDERED = ["mini", "flextok"]
-ADAPTIVE = [case for case in CASES if case.startswith("karl")]
-FIXED_LENGTH = [case for case in CASES if case.startswith(("titok", "tatitok", "instella"))]
+
+
+def traits(case):
+    """The class of a case's family: its flags say what to expect of it."""
+    return families()[CASES[case][0]]
+
+
+ORDERED = [case for case in CASES if traits(case).ordered]
+ADAPTIVE = [case for case in CASES if traits(case).adaptive]
+STOCHASTIC = [case for case in CASES if traits(case).stochastic]
+FIXED_LENGTH = [case for case in CASES if case not in ORDERED + ADAPTIVE + ["maskgit-vqgan"]]  # any square
 
 
 # ---- building ----------------------------------------------------------------------------------------------
@@ -227,9 +236,8 @@ def text_states(count):
 
 def options(case, count):
     """What `decode` is given beside tokens."""
-    if case.startswith("tatitok"):
-        return {"text": text_states(count)}
-    return {"steps": 2} if case == "flextok" else {}
+    given = {"condition": text_states(count)} if "text" in traits(case).conditions else {}
+    return given | ({"steps": 2} if traits(case).stochastic else {})
 
 
 def decode(model, case, tokens):

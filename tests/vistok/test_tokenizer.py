@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tiny_tokenizers import (
     FIXED_LENGTH,
     ORDERED,
     SIDE,
+    STOCHASTIC,
     assert_close_tokens,
     build,
     codes_of,
@@ -28,6 +30,7 @@ from tiny_tokenizers import (
     saved_and_loaded,
     shared,
     text_states,
+    traits,
 )
 
 import vistok
@@ -40,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("small_and_quick")
 HALF_PRECISION_FRIENDLY = [
     case for case in CASES if case != "titok-legacy"
 ]  # 30M weights in its pixel decoder
-DETERMINISTIC = [case for case in CASES if case != "flextok"]
+DETERMINISTIC = [case for case in CASES if case not in STOCHASTIC]
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_an_image_does_not_see_its_neighbours(case, model):
     images = pictures(3)
     together, alone = model.encode(images), model.encode(images[1:2])
     assert_close_tokens(together[1], alone)
-    states = {"text": text_states(3)[1:2]} if case.startswith("tatitok") else {}
+    states = {"condition": text_states(3)[1:2]} if "text" in model.conditions else {}
     single = model.decode(together[1], **options(case, 1) | states)
     torch.testing.assert_close(decode(model, case, together)[1:2], single, rtol=1e-4, atol=5e-5)
 
@@ -188,7 +191,7 @@ def training_options(case, count):
         return {"lengths": torch.tensor([2, 6, 3, 1])}
     if case in ADAPTIVE:
         return {"num_tokens": 6, "target": 0.05}
-    return options(case, count)
+    return {"text": text_states(count)} if "text" in traits(case).conditions else {}
 
 
 def test_training_forward_sends_gradients_to_every_part(case, model):
@@ -196,7 +199,7 @@ def test_training_forward_sends_gradients_to_every_part(case, model):
     torch.manual_seed(0)
     output = model(pictures(4), **training_options(case, 4))
     loss = sum(output.losses.values())
-    if case != "flextok":  # which learns a velocity, and draws no picture
+    if not model.stochastic:  # which learns a velocity, and draws no picture
         loss = loss + output.images.square().mean()
         proxy = case == "titok-stage1"
         assert output.images.shape == ((4, 1024, SIDE // 16, SIDE // 16) if proxy else (4, 3, SIDE, SIDE))
@@ -206,7 +209,9 @@ def test_training_forward_sends_gradients_to_every_part(case, model):
 
 
 ONE_PASS = [  # others sample the posterior, end at proxy codes or learn something else than to draw
-    case for case in CASES if not case.endswith("vae") and case not in ("titok-stage1", "flextok", *ADAPTIVE)
+    case
+    for case in CASES
+    if not case.endswith("vae") and case not in ("titok-stage1", *STOCHASTIC, *ADAPTIVE)
 ]
 
 
@@ -214,10 +219,37 @@ ONE_PASS = [  # others sample the posterior, end at proxy codes or learn somethi
 def test_training_forward_shows_what_encode_and_decode_give(case, models):
     model, images = models(case), pictures(2)
     with torch.no_grad():
-        output = model(images, **options(case, 2))
+        output = model(images, **({"text": text_states(2)} if "text" in model.conditions else {}))
     tokens = model.encode(images)
     assert torch.equal(output.codes, codes_of(tokens))
     torch.testing.assert_close(output.images.clamp(0, 1), decode(model, case, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_flags_say_what_a_family_is_given_and_gives(case, model):
+    assert model.modality == "image" and isinstance(model.features, bool)
+    assert set(model.conditions) <= {"text", "class"}
+    if model.size_multiple is not None:
+        sides = (model.size_multiple, model.size_multiple * 2)
+        if model.image_size >= max(sides):
+            model.check_image_size(*sides, "")
+        with pytest.raises(ValueError, match="multiples of"):
+            model.check_image_size(sides[0] + 1, sides[1], "")
+    else:
+        with pytest.raises(ValueError, match="pixels"):
+            model.check_image_size(model.image_size, model.image_size * 3, "")
+    assert model.sized == ("size" in inspect.signature(model.decode).parameters)
+
+
+def test_a_condition_is_taken_where_there_is_one_and_refused_elsewhere(case, model):
+    tokens = model.encode(pictures(1))
+    if "text" in model.conditions:
+        states = text_states(1)
+        assert torch.equal(model.decode(tokens, condition=states), model.decode(tokens, text=states))
+        with pytest.raises(ValueError, match="condition and text mean the same"):
+            model.decode(tokens, condition=states, text=states)
+    else:
+        with pytest.raises(ValueError, match="decodes tokens alone; leave condition out"):
+            model.decode(tokens, condition=["a jay"])
 
 
 # ---- what a user gets wrong --------------------------------------------------------------------------------
