@@ -44,7 +44,7 @@ _NOT_SETTINGS = {
     "masked_count_entering_each_step",
     "teacher_forced_mismatches",
 }
-"""Keys of a recorded run that say how it was drawn, and what was observed."""
+"""Keys that describe how the random numbers of a run were drawn, and what was observed in it."""
 
 
 def system_of(case: Case) -> str | None:

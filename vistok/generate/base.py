@@ -21,9 +21,8 @@ from .registry import GENERATORS
 class Generator(PretrainedModel):
     """A model that writes tokens: `sample`, `logits`, `from_pretrained`, `save_pretrained`.
 
-    A family subclasses this with a `config` dataclass and two methods, `logits` and `write`. Images are not
-    its business: `config.tokenizer` names the tokenizer that decodes what it writes, and is never loaded
-    here.
+    A family subclasses this with a `config` dataclass, `check_condition`, `logits` and `write`.
+    `config.tokenizer` names the tokenizer that decodes the tokens; it is never loaded here.
     """
 
     catalog = GENERATORS

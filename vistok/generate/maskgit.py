@@ -1,4 +1,4 @@
-"""MaskGIT on TiTok's tokens: all tokens of an image are predicted at once and the surest are kept, in few
+"""MaskGIT on TiTok's tokens: all tokens of an image are predicted at once and the likeliest kept, in few
 steps.
 
 "MaskGIT: Masked Generative Image Transformer" (Chang et al., 2022, arXiv 2202.04200) with the two networks
@@ -69,7 +69,7 @@ class MaskGITConfig:
 
 
 class MaskGIT(ClassGenerator):
-    """What both networks share: token space, sampling, and masks for training.
+    """Token space, sampling and training masks of both networks.
 
     Input ids are 0..V-1 for codes, V for a masked token, V+1+c for class c and V+1001 for no class.
     """
@@ -164,8 +164,8 @@ class MaskGIT(ClassGenerator):
     def next_state(
         self, step: int, indices: Tensor, logits: Tensor, settings: MaskGITConfig, noise: Noise
     ) -> Tensor:
-        """Choose codes for the masked tokens and mask the least sure of them again; all stay in the last
-        step."""
+        """Choose codes for the masked tokens and mask the least confident of them again; all stay in
+        the last step."""
         progress = (step + 1) / settings.num_steps
         temperature = settings.randomize_temperature * (1 - progress)
         noisy = logits
@@ -176,7 +176,7 @@ class MaskGIT(ClassGenerator):
         indices = torch.where(masked, choice, indices)
         if progress == 1:
             return indices
-        # The sureness of a choice is its logit without noise; a token once kept stays.
+        # The confidence in a choice is its logit without noise; a token once kept stays.
         confidence = logits.gather(2, choice[..., None])[..., 0].masked_fill(~masked, math.inf)
         if temperature > 0:
             confidence = confidence + temperature * noise.gumbel(self.num_tokens)

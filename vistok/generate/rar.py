@@ -1,8 +1,8 @@
 """RAR: an image's tokens one after another, by a causal transformer trained on random orders.
 
-"Randomized Autoregressive Visual Generation" (Yu et al., 2024, arXiv 2411.00776). Every row knows which
-position it predicts (target-aware positions), so that training may take any order; sampling goes row by row
-through the image.
+"Randomized Autoregressive Visual Generation" (Yu et al., 2024, arXiv 2411.00776). Every row of the
+sequence carries the position that it predicts (target-aware positions), so that training may take any order;
+sampling goes row by row through the image.
 """
 
 from collections.abc import Iterator, Mapping
@@ -239,8 +239,8 @@ class RAR(ClassGenerator):
             orders = torch.arange(self.num_tokens, device=indices.device)[None]
         own, target = self.pos_embed[0], self.target_aware_pos_embed[0]
         places = torch.cat([own[:2].expand(len(orders), -1, -1), own[2 + orders]], 1)  # [1 or B, 2+N, D]
-        nothing = target.new_zeros(len(orders), 1, target.shape[1])
-        targets = torch.cat([nothing, target[2 + orders], nothing], 1)
+        zeros = target.new_zeros(len(orders), 1, target.shape[1])
+        targets = torch.cat([zeros, target[2 + orders], zeros], 1)
         return x + (places + targets)[:, :rows], label + self.timesteps_embeddings[:, :rows]
 
     # Sampling -----------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ class RAR(ClassGenerator):
 
 
 class _Decoder:
-    """The transformer in sampling, one row after another, with keys and values kept.
+    """Runs the transformer row after row for sampling, with keys and values kept.
 
     What the condition does to a row (AdaLN) depends on class and row alone. It is computed for many rows at
     once, and once per class: a third of the weights are then read a few times per image, not once per token.
@@ -338,11 +338,11 @@ class _Decoder:
         return model.lm_head(model.adaln_before_head(x[:, -1:], condition[:, -1:]))[:, 0]
 
     def _prepare(self, row: int, end: int) -> None:
-        """Have the modulations of the rows `row` to `end` (and of those that follow)."""
+        """Compute the modulations of rows `row` to `end` and of many that follow, unless they are there."""
         if end <= self.first + self.conditions.shape[1]:
             return
         model = self.model
-        stop = min(row + self.rows_at_once, self.model.num_tokens + 1)
+        stop = min(row + self.rows_at_once, model.num_tokens + 1)
         self.first = row
         self.conditions = self.labels + model.timesteps_embeddings[:, row:stop]  # [U, rows, D]
         self.modulations = [block.adaLN_modulation(self.conditions) for block in model.blocks]
