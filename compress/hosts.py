@@ -321,7 +321,8 @@ def vision_borders(
 
         frames = get_vision_cu_seqlens(grid_thw, kwargs=kwargs)
     else:
-        ends = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0]).cumsum(0, dtype=torch.int32)
+        patches = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])  # of each frame
+        ends = patches.cumsum(0, dtype=torch.int32)
         frames = F.pad(ends, (1, 0))
     units = windows = None
     if hasattr(tower, "window_size"):

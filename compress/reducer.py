@@ -194,6 +194,7 @@ class FeatureReducer(Reducer):
     paper_positions: ClassVar[Literal["keep", "compact"]] = "compact"
     # Where this is None, `reduce` is given None without a budget, and goes by the method's own number.
     default_keep: ClassVar[float | None] = 0.25
+    merges: ClassVar[bool] = False  # whether kept tokens get new values
     wants_pixels: ClassVar[bool] = False  # whether `Image.encode` is needed, so that pixel values are kept
 
     def tower_layers(self) -> dict[TowerLayer, bool | Literal["joined"]]:

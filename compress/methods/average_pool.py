@@ -17,6 +17,7 @@ class AveragePool(FeatureReducer):
     allows."""
 
     summary: ClassVar = "means of neighbours along the sequence"
+    merges: ClassVar = True
 
     paper_positions: ClassVar = "keep"
 

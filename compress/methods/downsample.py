@@ -28,6 +28,7 @@ class Downsample(FeatureReducer):
     """
 
     summary: ClassVar = "the picture encoded once more, smaller"
+    merges: ClassVar = True
 
     paper_positions: ClassVar = "keep"
     wants_pixels: ClassVar = True

@@ -30,6 +30,7 @@ class PruMerge(FeatureReducer):
     """
 
     summary: ClassVar = "outliers, neighbours merged in"
+    merges: ClassVar = True
     paper: ClassVar = "arXiv 2403.15388"
     verified: ClassVar = "merged tokens equal, logits 2.9e-6"
 

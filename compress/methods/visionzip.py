@@ -27,6 +27,7 @@ class VisionZip(FeatureReducer):
     """
 
     summary: ClassVar = "dominant tokens, the rest merged"
+    merges: ClassVar = True
     paper: ClassVar = "arXiv 2412.04467"
     verified: ClassVar = "picks equal, merged states, logits 2.6e-6"
 

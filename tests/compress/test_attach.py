@@ -3,6 +3,7 @@ satisfy."""
 
 import re
 from functools import cache
+from itertools import product
 
 import pytest
 import reducer_matrix as matrix
@@ -14,6 +15,7 @@ from tiny_vlms import FIXTURES, tiny_vlm
 
 from vistok import compress
 from vistok.compress import DivPrune, FastV, KeyNorm, Random, ToMe
+from vistok.compress.registry import reducers
 
 
 def the_reducer_of_contributing():
@@ -25,16 +27,22 @@ def the_reducer_of_contributing():
     return space["Longest"]()
 
 
-REDUCERS = {
-    "DivPrune": DivPrune(),
-    "Random": Random(),
-    "FastV": FastV(k=1),
-    "Cut2": Cut(k=2),
-    "Cut3": Cut(k=3),
-    "KeyNorm": KeyNorm(),
-    "ToMe": ToMe(),
-    "contributed": the_reducer_of_contributing(),
+# One per stage on all models, kernels, batches and ways of decoding …
+STAGES = {"DivPrune": DivPrune(), "FastV": FastV(k=1), "KeyNorm": KeyNorm(), "ToMe": ToMe()}
+# … cuts at other depths, and draws, on all models …
+OTHERS = {"Random": Random(), "Cut2": Cut(k=2), "Cut3": Cut(k=3)}
+# … and every reducer that there is on one model whose tower has a class token and tiles.
+SETTINGS = {
+    "fastv": {"k": 1},
+    "pyramiddrop": {"layer_list": (1, 2), "image_token_ratio_list": (0.5, 0.25)},
+    "transprune": {
+        "accumulating_layer_list": (1,),
+        "pruning_layer_list": (1, 2),
+        "image_token_ratio_list": (0.5, 0.25),
+    },
 }
+EVERY = {name: kind(**SETTINGS.get(name, {})) for name, kind in reducers().items()}
+EVERY["contributed"] = the_reducer_of_contributing()
 
 
 @cache
@@ -42,14 +50,35 @@ def fixture(name, attention):
     return tiny_vlm(name, attention)
 
 
-@pytest.mark.parametrize("reducer", REDUCERS.values(), ids=REDUCERS)
-@pytest.mark.parametrize("decoding", DECODING)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FIXTURES)
-def test_every_reducer_on_every_model(name, attention, batch, decoding, reducer):
+def cases():
+    """All of the first tier; what the quick run leaves out is marked as slow."""
+    for name in FIXTURES:
+        for attention, batch, decoding in product(["sdpa", "eager"], BATCHES, DECODING):
+            quick = (attention, batch, decoding) == ("sdpa", "mixed", "greedy")
+            for reducer in STAGES:
+                marks = [] if quick else [pytest.mark.slow]
+                yield pytest.param(name, attention, batch, decoding, reducer, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "attention", "batch", "decoding", "reducer"), cases())
+def test_a_reducer_of_every_stage_on_every_model(name, attention, batch, decoding, reducer):
     model, _, inputs = fixture(name, attention)
-    matrix.whole(model, inputs(images=BATCHES[batch]), reducer, **DECODING[decoding])
+    matrix.whole(model, inputs(images=BATCHES[batch]), STAGES[reducer], **DECODING[decoding])
+
+
+@pytest.mark.parametrize("reducer", OTHERS)
+@pytest.mark.parametrize("name", FIXTURES)
+def test_cuts_at_other_depths_and_draws_on_every_model(name, reducer):
+    model, _, inputs = fixture(name, "sdpa")
+    matrix.whole(model, inputs(images=BATCHES["mixed"]), OTHERS[reducer])
+
+
+@pytest.mark.parametrize("decoding", DECODING)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("reducer", EVERY)
+def test_every_reducer_on_one_model(reducer, attention, decoding):
+    model, _, inputs = fixture("llava_next", attention)
+    matrix.whole(model, inputs(images=BATCHES["mixed"]), EVERY[reducer], **DECODING[decoding])
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "idefics3"])
