@@ -25,6 +25,7 @@ from vistok.eval.metrics.statistics import Gaussian
 from vistok.images import load_image
 from vistok.saved import read_state
 from vistok.train import config as training
+from vistok.train import recipe
 from vistok.train.patterns import expand
 
 REFUSED = (ValueError, OSError)
@@ -193,7 +194,7 @@ def training_file(root: Path, valid: dict[str, bytes], rng: random.Random) -> No
     text = yaml.safe_dump(changed_values(RUN, rng), allow_unicode=False).encode(errors="surrogateescape")
     path = root / "case.yaml"
     path.write_bytes(changed_bytes(text, rng) if rng.random() < 0.3 else text)
-    config = training.read(path)
+    config = recipe.read(path)
     training_data(config)
 
 

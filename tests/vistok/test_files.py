@@ -18,7 +18,7 @@ from vistok import Tokens, load
 from vistok.eval.data.sources import open_dataset
 from vistok.files import atomic_write, check_target
 from vistok.images import load_image
-from vistok.train.config import read as read_training_file
+from vistok.train.recipe import read as read_training_file
 
 
 def write(path, text="new"):

@@ -10,7 +10,7 @@ import yaml
 
 from vistok import create, load
 from vistok.models import titok
-from vistok.train import config as configuration
+from vistok.train import recipe
 from vistok.train.config import OptimizerConfig, TrainConfig
 from vistok.train.loop import train
 from vistok.train.losses import ReconstructionLossConfig
@@ -500,7 +500,7 @@ def written(tmp_path, values):
 
 def test_a_file_gives_the_configuration(tmp_path):
     values = {**VALID, "optimizer": {"learning_rate": "1e-3", "betas": [0.9, 0.95]}, "validation": ["coffee"]}
-    config = configuration.read(written(tmp_path, values))
+    config = recipe.read(written(tmp_path, values))
     assert config == TrainConfig(
         **VALID, optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.95)), validation=("coffee",)
     )
@@ -532,25 +532,25 @@ def test_a_file_gives_the_configuration(tmp_path):
 )
 def test_a_mistake_in_the_file_names_file_and_key(change, said, tmp_path):
     with pytest.raises(ValueError, match=rf"run\.yaml.*{said}"):
-        configuration.read(written(tmp_path, {**VALID, **change}))
+        recipe.read(written(tmp_path, {**VALID, **change}))
 
 
 @pytest.mark.parametrize("key", ["tokenizer", "data", "steps", "batch_size"])
 def test_a_missing_key_is_named(key, tmp_path):
     values = {name: value for name, value in VALID.items() if name != key}
     with pytest.raises(ValueError, match=rf"run\.yaml: {key} must be given"):
-        configuration.read(written(tmp_path, values))
+        recipe.read(written(tmp_path, values))
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "just text", ""])
 def test_what_is_no_mapping_is_refused_by_name(text, tmp_path):
     with pytest.raises(ValueError, match=r"run\.yaml"):
-        configuration.read(written(tmp_path, text))
+        recipe.read(written(tmp_path, text))
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
-        configuration.read(tmp_path / "gone.yaml")
+        recipe.read(tmp_path / "gone.yaml")
 
 
 SHIPPED = [
@@ -558,11 +558,11 @@ SHIPPED = [
 ]
 
 
-@pytest.mark.parametrize("recipe", SHIPPED)
-def test_a_shipped_recipe_is_valid(recipe):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_is_valid(name):
     from importlib.resources import files
 
-    config = configuration.read(str(files("vistok.assets") / f"{recipe}.yaml"))
+    config = recipe.read(str(files("vistok.assets") / f"{name}.yaml"))
     fields = dict(config.tokenizer)
     assert create(fields.pop("name"), **fields).image_size
     held_out, sources = set(config.validation), config.data["sources"]

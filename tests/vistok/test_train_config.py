@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from vistok.train import config as configuration
+from vistok.train import recipe
 from vistok.train.loop import train
 
 VALID = {
@@ -23,7 +23,7 @@ VALID = {
 def read(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text if isinstance(text, str) else yaml.safe_dump({**VALID, **text}))
-    return configuration.read(path)
+    return recipe.read(path)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def test_pipes_devices_and_bytes_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     for path in (tmp_path / "pipe.yaml", "/dev/zero"):
         with pytest.raises(OSError, match="which is not read from"):
-            configuration.read(path)
+            recipe.read(path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"bytes\.yaml is not valid YAML"):
-        configuration.read(tmp_path / "bytes.yaml")
+        recipe.read(tmp_path / "bytes.yaml")
 
 
 # ---- what has no effect ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from vistok.train import config as configuration
+from vistok.train import recipe
 from vistok.train.loop import train
 
 CONFIG = {
@@ -69,7 +69,7 @@ def config_file(folder, **changes):
 
 def run(output, **changes):
     output.parent.mkdir(exist_ok=True)
-    return train(configuration.read(config_file(output.parent, **changes)), output, progress=False)
+    return train(recipe.read(config_file(output.parent, **changes)), output, progress=False)
 
 
 def rows(output):
@@ -251,7 +251,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_dead(tmp_path)
     output = tmp_path / "run"
     first = command(tmp_path, "-o", str(output), steps=100_000)
     wait_for((output / "log.jsonl").exists)
-    settings = configuration.read(config_file(tmp_path, steps=100_000))
+    settings = recipe.read(config_file(tmp_path, steps=100_000))
     with pytest.raises(OSError, match=f"{output} is in use by process {first.pid} on "):
         train(settings, output, steps=2, progress=False)
     first.kill()

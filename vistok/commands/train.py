@@ -22,7 +22,7 @@ def train(
 
     folder = check_target(output or Path("runs") / config.stem, folder=True)
 
-    from ..train.config import read
+    from ..train.recipe import read
     from ..train.loop import train as run
 
     settings = read(config)

@@ -2,17 +2,12 @@
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..configuration import build, shorten
-from ..files import check_source
+from ..configuration import shorten
 from .losses import ReconstructionLossConfig
-from .yaml_file import read_yaml
 
-LARGEST_FILE = 2**20  # bytes
 MOST_WORKERS = 257
 
 
@@ -136,50 +131,3 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
         if not all(low <= each < high for each in values):
             upper = "" if high == math.inf else f" and below {high:g}"
             raise ValueError(f"{name} is {shorten(value)}; it must be {low:g} or more{upper}")
-
-
-def read(path: str | Path) -> TrainConfig:
-    """The configuration in a YAML file of at most 1 MB.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is not an ordinary file.
-        ValueError: it is not valid YAML, or a key or value is not accepted; the message names file and key.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no training configuration {path}; give a YAML file such as assets/vistok-mini.yaml"
-        )
-    values = read_yaml(check_source(path, limit=LARGEST_FILE))
-    if not isinstance(values, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys to values"
-        )
-    config = build(TrainConfig, values, str(path))
-    for message in _without_effect(values, config):
-        warnings.warn(f"{path}: {message}", stacklevel=2)
-    return config
-
-
-def _without_effect(values: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
-    """What the file gives for parts of the loss that its weights leave out."""
-    given = {f"loss.{name}" for name in values.get("loss", {})} | set(values)
-    parts = {
-        "perceptual": ("loss.perceptual", "perceptual_weights"),
-        "discriminator": (
-            "loss.discriminator_start",
-            "loss.discriminator_channels",
-            "loss.lecam_weight",
-            "discriminator_optimizer",
-        ),
-    }
-    for part, names in parts.items():
-        named = [name for name in names if name in given]
-        if named and getattr(config.loss, f"{part}_weight") == 0:
-            yield (
-                f"{', '.join(named)} has no effect, as loss.{part}_weight is 0; give a weight above 0, or "
-                "leave it out"
-            )
-    if config.teacher and config.validation:
-        yield "validation has no effect with a teacher: the model writes codes and no pictures"

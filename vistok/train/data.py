@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..extras import missing
 from ..images import load_image
 from .scenes import scene
-from .stored import Folder, Shards, check_size_and_seed, listed
+from .stored import Folder, Shards, as_list, check_size_and_seed
 from .workers import start as start_workers
 from .workers import worker_started
 
@@ -163,7 +163,7 @@ class Photos:
     def __post_init__(self) -> None:
         check_size_and_seed(self)
         names = photo_names()
-        excluded = listed("exclude", self.exclude, str)
+        excluded = as_list("exclude", self.exclude, str)
         if unknown := [name for name in excluded if name not in names]:
             raise ValueError(f"cannot exclude {', '.join(unknown)}: the photographs are {', '.join(names)}")
         self.names = [name for name in names if name not in excluded]
@@ -282,9 +282,9 @@ def build(config: Mapping[str, Any], size: int, seed: int) -> Source:
         accepted = {item.name for item in fields(_KINDS[kind]) if item.init} - {"size", "seed"}
         needed = accepted & {"path", "pattern"}
         if not needed <= set(options) <= accepted:
-            given = ", ".join(map(str, options)) or "nothing"
+            keys = ", ".join(map(str, options)) or "nothing"
             raise ValueError(
-                f"source {kind!r} was given {given}: accepted are {', '.join(sorted({'weight', *accepted}))}"
+                f"source {kind!r} was given {keys}: accepted are {', '.join(sorted({'weight', *accepted}))}"
                 + (f"; needed is {', '.join(needed)}" if needed else "")
             )
         own_seed = int(np.random.SeedSequence((seed, position)).generate_state(1)[0])

@@ -36,6 +36,11 @@ class Objective:
     def check(cls, config: Any) -> None:
         """Raise ValueError for settings that would fail late in a run, or have no effect on it."""
 
+    @classmethod
+    def without_effect(cls, values: Mapping[str, Any], config: Any) -> Iterator[str]:
+        """What a file gives in `values` that does not change the run, a sentence each."""
+        return iter(())
+
     def batches(self, start: int, rank: int, world_size: int) -> Iterator[Any]:
         """Endless batches of one process from the `start`-th on, each a function of its number alone.
 

@@ -33,28 +33,28 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     if _number_of_paths(pattern) > MOST_PATHS:
         raise ValueError(
-            f"{_shown(pattern)} stands for more than {MOST_PATHS:,} paths: write a shorter range, or a "
+            f"{_short(pattern)} stands for more than {MOST_PATHS:,} paths: write a shorter range, or a "
             "wildcard (*)"
         )
     try:
         paths = list(dict.fromkeys(braceexpand(pattern, escape=False)))
     except UnbalancedBracesError as error:
         raise ValueError(
-            f"{_shown(pattern)} is not a file, and as a pattern it has a brace without its partner: write "
+            f"{_short(pattern)} is not a file, and as a pattern it has a brace without its partner: write "
             "ranges as {000..010} and choices as {a,b}"
         ) from error
     files = [[path] if os.path.isfile(path) else _matches(path) for path in paths]
-    missing = [path for path, found in zip(paths, files, strict=True) if not found]
+    missing = [path for path, matches in zip(paths, files, strict=True) if not matches]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise FileNotFoundError(
-            f"no file {', '.join(map(_shown, missing[:5]))}{more}: {_shown(pattern)} stands for "
+            f"no file {', '.join(map(_short, missing[:5]))}{more}: {_short(pattern)} stands for "
             f"{len(paths)} path(s)"
         )
     return list(itertools.chain.from_iterable(files))
 
 
-def _shown(path: str) -> str:
+def _short(path: str) -> str:
     """A path as messages show it: on one line and not endless."""
     text = safe_text(path)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -124,7 +124,7 @@ class RunFolder:
         with atomic_write(path) as aside:
             torch.save(state, aside)
             if path.exists():
-                _keep(path, previous)
+                _add_name(path, previous)
 
     # The log ------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _keep(path: Path, name: Path) -> None:
+def _add_name(path: Path, name: Path) -> None:
     """Give a file a second name, replacing what had it."""
     beside = name.with_name(f".{name.name}.link")
     with suppress(FileNotFoundError):

@@ -28,11 +28,11 @@ def check_size_and_seed(source: Any, smallest: int = 1) -> None:
         )
 
 
-def listed(name: str, given: Any, accepted: type | tuple[type, ...]) -> list:
+def as_list(name: str, value: Any, accepted: type | tuple[type, ...]) -> list:
     """One or several values of an accepted type as a list."""
-    values = [given] if isinstance(given, accepted) else given
+    values = [value] if isinstance(value, accepted) else value
     if not isinstance(values, list | tuple | set) or not all(isinstance(v, accepted) for v in values):
-        raise ValueError(f"{name} is {given!r}: give one string or a list of strings")
+        raise ValueError(f"{name} is {value!r}: give one string or a list of strings")
     return list(values)
 
 
@@ -196,13 +196,13 @@ class Shards(_Stored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        patterns = [os.fspath(pattern) for pattern in listed("pattern", self.pattern, (str, os.PathLike))]
+        patterns = [os.fspath(pattern) for pattern in as_list("pattern", self.pattern, (str, os.PathLike))]
         if not patterns:
             raise ValueError("pattern is an empty list: give at least one tar file")
         self.files = list(dict.fromkeys(file for pattern in patterns for file in expand(pattern)))
         rows = []
-        for shard, found in enumerate(shard_pictures(self.files)):
-            rows += [(shard, member.offset, member.length) for member in found.pictures]
+        for shard, tar in enumerate(shard_pictures(self.files)):
+            rows += [(shard, member.offset, member.length) for member in tar.pictures]
         if not rows:
             raise FileNotFoundError(
                 f"no picture in {', '.join(patterns)}: accepted are {', '.join(sorted(image_extensions()))}"
@@ -228,8 +228,8 @@ def shard_pictures(files: Sequence[str]) -> Iterator[TarPictures]:
     """The pictures of each tar file; at the end one warning reports members without a picture."""
     left_out: list[str] = []
     for file in files:
-        found = find_pictures(file)
-        left_out += found.left_out
-        yield found
+        tar = find_pictures(file)
+        left_out += tar.left_out
+        yield tar
     if line := left_out_line(left_out, len(files)):
         warnings.warn(line, stacklevel=3)

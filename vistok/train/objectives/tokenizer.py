@@ -61,6 +61,29 @@ class TokenizerObjective(Objective):
             steps = config.steps - config.loss.discriminator_start
             check_schedule("discriminator_optimizer", config.discriminator_optimizer, steps)
 
+    @classmethod
+    def without_effect(cls, values: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
+        """What the file gives for parts of the loss that its weights leave out."""
+        keys = {f"loss.{name}" for name in values.get("loss", {})} | set(values)
+        parts = {
+            "perceptual": ("loss.perceptual", "perceptual_weights"),
+            "discriminator": (
+                "loss.discriminator_start",
+                "loss.discriminator_channels",
+                "loss.lecam_weight",
+                "discriminator_optimizer",
+            ),
+        }
+        for part, names in parts.items():
+            named = [name for name in names if name in keys]
+            if named and getattr(config.loss, f"{part}_weight") == 0:
+                yield (
+                    f"{', '.join(named)} has no effect, as loss.{part}_weight is 0; give a weight above 0, "
+                    "or leave it out"
+                )
+        if config.teacher and config.validation:
+            yield "validation has no effect with a teacher: the model writes codes and no pictures"
+
     def _tokenizer(self) -> Tokenizer:
         if self.config.initial:
             tokenizer = load(self.config.initial)
