@@ -1,6 +1,9 @@
-"""Fixtures of more than one file."""
+"""Fixtures of more than one file, and one thread per worker."""
 
+import os
 import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: of workers and of the programs they start
 
 import pytest
 import torch
