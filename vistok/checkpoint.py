@@ -26,7 +26,7 @@ INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHTS_NAMES)
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MAX_CONFIG_BYTES = 2**24
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SHOWN = 5  # keys in messages
+_MAX_KEYS = 5  # keys in messages
 
 _logger = logging.getLogger("vistok")
 
@@ -44,18 +44,18 @@ def locate(source: str | Path) -> Located:
     missing."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = [path / name for name in (*WEIGHTS_NAMES, *INDEX_NAMES) if (path / name).is_file()]
-        found += sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p not in found)
-        if not found:
+        files = [path / name for name in (*WEIGHTS_NAMES, *INDEX_NAMES) if (path / name).is_file()]
+        files += sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p not in files)
+        if not files:
             raise FileNotFoundError(
                 f"{path} holds no weights; expected {' or '.join(WEIGHTS_NAMES)}, their index.json and "
                 f"shards, or one file ending in {', '.join(SUFFIXES)}"
             )
-        if len(found) > 1 and found[0].name not in (*WEIGHTS_NAMES, *INDEX_NAMES):
+        if len(files) > 1 and files[0].name not in (*WEIGHTS_NAMES, *INDEX_NAMES):
             raise ValueError(
-                f"{path} holds several weights files ({', '.join(p.name for p in found)}); name one"
+                f"{path} holds several weights files ({', '.join(p.name for p in files)}); name one"
             )
-        return Located(found[0], read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None)
+        return Located(files[0], read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else None)
     if not path.exists():
         raise FileNotFoundError(
             f"no file or folder {path}; give a weights file ({', '.join(SUFFIXES)}) or its folder"
@@ -157,14 +157,14 @@ def read_choices(path: str | Path) -> list[StateDict]:
         content = _read_file(path)
     if nameless := average_without_names(content):
         _logger.warning("%s: its average %r has no names; loading the weights themselves", path, nameless)
-    found = choices(content)
-    if not found:
-        keys = f" with {', '.join(map(repr, list(content)[:_SHOWN]))}" if isinstance(content, dict) else ""
+    states = choices(content)
+    if not states:
+        keys = f" with {', '.join(map(repr, list(content)[:_MAX_KEYS]))}" if isinstance(content, dict) else ""
         raise ValueError(
             f"{path} holds no state dict (a mapping of names to tensors); found {type(content).__name__}"
             f"{keys}"
         )
-    return found
+    return states
 
 
 def _read_file(path: Path) -> Any:
@@ -221,16 +221,16 @@ def _check_zip(path: Path) -> None:
 
 def _check_extent(content: Any, path: Path) -> None:
     """Refuse tensors that are larger than the file: views that repeat few numbers many times."""
-    seen: list[Any] = [content]
+    stack: list[Any] = [content]
     total, limit = 0, 4 * path.stat().st_size + 2**20
-    while seen:
-        value = seen.pop()
+    while stack:
+        value = stack.pop()
         if isinstance(value, Tensor):
             total += value.numel() * value.element_size() if value.layout == torch.strided else 0
         elif isinstance(value, Mapping):
-            seen += value.values()
+            stack += value.values()
         elif isinstance(value, (list, tuple)):
-            seen += value
+            stack += value
     if total > limit:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes and its tensors would take {total:,}; fetch it again"
@@ -341,7 +341,7 @@ def load_strictly(
     if any(kinds):
         counts = ", ".join(f"{len(kind):,} {kind[0].split()[0]}" for kind in kinds if kind)
         in_turn = [line for lines in zip_longest(*kinds) for line in lines if line is not None]
-        first = "; ".join(in_turn[:_SHOWN]) + ("; …" if len(in_turn) > _SHOWN else "")
+        first = "; ".join(in_turn[:_MAX_KEYS]) + ("; …" if len(in_turn) > _MAX_KEYS else "")
         raise ValueError(
             f"{source} does not fit this {type(module).__name__} ({counts}: {first}); check that the name or "
             "config is that of these weights"

@@ -98,7 +98,7 @@ def describe(kind: Any) -> str:
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def understood(work: Any, source: Any, *arguments: Any) -> Any:
+def run_config_reader(work: Any, source: Any, *arguments: Any) -> Any:
     """Run what reads the configuration of the file `source`; any error in it becomes one on that file."""
     try:
         return work(*arguments)
@@ -170,6 +170,6 @@ def _unknown(keys: list[Any], accepted: list[str]) -> str:
     names = [str(key) for key in keys]
     near = {match for name in names for match in difflib.get_close_matches(name, accepted, n=1, cutoff=0.6)}
     hint = f" (did you mean {', '.join(sorted(near))}?)" if near else ""
-    shown = ", ".join(shorten(name, 40).strip("'") for name in names[:5])
+    first = ", ".join(shorten(name, 40).strip("'") for name in names[:5])
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"unknown key {shown}{more}{hint}; accepted are {', '.join(accepted)}"
+    return f"unknown key {first}{more}{hint}; accepted are {', '.join(accepted)}"

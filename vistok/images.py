@@ -88,12 +88,12 @@ def to_tensor(
     batches = [_to_batch(each, size, crop, profile) for each in sources]
     shapes, devices = {batch.shape[1:] for batch in batches}, {batch.device for batch in batches}
     if len(shapes) > 1:
-        found = ", ".join(sorted(f"{width}x{height}" for _, height, width in shapes))
-        raise ValueError(f"images of one batch need one size; got {found}: give a size and leave crop=True")
+        sizes = ", ".join(sorted(f"{width}x{height}" for _, height, width in shapes))
+        raise ValueError(f"images of one batch need one size; got {sizes}: give a size and leave crop=True")
     if len(devices) > 1:
-        found = ", ".join(sorted(map(str, devices)))
+        names = ", ".join(sorted(map(str, devices)))
         raise ValueError(
-            f"images of one batch need one device; got {found}: move the tensors to the CPU first"
+            f"images of one batch need one device; got {names}: move the tensors to the CPU first"
         )
     return torch.cat(batches).contiguous()  # PIL and NumPy have their channels last
 
@@ -184,9 +184,9 @@ def _decoding(name: str) -> Iterator[None]:
         raise ValueError(f"{name} is not an image, or a truncated or broken one: {reason}") from error
 
 
-def _bomb_message(name: str, found: str) -> str:
+def _bomb_message(name: str, reason: str) -> str:
     return (
-        f"{name} is too large to open safely (a decompression bomb?): {found}; "
+        f"{name} is too large to open safely (a decompression bomb?): {reason}; "
         "if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
     )
 
@@ -284,11 +284,11 @@ def _array_to_batch(array: np.ndarray) -> Tensor:
     return batch
 
 
-def _check_batch(batch: Tensor, given: np.ndarray | Tensor, layouts: str) -> None:
+def _check_batch(batch: Tensor, source: np.ndarray | Tensor, layouts: str) -> None:
     """Refuse a batch that is not [B, 1 or 3, H, W] of bytes or floats."""
     if batch.ndim != 4 or batch.shape[1] not in (1, 3) or 0 in batch.shape[2:]:
         raise ValueError(
-            f"image {layouts}, with C 1 (grey) or 3 (RGB); got {list(given.shape)}: "
+            f"image {layouts}, with C 1 (grey) or 3 (RGB); got {list(source.shape)}: "
             "reorder the axes, or composite alpha first (PIL images may have it)"
         )
     if batch.dtype != torch.uint8 and not batch.is_floating_point():

@@ -16,7 +16,7 @@ _held: dict[str, "FolderLock"] = {}  # by path: the locks of this process
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
-def _let_go() -> None:
+def _drop_locks() -> None:
     """In a fork: the lock is its parent's, and must not last as long as the fork."""
     for lock in _held.values():
         os.close(lock._handle)
@@ -25,7 +25,7 @@ def _let_go() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 class FolderLock:

@@ -19,15 +19,15 @@ def resolved(value: Any, root: Mapping[str, Any], name: str) -> Any:
 
     Raises ValueError, naming `name`, for one that leads nowhere or to itself.
     """
-    seen = set()
+    references = set()
     while isinstance(value, str) and value.startswith("${") and value.endswith("}"):
         node: Any = root
         for part in value[2:-1].split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
-        if node is None or value in seen:
+        if node is None or value in references:
             raise ValueError(
                 f"{name} is {value!r}, which leads nowhere in this configuration; write its value"
             )
-        seen.add(value)
+        references.add(value)
         value = node
     return value

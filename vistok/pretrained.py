@@ -64,10 +64,10 @@ def load_pretrained(
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """The floating dtype of that name ("bfloat16", "torch.float16") or itself; ValueError for others."""
-    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
+    result = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if result not in _DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; weights take {', '.join(_DTYPES)}")
-    return found
+    return result
 
 
 def as_device(device: torch.device | str | int | None) -> torch.device | int | None:
@@ -156,15 +156,14 @@ def _check_digest(path: Path, entry: Entry) -> None:
 
 def _identify(
     choices: list[StateDict],
-    given: Mapping[str, Any] | None,
+    user_config: Mapping[str, Any] | None,
     located: checkpoint.Located,
     entry: Entry | None,
     catalog: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Family and fields: by the `given` config, the registry row, a config.json, the file's own, or the
-    keys."""
+    """Family and fields: by the user's config, the registry row, config.json, the file's own, or the keys."""
     known = catalog.families()
-    config = given or located.config
+    config = user_config or located.config
     if config is None:
         own = (family.config_in_file(located.weights) for family in known.values())
         config = next(filter(None, own), None)
@@ -184,12 +183,12 @@ def _identify(
                 f"mapping of {named} fields to values"
             )
         return known[named], dict(fields)
-    if entry and given is None and not (config and known[entry.family].own_config_wins):
+    if entry and user_config is None and not (config and known[entry.family].own_config_wins):
         return known[entry.family], dict(entry.config)
     for choice in choices:
         shapes = {key: value.shape for key, value in choice.tensors.items()}
         for family in known.values():
-            fields = configuration.understood(
+            fields = configuration.run_config_reader(
                 family.recognise, located.weights, shapes, dict(config) if config else None
             )
             if fields is not None:
@@ -207,7 +206,7 @@ def _build(family: Any, fields: dict[str, Any], bound: StateDict | None, source:
         with empty_weights():
             return family.create(**fields)
     with bounded_build(*count(bound.tensors), source):
-        return configuration.understood(lambda: family.create(**fields), source)
+        return configuration.run_config_reader(lambda: family.create(**fields), source)
 
 
 def _fitting(model: Any, choices: list[StateDict]) -> StateDict:

@@ -62,12 +62,12 @@ class Tokens:
 
     def __post_init__(self) -> None:
         """Check dtypes, shapes and devices, and set the padding to zero."""
-        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
+        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
             raise ValueError(
-                f"Tokens takes exactly one of {', '.join(_KINDS)}; got {' and '.join(given) or 'none'}"
+                f"Tokens takes exactly one of {', '.join(_KINDS)}; got {' and '.join(kinds) or 'none'}"
             )
-        for name in (*given, "lengths"):
+        for name in (*kinds, "lengths"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"Tokens takes {name} as a torch.Tensor; got {type(value).__name__}")
@@ -271,8 +271,8 @@ class Tokens:
             raise ValueError("Tokens.cat got no Tokens: it takes at least one")
         expected = {**parts[0]._signature(), "device": parts[0].device}
         for position, part in enumerate(parts):
-            found = {**part._signature(), "device": part.device}
-            for name, value in found.items():
+            signature = {**part._signature(), "device": part.device}
+            for name, value in signature.items():
                 if value != expected[name]:
                     raise ValueError(
                         f"Tokens.cat takes parts of one {name}: part 0 has {expected[name]}, "

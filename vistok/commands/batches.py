@@ -74,8 +74,8 @@ def quality_options(target: float | None, target_psnr: float | None) -> dict[str
             "--target (mean absolute error) and --target-psnr (dB) both choose how many tokens an image "
             "gets; give one of them"
         )
-    given = {"target": target, "target_psnr": target_psnr}
-    return {name: value for name, value in given.items() if value is not None}
+    options = {"target": target, "target_psnr": target_psnr}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_quality(model: "Tokenizer", quality: dict[str, float]) -> None:

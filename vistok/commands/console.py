@@ -106,12 +106,12 @@ def device(name: str) -> "torch.device":
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        found = torch.device(name)
-        torch.empty(0, device=found)
+        result = torch.device(name)
+        torch.empty(0, device=result)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from error
-    if found.type == "meta":
+    if result.type == "meta":
         raise ValueError("--device meta has no values; try --device cpu")
-    return found
+    return result

@@ -88,24 +88,24 @@ def _parameters(config: type[Any]) -> list[tuple[str, Any, Any]]:
         default = field.default if setting.default is _SAME else setting.default
         if default is dataclasses.MISSING:
             default = inspect.Parameter.empty
-        shown = setting.text or _listed(kind)
+        annotation = setting.text or _option_type(kind)
         if isinstance(default, tuple):
             default = list(default)
-        parameters.append((field.name, Annotated[shown, option], default))
+        parameters.append((field.name, Annotated[annotation, option], default))
     return parameters
 
 
 def _fields(config: type[Any]) -> list[tuple[Any, Any, Any]]:
     hints = _hints(config)
-    found = []
+    rows = []
     for field in dataclasses.fields(config):
         hint = hints[field.name]
         kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        found.append((field, kind, hint))
-    return found
+        rows.append((field, kind, hint))
+    return rows
 
 
-def _listed(kind: Any) -> Any:
+def _option_type(kind: Any) -> Any:
     """The type as typer reads it: repeated options are lists."""
     if get_origin(kind) is tuple:
         return list[get_args(kind)[0]]

@@ -39,7 +39,7 @@ def picture_paths(folder: Path, names: Iterable[str], *, replace_own: bool = Fal
 
 def _parts(name: str) -> list[str]:
     """The folders and the stem of a name, each harmless in itself."""
-    parts = [_harmless(part) for part in name.replace("\\", "/").split("/")]
+    parts = [_safe_part(part) for part in name.replace("\\", "/").split("/")]
     parts = [part for part in parts if part.strip(". ")] or ["picture"]
     stem, dot, ending = parts[-1].rpartition(".")
     if dot and stem and len(ending) <= 5:
@@ -47,7 +47,7 @@ def _parts(name: str) -> list[str]:
     return [_cut(part) for part in parts[-8:]]
 
 
-def _harmless(part: str) -> str:
+def _safe_part(part: str) -> str:
     return "".join(
         "_" if not character.isprintable() or character in ':*?"<>|' else character for character in part
     )

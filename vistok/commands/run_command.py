@@ -23,10 +23,10 @@ class _Stop:
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         self.status = _INTERRUPTED
-        self.leave_import(frame)
+        self.end_import(frame)
         raise KeyboardInterrupt
 
-    def leave_import(self, frame: FrameType | None) -> None:
+    def end_import(self, frame: FrameType | None) -> None:
         """End at once during an import: libraries catch what is raised there, and the work would go on."""
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -35,7 +35,7 @@ class _Stop:
 
     def terminate(self, number: int, frame: FrameType | None) -> None:
         self.status = _TERMINATED
-        self.leave_import(frame)
+        self.end_import(frame)
         raise SystemExit(_TERMINATED)  # files are cleaned up as after Ctrl-C
 
 
@@ -86,7 +86,7 @@ def _status(app: Callable[..., Any], arguments: list[str], debug: bool, stop: _S
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of the output is gone, as with `| head`
-        _forget_output()
+        _discard_output()
         return 1
     except _parsing_errors() as error:
         return _usage(error)
@@ -149,15 +149,15 @@ def _flushed(status: int) -> int:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _forget_output()
+        _discard_output()
         return status or 1
     except (OSError, ValueError) as error:  # a full disk behind a redirection, or a closed stream
-        _forget_output()
+        _discard_output()
         return _report(f"the output cannot be written ({error})", 1)
     return status
 
 
-def _forget_output() -> None:
+def _discard_output() -> None:
     """Send what is still in the buffer nowhere, so that the interpreter's last flush is quiet."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

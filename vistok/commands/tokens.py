@@ -43,9 +43,9 @@ def encode(
     _check_token_target(output)
     inputs = gather(images)
     model, bad, parts, records, names = load_named(tokenizer, device, weights), Skipped(), [], [], []
-    for batch, _, coded, found in encoded(model, inputs, tokens, quality, batch_size, bad):
+    for batch, _, coded, batch_records in encoded(model, inputs, tokens, quality, batch_size, bad):
         parts.append(coded.to("cpu"))
-        records += found
+        records += batch_records
         names += [each.name for each in batch]
     if parts:
         coded = replace(Tokens.cat(parts), names=tuple(names))

@@ -10,7 +10,7 @@ def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Half-precision values in float32, others as they are."""
     return x.float() if x.dtype.itemsize < 4 else x
 

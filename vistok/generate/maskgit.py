@@ -20,7 +20,7 @@ from ..models.ranges import require_between, require_depths, require_multiple, r
 from ..registry import Entry
 from .classes import ClassGenerator
 from .guidance import power_cosine
-from .layers import apply_linear, initialise, wide
+from .layers import apply_linear, at_least_float32, initialise
 from .noise import Noise
 from .published import generator_fields, require_settings
 from .registry import GENERATORS
@@ -149,11 +149,11 @@ class MaskGIT(ClassGenerator):
         from_unconditional = settings.guidance_decay == "power-cosine"
         scale = guidance_at(step, settings)
         if scale == 0 or (from_unconditional and scale == 1):
-            logits = wide(self.logits(indices, classes))
+            logits = at_least_float32(self.logits(indices, classes))
         else:
             no_class = torch.full_like(classes, self.num_classes)
             both = self.logits(torch.cat([indices, indices]), torch.cat([classes, no_class]))
-            conditional, unconditional = wide(both).chunk(2)
+            conditional, unconditional = at_least_float32(both).chunk(2)
             # Parity: two of the schedules extrapolate from the conditional logits, the third does not.
             base = unconditional if from_unconditional else conditional
             logits = base + (conditional - unconditional) * scale
@@ -328,7 +328,7 @@ class UViTBlock(nn.Module):
         if skip is not None:
             x = apply_linear(self.skip_linear, torch.cat([x, skip], -1))
         # Parity: attention runs in float32 whatever the weights' dtype.
-        query, key, value = wide(apply_linear(self.attn["qkv"], self.norm1(x))).chunk(3, -1)
+        query, key, value = at_least_float32(apply_linear(self.attn["qkv"], self.norm1(x))).chunk(3, -1)
         attended = _attend(query, key, value, self.heads, self.attn_drop if self.training else 0.0)
         x = x + self.dropout(apply_linear(self.attn["proj"], attended.to(x.dtype)))
         hidden = F.gelu(apply_linear(self.mlp["fc1"], self.norm2(x)))

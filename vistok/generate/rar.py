@@ -19,7 +19,7 @@ from ..registry import Entry
 from .cache import KeyValueCache
 from .classes import ClassGenerator
 from .guidance import power_cosine
-from .layers import apply_linear, initialise, wide
+from .layers import apply_linear, at_least_float32, initialise
 from .noise import Noise
 from .published import generator_fields, require_settings
 from .registry import GENERATORS
@@ -266,7 +266,7 @@ class RAR(ClassGenerator):
             previous = None if step == 0 else (indices if forced is None else forced)[:, step - 1]
             if guided and previous is not None:
                 previous = torch.cat([previous, previous])
-            logits = wide(decoder.next_logits(previous))  # [B or 2·B, V]
+            logits = at_least_float32(decoder.next_logits(previous))  # [B or 2·B, V]
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 share = step / self.num_tokens

@@ -65,11 +65,11 @@ def draw_by_size(shapes: Mapping[Size, tuple[int, ...]], generator: torch.Genera
     So an image gets the noise that it would have alone. Afterwards the generator has advanced past the
     largest shape.
     """
-    state, drawn = generator.get_state(), {}
+    state, results = generator.get_state(), {}
     for size, shape in sorted(shapes.items(), key=lambda item: item[1][-1] * item[1][-2]):
         generator.set_state(state)
-        drawn[size] = torch.randn(shape, generator=generator, device=generator.device)
-    return drawn
+        results[size] = torch.randn(shape, generator=generator, device=generator.device)
+    return results
 
 
 def _is_side(value: object) -> bool:

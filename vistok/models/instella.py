@@ -384,8 +384,8 @@ class Instella(Tokenizer):
         if "quantizer.embed" not in shapes or "encoder.latent_tokens" not in shapes:
             return None
         known = {field.name for field in fields(cls.config_class)}
-        given = {name: value for name, value in (config or {}).items() if name in known}
-        return _config_from_shapes(shapes) | given
+        settings = {name: value for name, value in (config or {}).items() if name in known}
+        return _config_from_shapes(shapes) | settings
 
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] → [B, K, D], before the projection to bits."""

@@ -94,11 +94,11 @@ class TiTokConfig:
                 "vq_model"
             )
         known = {field.name for field in fields(cls)}
-        found = {name: value for name, value in model.items() if name in known}
+        entries = {name: value for name, value in model.items() if name in known}
         crop = section(section(values, "dataset"), "preprocessing").get("crop_size")
         if crop is not None:
-            found["crop_size"] = crop
-        stated = {name: resolved(value, values, name) for name, value in found.items()}
+            entries["crop_size"] = crop
+        stated = {name: resolved(value, values, name) for name, value in entries.items()}
         return build(cls, stated, "the configuration's vq_model")
 
 

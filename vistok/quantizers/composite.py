@@ -18,8 +18,8 @@ class CompositeQuantizer(Quantizer):
     def __init__(self, parts: Sequence[Quantizer]) -> None:
         super().__init__()
         if not parts or any(part.kind != "indices" for part in parts):
-            given = ", ".join(f"{type(part).__name__} ({part.kind})" for part in parts) or "none"
-            raise ValueError(f"{type(self).__name__} takes one or more quantizers with indices; got {given}")
+            names = ", ".join(f"{type(part).__name__} ({part.kind})" for part in parts) or "none"
+            raise ValueError(f"{type(self).__name__} takes one or more quantizers with indices; got {names}")
         self.parts = nn.ModuleList(parts)
         self.codebook_sizes = tuple(size for part in parts for size in part.codebook_sizes)
 

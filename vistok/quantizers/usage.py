@@ -24,11 +24,11 @@ def codebook_usage(indices: Tensor, codebook_sizes: Sequence[int]) -> Tensor:
 
 def perplexity(indices: Tensor, codebook_sizes: Sequence[int]) -> Tensor:
     """Exponential of the entropy of each codebook's indices [B, K] or [B, K, Q]: float [Q], 1..its size."""
-    found = []
+    values = []
     for column, _ in _columns(indices, codebook_sizes):
         counts = column.unique(return_counts=True)[1]  # counting rows needs no table of the codebook's size
-        found.append(torch.special.entr(counts / max(column.numel(), 1)).sum().exp())
-    return torch.stack(found)
+        values.append(torch.special.entr(counts / max(column.numel(), 1)).sum().exp())
+    return torch.stack(values)
 
 
 def _columns(indices: Tensor, codebook_sizes: Sequence[int]) -> list[tuple[Tensor, int]]:

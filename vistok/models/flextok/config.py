@@ -177,29 +177,31 @@ def _known_modules() -> dict[str, tuple[str, dict[str, str]]]:
 
 def _fields_of_graph(graph: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     """Fields of FlexTokConfig from the original's nested configuration; anything else in it is an error."""
-    known, found = _known_modules(), {}
+    known, settings = _known_modules(), {}
     nodes = _nodes_of_graph(graph, {where.partition(".")[0] for where in known}, whole)
     missing = [where for where in known if where not in nodes and where != "flow_matching_noise_module"]
     if missing and whole:
         raise ValueError(f"the configuration lacks {', '.join(missing)}")
     for where, node in nodes.items():
         if where in known:
-            _read(where, node, *known[where], found)
+            _read(where, node, *known[where], settings)
         else:
             _check_moves(where, node)
-    code_dim = found.pop("code_dim", None)
-    if code_dim is not None and "levels" not in found:
-        found["levels"] = (2,) * _positive("dim_out", code_dim, 1024)  # of a part that quantizes nothing
-    if code_dim not in (None, len(found.get("levels", ()))):
-        raise ValueError(f"encoder and decoder do not have one channel for each of levels={found['levels']}")
-    if "vae" in nodes and found.get("vae_scaling_factor") is None and not found.get("vae_source"):
+    code_dim = settings.pop("code_dim", None)
+    if code_dim is not None and "levels" not in settings:
+        settings["levels"] = (2,) * _positive("dim_out", code_dim, 1024)  # of a part that quantizes nothing
+    if code_dim not in (None, len(settings.get("levels", ()))):
+        raise ValueError(
+            f"encoder and decoder do not have one channel for each of levels={settings['levels']}"
+        )
+    if "vae" in nodes and settings.get("vae_scaling_factor") is None and not settings.get("vae_source"):
         raise ValueError("the configuration's vae has neither scaling_factor nor hf_hub_path to take it from")
-    patch = _positive("patch_sizes", found.get("patch_size", FlexTokConfig.patch_size))
-    if "grid" in found:
-        found["latent_size"] = _positive("max_sizes", found.pop("grid")) * patch
-    logit_normal, stratified = found.pop("ln", False), found.pop("stratisfied", False)
-    found["times"] = ("stratified" if stratified else "logit_normal") if logit_normal else "mode"
-    return {name: value for name, value in found.items() if value is not None}
+    patch = _positive("patch_sizes", settings.get("patch_size", FlexTokConfig.patch_size))
+    if "grid" in settings:
+        settings["latent_size"] = _positive("max_sizes", settings.pop("grid")) * patch
+    logit_normal, stratified = settings.pop("ln", False), settings.pop("stratisfied", False)
+    settings["times"] = ("stratified" if stratified else "logit_normal") if logit_normal else "mode"
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _nodes_of_graph(graph: Mapping[str, Any], sections: set[str], whole: bool) -> dict[str, Any]:
@@ -241,8 +243,8 @@ def _check_moves(where: str, node: Any) -> None:
         )
 
 
-def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], found: dict[str, Any]) -> None:
-    """Check one module's class and arguments, and put its fields into `found`."""
+def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], settings: dict[str, Any]) -> None:
+    """Check one module's class and arguments, and put its fields into `settings`."""
     if _class_of(where, node) != kind:
         raise ValueError(
             f"the configuration's {where} is {node['_target_']}; this version knows {kind} there"
@@ -263,9 +265,9 @@ def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], found:
                 value = tuple(value) if isinstance(value, list | tuple) else value
             elif name in _SIDES:
                 value = _one_side(where, name, value, 1 if target == "num_tokens" else 2)
-            if found.setdefault(target, value) != value:
+            if settings.setdefault(target, value) != value:
                 raise ValueError(
-                    f"the configuration's {where} has {name}={value}; elsewhere it is {found[target]}"
+                    f"the configuration's {where} has {name}={value}; elsewhere it is {settings[target]}"
                 )
         elif rule not in ("*", str(value)):
             raise ValueError(f"the configuration's {where} has {name}={value!r}; this version knows {rule}")

@@ -165,28 +165,28 @@ class FlexTok(Tokenizer):
             raise ValueError(
                 f"a {type(autoencoder).__name__} was given; FlexTok takes a diffusers AutoencoderKL"
             )
-        found = autoencoder.config
-        factor = 2 ** (len(found.block_out_channels) - 1)
-        wanted = (self.config.latent_channels, self.image_size // self.config.latent_size)
-        if (found.latent_channels, factor) != wanted:
+        config = autoencoder.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        channels, scale = self.config.latent_channels, self.image_size // self.config.latent_size
+        if (config.latent_channels, factor) != (channels, scale):
             raise ValueError(
-                f"this VAE has {found.latent_channels} latent channels at 1/{factor} of the image's side; "
-                f"{self.label} takes {wanted[0]} channels at 1/{wanted[1]}, as flextok-vae-c{wanted[0]} has"
+                f"this VAE has {config.latent_channels} latent channels at 1/{factor} of the image's side; "
+                f"{self.label} takes {channels} channels at 1/{scale}, as flextok-vae-c{channels} has"
             )
-        scale = scaling_factor or self.config.vae_scaling_factor or found.scaling_factor
-        self.add_companion("vae", FlexTokVAE(autoencoder, scale))
+        scaling_factor = scaling_factor or self.config.vae_scaling_factor or config.scaling_factor
+        self.add_companion("vae", FlexTokVAE(autoencoder, scaling_factor))
 
     @property
     def autoencoder(self) -> FlexTokVAE:
         """The VAE, of the checkpoint or attached; ValueError if there is none."""
-        found = self.vae if self.config.vae else self.companion("vae")
-        if found is None:
+        vae = self.vae if self.config.vae else self.companion("vae")
+        if vae is None:
             name = f"flextok-vae-c{self.config.latent_channels}"
             raise ValueError(
                 f"these {self.label} weights hold no VAE; attach the one they were trained with: "
                 f"tokenizer.attach_vae({name!r}), or give the path of its weights"
             )
-        return found
+        return vae
 
     # Images → tokens ----------------------------------------------------------------------------------------
 
@@ -360,9 +360,9 @@ class FlexTok(Tokenizer):
                 computed = self.decoder.modulations(times)
                 upcoming = (computed.at(index) for index in range(len(ahead)))
                 modulations = next(upcoming)
-            found = self.decoder(x, modulations, conditional + unconditional if guided else conditional)
+            velocities = self.decoder(x, modulations, conditional + unconditional if guided else conditional)
             count = len(conditional)
-            return torch.cat(found[:count]), torch.cat(found[count:]) if guided else None
+            return torch.cat(velocities[:count]), torch.cat(velocities[count:]) if guided else None
 
         return flow.sample(velocity, x, steps, guidance, normalized=normalized)
 
@@ -414,11 +414,11 @@ class FlexTok(Tokenizer):
         generators = [generator] if shared else list(generator)
         if not shared:
             self._check_one_each("generators", generators, batch)
-        drawn = torch.empty(batch, *shape, device=self.device, dtype=dtype)
+        result = torch.empty(batch, *shape, device=self.device, dtype=dtype)
         for image, each in enumerate(generators):
             rows = slice(None) if shared else image
-            drawn[rows] = torch.randn(shape, generator=each, device=each.device).to(drawn)
-        return drawn
+            result[rows] = torch.randn(shape, generator=each, device=each.device).to(result)
+        return result
 
     def _noise_by_size(
         self,
@@ -440,8 +440,8 @@ class FlexTok(Tokenizer):
             pairs = zip(sizes, generator, strict=True)
             return [self._noise(1, size, [each], None)[0] for size, each in pairs]
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        drawn = draw_by_size({size: self._latent_shape(size) for size in sizes}, generator)
-        return [drawn[size] for size in sizes]
+        by_size = draw_by_size({size: self._latent_shape(size) for size in sizes}, generator)
+        return [by_size[size] for size in sizes]
 
     def _check_one_each(self, what: str, values: Sequence[Any], batch: int) -> None:
         if len(values) != batch:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ... import checkpoint, hub
 from ...bounded_build import bounded_build, count
-from ...configuration import convert, understood
+from ...configuration import convert, run_config_reader
 from ...extras import needs
 from ...files import looks_like_path
 from ...nn.cpu.batching import in_chunks
@@ -89,7 +89,7 @@ class FlexTokVAE(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] → the distribution of unscaled latents [B, C, h, w]."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        moments = self._few(lambda x: self.vae.encode(x).latent_dist.parameters, images, 1)
+        moments = self._in_chunks(lambda x: self.vae.encode(x).latent_dist.parameters, images, 1)
         return DiagonalGaussianDistribution(moments)
 
     def encode(self, images: Tensor, sample: bool = False) -> Tensor:
@@ -100,7 +100,7 @@ class FlexTokVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] → images [B, 3, H, W] in about [-1, 1]."""
         cell = 4 ** (len(self.vae.config.block_out_channels) - 1)
-        return self._few(lambda x: self.vae.decode(x).sample, latents / self.scaling_factor, cell)
+        return self._in_chunks(lambda x: self.vae.decode(x).sample, latents / self.scaling_factor, cell)
 
     def autoencode(self, images: Tensor) -> TrainingOutput:
         """Images [B, 3, H, W] in [0, 1] through samples of the posterior and back, for training it alone;
@@ -110,7 +110,7 @@ class FlexTokVAE(nn.Module):
         decoded = (self.vae.decode(latents).sample + 1) / 2
         return TrainingOutput(decoded, latents, {"kl": posterior.kl().mean()})
 
-    def _few(self, run: Any, x: Tensor, pixels_a_cell: int) -> Tensor:
+    def _in_chunks(self, run: Any, x: Tensor, pixels_per_cell: int) -> Tensor:
         """In the VAE's own precision also under autocast; on a CPU as many images at a time as fit its
         cache."""
         weight = next(parameter for parameter in self.vae.parameters() if parameter.ndim == 4)
@@ -121,7 +121,7 @@ class FlexTokVAE(nn.Module):
             if not weight.is_contiguous(memory_format=torch.channels_last):
                 self.vae.to(memory_format=torch.channels_last)
             x = x.contiguous(memory_format=torch.channels_last)
-            return in_chunks(run, x, x.shape[2] * x.shape[3] * pixels_a_cell).contiguous()
+            return in_chunks(run, x, x.shape[2] * x.shape[3] * pixels_per_cell).contiguous()
 
 
 def _exact(norm: nn.GroupNorm) -> ExactGroupNorm:
@@ -167,7 +167,7 @@ def load_vae(source: str | Path) -> nn.Module:
     if config is None:
         config = vae_config(FlexTokConfig(latent_channels=state["decoder.conv_in.weight"].shape[1]))
     with bounded_build(*count(state), located.weights):
-        model = understood(lambda: AutoencoderKL.from_config(config), located.weights)
+        model = run_config_reader(lambda: AutoencoderKL.from_config(config), located.weights)
     checkpoint.load_strictly(model, state, source=located.weights)
     return model
 

@@ -56,7 +56,7 @@ class Karl(Tokenizer):
     def __init__(self, config: KarlConfig) -> None:
         super().__init__(config)
         self.image_size, self.num_tokens = config.image_size, config.num_tokens
-        width, drawn, table = config.encoder_width, config.decoder_width, config.max_grid_tokens
+        width, decoder_width, table = config.encoder_width, config.decoder_width, config.max_grid_tokens
         self.base_tokenizer = nn.ModuleDict({config.base: BASES[config.base](config)})
         for module in self.base_tokenizer.modules():
             # With one channel a group, as 32 of 32 have, a decoder cannot even say how bright an image is.
@@ -83,10 +83,12 @@ class Karl(Tokenizer):
         self.pre_quantizer_mlp = nn.Linear(width, config.vq_token_dim)
         if config.quantize_latent:
             self.quantize = VectorQuantizer(config.vq_codebook_size, config.vq_token_dim, l2_norm=True)
-        self.decoder_embed = nn.Linear(config.vq_token_dim, drawn)
-        self.decoder_latent_tokens_timestep_embed = normal(config.max_latent_tokens, drawn, width=drawn)
-        self.decoder_mask_token = normal(1, 1, drawn, width=drawn)
-        self.decoder_positional_embedding = normal(drawn, table, table, width=drawn)
+        self.decoder_embed = nn.Linear(config.vq_token_dim, decoder_width)
+        self.decoder_latent_tokens_timestep_embed = normal(
+            config.max_latent_tokens, decoder_width, width=decoder_width
+        )
+        self.decoder_mask_token = normal(1, 1, decoder_width, width=decoder_width)
+        self.decoder_positional_embedding = normal(decoder_width, table, table, width=decoder_width)
         self.decoder = DistillationDecoder(config, self.base.outputs)
         for name, module in self.named_modules():
             if not name.startswith("base_tokenizer") and isinstance(module, nn.Linear | nn.Conv2d):
@@ -150,12 +152,12 @@ class Karl(Tokenizer):
                 "on; a KARL checkpoint holds it already. To train on it: "
                 f"create('karl', base={alone!r}).load_base(path)"
             )
-        found = _variant(shapes)
-        asked = {name: config.get(name, getattr(KarlConfig, name)) for name in found}
-        if asked != found:
+        variant = _variant(shapes)
+        expected = {name: config.get(name, getattr(KarlConfig, name)) for name in variant}
+        if expected != variant:
             raise ValueError(
-                f"this is a KARL checkpoint {_described(found)}; {_described(asked)} was asked for. Load it "
-                f"by its path alone, or by the name that fits: {_names(found)}"
+                f"this is a KARL checkpoint {_described(variant)}; {_described(expected)} was asked for. "
+                f"Load it by its path alone, or by the name that fits: {_names(variant)}"
             )
 
     def load_base(self, source: str | Path) -> Self:
@@ -166,12 +168,10 @@ class Karl(Tokenizer):
         """
         located = checkpoint.locate(source)
         state = checkpoint.read(located.weights)
-        found = _base_of({key: value.shape for key, value in state.items()})
-        if found != self.config.base:
-            kind = f"a {BASES[found].name}" if found else "neither a VQGAN nor a VAE"
-            fix = (
-                f"create the model with base={found!r}" if found else "give the base tokenizer's own weights"
-            )
+        base = _base_of({key: value.shape for key, value in state.items()})
+        if base != self.config.base:
+            kind = f"a {BASES[base].name}" if base else "neither a VQGAN nor a VAE"
+            fix = f"create the model with base={base!r}" if base else "give the base tokenizer's own weights"
             raise ValueError(
                 f"{located.weights} is {kind}; this model stands on a {self.base.name}: give that, or {fix}"
             )
@@ -213,10 +213,10 @@ class Karl(Tokenizer):
         images = self.check_images(images)
         bins = self.target_bins(target, len(images))
         noise = self._posterior_noise(images, generator) if sample_posterior else None
-        found = self.analyse(images, bins, count, self.base.features(images, noise))
-        self.check_latents(torch.cat([found.values, found.halt_logits.unsqueeze(-1)], -1))
-        places, lengths = _packed(found.active if halting else torch.ones_like(found.active))
-        values = found.values.gather(1, places[..., None].expand(-1, -1, found.values.shape[-1]))
+        analysis = self.analyse(images, bins, count, self.base.features(images, noise))
+        self.check_latents(torch.cat([analysis.values, analysis.halt_logits.unsqueeze(-1)], -1))
+        places, lengths = _packed(analysis.active if halting else torch.ones_like(analysis.active))
+        values = analysis.values.gather(1, places[..., None].expand(-1, -1, analysis.values.shape[-1]))
         tokens = self.as_tokens(self.quantizer.encode(self.quantizer.join(values, places)))
         return dataclasses.replace(tokens, lengths=lengths)
 
@@ -374,7 +374,7 @@ class Karl(Tokenizer):
     def forward(
         self, images: Tensor, *, num_tokens: int | None = None, target: float | Tensor | None = None
     ) -> TrainingOutput:
-        """The two passes of a training step (section 3 of the paper); `num_tokens` and `target` are drawn
+        """The two passes of a training step (section 3 of the paper); `num_tokens` and `target` are levels
         unless given.
 
         The first offers that many tokens, halts none and measures the error they reach. The second is told to
@@ -392,8 +392,8 @@ class Karl(Tokenizer):
         if num_tokens is None:
             num_tokens = first + step * int(torch.randint((last - first) // step + 1, ()))
         if target is None:
-            drawn = torch.multinomial(self.target_probabilities.float(), batch, replacement=True)
-            target = torch.tensor(TARGETS, device=self.device)[drawn]
+            levels = torch.multinomial(self.target_probabilities.float(), batch, replacement=True)
+            target = torch.tensor(TARGETS, device=self.device)[levels]
         distil = self.distils
         noise = self._posterior_noise(images, None) if self.config.base == "vae" else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not distil):
@@ -427,8 +427,8 @@ class Karl(Tokenizer):
         those of the base tokenizer's features or `reconstruction` (mean absolute error).
         """
         bins = self.target_bins(torch.as_tensor(target).clamp(0, 1), len(images))
-        found = self.analyse(images, bins, count, features)
-        logits = found.halt_logits.float()
+        analysis = self.analyse(images, bins, count, features)
+        logits = analysis.halt_logits.float()
         kept = logits if needed is None else logits[:, :needed]
         weight = self.config.halting_weight
         losses = {"active": weight * F.binary_cross_entropy_with_logits(kept, torch.zeros_like(kept))}
@@ -436,12 +436,12 @@ class Karl(Tokenizer):
             spare = logits[:, needed:]
             halted = F.binary_cross_entropy_with_logits(spare, torch.ones_like(spare))
             losses["halted"] = weight * halted if spare.numel() else logits.new_zeros(())
-        quantized = Quantized(found.values, found.values)
+        quantized = Quantized(analysis.values, analysis.values)
         if self.config.quantize_latent:
-            quantized = self.quantize(found.values)
-        values, places, present = quantized.latents, _all_places(found.values), None
+            quantized = self.quantize(analysis.values)
+        values, places, present = quantized.latents, _all_places(analysis.values), None
         if needed is not None:
-            places, lengths = _packed(found.active)
+            places, lengths = _packed(analysis.active)
             values = values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
             present = torch.arange(places.shape[1], device=values.device) < lengths.unsqueeze(1)
         size = tuple(images.shape[2:])
@@ -556,13 +556,13 @@ def _names(variant: Mapping[str, Any]) -> str:
 
 
 def _rows() -> list[Entry]:
-    seen = "; the authors' sample picture at target 0.05 has 128 of 256 tokens, error 0.0468"
+    sample = "; the authors' sample picture at target 0.05 has 128 of 256 tokens, error 0.0468"
     table = [  # name, trained on, base, quantized, M parameters, further notes
         ("karl-vqgan-vq", "imagenet", "vqgan", True, 270.9, ""),
         ("karl-vqgan-vq-in100", "imagenet100", "vqgan", True, 270.9, ""),
         ("karl-vqgan-in100", "imagenet100", "vqgan", False, 270.9, ""),
         ("karl-vae-vq-in100", "imagenet100", "vae", True, 281.0, ""),
-        ("karl-vae-in100", "imagenet100", "vae", False, 280.9, seen),
+        ("karl-vae-in100", "imagenet100", "vae", False, 280.9, sample),
     ]
     sets = {"imagenet": "ImageNet", "imagenet100": "ImageNet-100"}
     verified = {
