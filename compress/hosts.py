@@ -9,17 +9,17 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..extras import needs
 
+# Before 5.14 masks take a query's place from `Cache.get_seq_length`, which must count dropped tokens for
+# `generate`; since then they ask `get_query_offset`, which a shortened cache answers with what it holds.
 with needs("transformers", "compress", "attaching reducers"):
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -31,9 +31,8 @@ with needs("transformers", "compress", "attaching reducers"):
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-TESTED = "5.4 to 5.24"
+TESTED = "5.14 to 5.24"
 ENCODES_BEFORE_FORWARD = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")  # since 5.18
-_TAKES_BORDERS = find_spec("transformers.vision_utils") is not None  # Qwen's towers, since 5.9
 _HOOKS_RUN_ONCE = "__init_subclass__" in vars(GradientCheckpointingLayer)  # under checkpointing
 CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
 _CACHE_TYPE = re.compile(r"\b(?:Dynamic|Static|EncoderDecoder)?Cache\b")
@@ -292,53 +291,6 @@ def check_beams(rows: int, prompts: int | None, pictures: Sequence[int]) -> None
         )
 
 
-def window_order(tower: nn.Module, grid_thw: Tensor) -> Tensor:
-    """The unit [N / pool²] at each place of the sequence of a tower with windows (Qwen2.5-VL)."""
-    return _windows(tower, grid_thw, {})[0]
-
-
-def _windows(tower: nn.Module, grid_thw: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The order of units and the borders of windows; those in `kwargs` are taken out and returned."""
-    if not _TAKES_BORDERS:
-        units, borders = tower.get_window_index(grid_thw)
-        return units, torch.tensor(borders, device=grid_thw.device, dtype=torch.int32).unique_consecutive()
-    from transformers.vision_utils import get_vision_window_index
-
-    sizes = tower.spatial_merge_size, tower.window_size, tower.patch_size
-    return get_vision_window_index(grid_thw, *sizes, kwargs=kwargs)
-
-
-def vision_borders(
-    tower: nn.Module, grid_thw: Tensor, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, Any]]:
-    """How Qwen's towers cut their sequence of N patches: borders of frames, order of units and borders of
-    windows (None without windows), and the arguments of a call that uses them.
-
-    Before 5.9 the tower takes no borders and computes these itself.
-    """
-    if _TAKES_BORDERS:
-        from transformers.vision_utils import get_vision_cu_seqlens
-
-        frames = get_vision_cu_seqlens(grid_thw, kwargs=kwargs)
-    else:
-        patches = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])  # of each frame
-        ends = patches.cumsum(0, dtype=torch.int32)
-        frames = F.pad(ends, (1, 0))
-    units = windows = None
-    if hasattr(tower, "window_size"):
-        units, windows = _windows(tower, grid_thw, kwargs)
-    if _TAKES_BORDERS:
-        kwargs = kwargs | {"cu_seqlens": frames}
-        if units is not None:
-            kwargs |= {"window_index": units, "cu_window_seqlens": windows}
-    return frames, units, windows, kwargs
-
-
-def tower_body(tower: nn.Module) -> nn.Module:
-    """The module that holds the layers of a tower: before 5.6 those of CLIP and SigLIP wrap it."""
-    return getattr(tower, "vision_model", tower)
-
-
 # Per-token arguments ----------------------------------------------------------------------------------------
 
 
@@ -403,14 +355,12 @@ def causal_mask(
     `hidden` [B, q, D] are the new states, `real` [B, entries + q] says which entries are not padding.
     """
     make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[pattern]
-    if cache is not None:  # before 5.14 the first layer's sizes count, so this layer becomes the only one
-        layers, cache = cache.layers, copy(cache)
-        cache.layers = layers[layer : layer + 1]
     return make(
         config=config,
         inputs_embeds=hidden,
         attention_mask=real,
         position_ids=None,
+        layer_idx=layer,
         **{cache_parameter(make): cache},
     )
 

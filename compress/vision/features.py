@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attention import attention_rows, column_sums, probing
 from ..earlier import EarlierCalls
 from ..families import FAMILIES, MEDIA, Host, Record
-from ..hosts import lengths_of_samples, takes, window_order
+from ..hosts import lengths_of_samples, takes
 from ..layout import Span
 from ..reducer import TowerLayer, VisionReducer
 from ..undo import Undo
@@ -261,7 +261,15 @@ class FeatureRecorder:
 
     def _window_order(self, record: Record) -> Tensor:
         """The original unit at each place of a windowed tower's sequence."""
-        return window_order(self.host.tower, record.arguments[f"{record.modality}_grid_thw"])
+        from transformers.vision_utils import get_vision_window_index
+
+        tower = self.host.tower
+        return get_vision_window_index(
+            record.arguments[f"{record.modality}_grid_thw"],
+            spatial_merge_size=tower.spatial_merge_size,
+            window_size=tower.window_size,
+            patch_size=tower.patch_size,
+        )[0]
 
 
 def _joined(heads: Tensor) -> Tensor:

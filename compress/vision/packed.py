@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algorithms.merge import Matching
-from ..hosts import vision_borders
 from ..reducer import VisionReducer
 from .merging import MergeTrace, VisionMerging, log_size
 
@@ -179,10 +178,17 @@ class QwenMerging(PackedMerging):
         self, tower: nn.Module, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any
     ) -> tuple[PackedTrace, tuple, dict[str, Any]]:
         """Segments are what lies between any two borders; the tower takes the borders computed here."""
-        borders, units, windows, kwargs = vision_borders(tower, grid_thw, kwargs)
-        images, order = [0, *accumulate(grid_thw.prod(-1).tolist())], None
+        from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+
+        borders = get_vision_cu_seqlens(grid_thw, kwargs=kwargs)
+        kwargs["cu_seqlens"], order = borders, None
+        images = [0, *accumulate(grid_thw.prod(-1).tolist())]
         edges = {*images, *borders.tolist()}
-        if units is not None:
+        if hasattr(tower, "window_size"):
+            units, windows = get_vision_window_index(
+                grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size, kwargs=kwargs
+            )
+            kwargs |= {"window_index": units, "cu_window_seqlens": windows}
             edges.update(windows.tolist())
             unit = tower.spatial_merge_unit
             order = (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()

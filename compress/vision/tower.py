@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hosts import forward_slot, recomputes, tower_body
+from ..hosts import forward_slot, recomputes
 from ..reducer import Budget, VisionReducer
 from ..undo import Undo
 from .merging import BlockParts, VisionMerging, refuse_replaced
@@ -79,8 +79,7 @@ def install(
     """
     kind = supported(tower)
     refuse_replaced(tower)
-    body = tower_body(tower)
-    blocks = list(body.get_submodule(kind.blocks))
+    blocks = list(tower.get_submodule(kind.blocks))
     merging = kind.merging(reducer, blocks, kind.parts, kind.prefix, keep=keep, depth=depth, undo=undo)
 
     def forward(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +108,7 @@ def install(
 
     merging.replace(tower, forward_slot(tower), forward)
     for name in kind.outlets:
-        found = getattr(body, name, None)
+        found = getattr(tower, name, None)
         for outlet in found if isinstance(found, nn.ModuleList) else [found]:
             if isinstance(outlet, nn.Module):
                 merging.undo.pre_hook(outlet, spread, with_kwargs=False)
@@ -122,7 +121,7 @@ def supported(tower: nn.Module) -> _Tower:
     kind = TOWERS.get(name)
     if kind is None:
         raise TypeError(f"cannot merge inside a {name}: merging knows {', '.join(TOWERS)}")
-    for layer in tower_body(tower).get_submodule(kind.blocks):
+    for layer in tower.get_submodule(kind.blocks):
         if type(layer).__name__ != kind.block:
             raise TypeError(f"{name} has layers of class {type(layer).__name__}; merging knows {kind.block}")
     return kind

@@ -19,7 +19,6 @@ from ...compress.algorithms.merge import (
     kth_bipartite_soft_matching,
     r_schedule,
 )
-from ...compress.hosts import tower_body
 from ...compress.methods.pitome import PiToMe
 from ...compress.methods.tome import ToMe
 from ...compress.report.accounting import llm_block_macs, vit_block_macs
@@ -225,14 +224,11 @@ def _clip(case: Case) -> Outputs:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = case.data["config"]
-
-    def make() -> nn.Module:
-        tower = CLIPVisionModel(CLIPVisionConfig(**config["clip_vision"]))
-        # Recorded keys, and so the weights, carry the prefix that the class lost in transformers 5.6.
-        return nn.ModuleDict({"vision_model": tower}) if tower_body(tower) is tower else tower
-
-    model = case.build(make)
-    tower = model["vision_model"] if isinstance(model, nn.ModuleDict) else model
+    # The class lost the prefix that the recorded keys, and so the weights, carry.
+    model = case.build(
+        lambda: nn.ModuleDict({"vision_model": CLIPVisionModel(CLIPVisionConfig(**config["clip_vision"]))})
+    )
+    tower = model["vision_model"]
     images = _images(case)
     plain = tower(images, output_hidden_states=True).hidden_states[-2]
     yield "feature_unpatched_mean", plain[:, 1:].mean(1)

@@ -5,6 +5,7 @@ import math
 import re
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -309,6 +310,8 @@ def _TextModel(config: dict, activation: str) -> nn.Module:
 
 
 def _preprocessing(case: Case) -> Outputs:
+    if int(PIL.__version__.split(".")[0]) < 13:
+        raise case.refusal(f"it was recorded with Pillow 13, and Pillow {PIL.__version__} resizes otherwise")
     size = whole(case.path.name, case.config, "size", 1, 4096)
     for number, entry in enumerate(case.input("images [H,W,S]", list)):
         if not isinstance(entry, list) or not all(isinstance(each, int) for each in entry) or len(entry) != 3:

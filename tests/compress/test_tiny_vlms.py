@@ -155,7 +155,7 @@ def test_padding_on_the_right_leaves_the_logits_of_real_tokens(name):
 
 def test_families_of_one_picture_refuse_another_number():
     with pytest.raises(ValueError, match="exactly one picture"):
-        shared("blip2", "eager")[2](**UNEVEN)
+        shared("blip2")[2](**UNEVEN)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -20,7 +20,6 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils import is_num2words_available
 
-RELEASE = tuple(int(number) for number in hf.__version__.split(".")[:2])
 WORDS = "what is in the image describe a cat dog red how many USER ASSISTANT system answer briefly now :"
 QUESTIONS = ("what is in the image", "describe", "how many red dog", "answer briefly now")
 BETWEEN = ("a cat", "a red dog", "how many")
@@ -59,7 +58,7 @@ def tiny_vlm(
     families cannot do every tuple in stock: PaliGemma needs a picture in the batch, Mllama in each row
     (or in none).
     """
-    if reason := _stock_failure(name, attn):
+    if reason := _stock_failure(name):
         pytest.skip(f"stock {name} of transformers {hf.__version__} and torch {torch.__version__} {reason}")
     fixture = _build(name, seed)
     model, processor = fixture.model, fixture.processor
@@ -67,14 +66,10 @@ def tiny_vlm(
     return model, processor, partial(_inputs, fixture)
 
 
-def _stock_failure(name: str, attn: str) -> str | None:
+def _stock_failure(name: str) -> str | None:
     """Why the installed transformers and torch cannot run a fixture even without reducers; None: they can."""
     if name == "vipllava" and BEFORE_5_18:
         return "reads hidden states that are not there (before 5.18)"
-    if name in ("blip2", "instructblip") and attn == "sdpa" and RELEASE < (5, 14):
-        return "has no sdpa in its Q-former (before 5.14)"
-    if "phimoe" in name and RELEASE < (5, 5):
-        return "refuses tie_word_embeddings in its configuration (before 5.5)"
     if name.startswith(("llava_mixtral", "llava_phimoe", "llava_qwen3_moe")) and not _groups_experts():
         return "multiplies experts by torch._grouped_mm, which this torch has on GPUs alone"
     return None
@@ -127,13 +122,6 @@ def _inputs(
         raise ValueError(f"this family takes exactly one picture a row, not {tuple(images)}")
     if fixture.video is None and any(videos):
         raise ValueError("this fixture has no videos")
-    if (
-        any(images)
-        and any(videos)
-        and RELEASE < (5, 5)
-        and type(fixture.model).__name__.startswith("Qwen2_5_")
-    ):
-        pytest.skip("stock Qwen2.5-VL numbers no pictures beside videos before transformers 5.5")
     rows = range(len(images)) if rows is None else rows
     texts = [_prompt(fixture, row, images[row], videos[row]) for row in rows]
     pictures = [[picture(row + 7 * place) for place in range(images[row])] for row in rows]
@@ -151,8 +139,6 @@ def _inputs(
         media["padding_side"] = padding_side  # and others would overrule their tokenizer
     out = processor(text=texts, **media, return_tensors="pt", padding=True)
     out.pop("labels", None)
-    if len(out["input_ids"]) != len(texts) and RELEASE < (5, 10):
-        pytest.skip("the stock processor drops rows without pictures before transformers 5.10")
     for key, value in out.items():
         if torch.is_floating_point(value):
             out[key] = value.float()

@@ -121,7 +121,7 @@ run("info", "titok-l32")
 run("list")
 run("verify", case)
 """
-    done = without(IMPORT_NAMES.values(), code, tmp_path, GOLDEN / "preprocess.json")
+    done = without(IMPORT_NAMES.values(), code, tmp_path, GOLDEN / "maskgit_vqgan.json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "demo.png").is_file() and any((tmp_path / "decoded").iterdir())
     assert "flextok-d12-d12-in1k" in done.stdout
