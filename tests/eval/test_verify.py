@@ -6,6 +6,7 @@ import operator
 import re
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 from paths import GOLDEN
@@ -16,16 +17,23 @@ from vistok.cli import app
 from vistok.eval.parity.case import CannotBuild, fill
 from vistok.eval.parity.verify import verify
 
-CASES = sorted(GOLDEN.glob("*.json"))
+pillow_13 = pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13, reason="older Pillows resize otherwise, which the case refuses"
+)
+CASES = [
+    pytest.param(path, id=path.stem, marks=[pillow_13] if path.stem == "preprocess" else [])
+    for path in sorted(GOLDEN.glob("*.json"))
+]
 SMALL = GOLDEN / "train_step_stage1_s128.json"
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CASES)
 def test_every_recorded_tensor_is_within_tolerance(path):
     misses = [row for row in verify(path) if not row.passed]
     assert not misses, misses
 
 
+@pillow_13
 def test_a_changed_recording_is_a_miss(tmp_path):
     case = _copied(tmp_path, GOLDEN / "preprocess.json")
     tensors = load_file(case.with_suffix(".safetensors"))
@@ -34,6 +42,7 @@ def test_a_changed_recording_is_a_miss(tmp_path):
     assert [row.name for row in verify(case) if not row.passed] == ["adm_1"]
 
 
+@pillow_13
 def test_a_tensor_nobody_computes_is_not_passed_over(tmp_path):
     case = _copied(tmp_path, GOLDEN / "preprocess.json")
     tensors = load_file(case.with_suffix(".safetensors"))
@@ -116,6 +125,7 @@ def test_a_recording_that_lacks_a_named_tensor_does_not_pass(tmp_path, name):
     assert name in output
 
 
+@pillow_13
 def test_a_numbered_tensor_that_is_missing_does_not_pass(tmp_path):
     case = rewritten(tmp_path, GOLDEN / "preprocess.json", lambda data: data.pop("shapes"))
     tensors = load_file(case.with_suffix(".safetensors"))
@@ -124,6 +134,7 @@ def test_a_numbered_tensor_that_is_missing_does_not_pass(tmp_path):
     assert [row.name for row in verify(case) if not row.passed] == ["adm_2"]
 
 
+@pillow_13
 def test_a_recording_of_another_shape_than_the_json_states_does_not_pass(tmp_path):
     def change(data):
         data["shapes"]["eval_1"] = ["uint8", [1, 2, 3]]
@@ -192,7 +203,7 @@ def _places(node, place=()):
         yield from _places(value, (*place, key))
 
 
-@pytest.mark.parametrize("name", ["flextok_components", "preprocess"])
+@pytest.mark.parametrize("name", ["flextok_components", pytest.param("preprocess", marks=pillow_13)])
 def test_any_changed_value_is_compared_or_refused(tmp_path, name):
     path = _copied(tmp_path, GOLDEN / f"{name}.json")
     original = json.loads(path.read_text())
