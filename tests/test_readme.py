@@ -1,37 +1,68 @@
-"""What the README shows runs as shown."""
+"""What the README shows runs as shown, and it stays short."""
 
 import re
+import shlex
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 from tiny_vlms import tiny_vlm
 
 import vistok
-from vistok import compress
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^    .*?(vistok .*)$", README, re.MULTILINE)
+LARGEST = 8192  # bytes
 
 
-def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
+def test_the_readme_is_short():
+    assert len(README.encode()) <= LARGEST, "move what is longer into docs/"
+
+
+def test_it_starts_with_the_two_commands():
+    lines = [line[4:] for line in README.splitlines() if line.startswith("    ")]
+    assert lines[:2] == ["pip install -e . && vistok demo", 'pip install -e ".[test]" && pytest']
+
+
+def test_each_example_has_at_most_five_lines_of_code():
+    assert len(EXAMPLES) == 3
+    for example in EXAMPLES:
+        assert len([line for line in example.splitlines() if line.strip()]) <= 5, example
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder with the pictures in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 4
+    return tmp_path
+
+
+def test_the_python_examples_run_in_order(folder, capsys):
     model, _, inputs = tiny_vlm("llava")
     names: dict[str, object] = {"model": model, "inputs": inputs(2)}
-    for block in blocks:
+    for block in EXAMPLES:
         exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "cat-from-32-bytes.png").is_file() and (tmp_path / "cat.vtok").is_file()
-    assert names["latents"].shape == (2, 32, 12)
+    assert (folder / "cat-from-32-bytes.png").is_file() and (folder / "kept.png").is_file()
+    printed = capsys.readouterr().out
+    assert "DivPrune: 4.0 visual tokens" in printed
+    quality = [
+        float(line.split()[1]) for line in printed.splitlines() if re.match(r"\d+ [\d.]+ [\d.]+$", line)
+    ]
+    assert len(quality) == 4 and quality == sorted(quality)  # dB at 1, 4, 16 and 64 tokens
 
 
-def test_every_registered_family_is_in_the_table():
-    assert all(family in README for family in ("TiTok", "TA-TiTok", "MaskGIT-VQGAN", "vistok-mini"))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(command, folder, run):
+    name, *arguments = shlex.split(command)
+    status, _, errors = run(*arguments)
+    assert (name, status) == ("vistok", 0), errors
 
 
-def test_every_reducer_is_in_the_table():
-    assert all(f"`{name}`" in README for name in compress.list_reducers())
+def test_both_commands_are_run():
+    assert len(COMMANDS) == 2 and COMMANDS[0] == "vistok demo"
 
 
 def test_files_the_readme_points_to_exist():

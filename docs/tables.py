@@ -1,0 +1,174 @@
+"""Write the tables of README.md and docs/ from the registries (`python docs/tables.py`).
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`. With
+`--check` nothing is written, and the exit status is 1 where a table is not what the registries give.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vistok.compress.registry import reducers as all_reducers
+from vistok.eval.commands import catalog
+from vistok.generate.registry import GENERATORS
+from vistok.plugins import plugins
+
+ROOT = Path(__file__).parents[1]
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"(<!-- table: (?P<name>[^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PLUGINS = ("vistok.tokenizers", "vistok.generators", "vistok.reducers", "vistok.metrics")
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, with a line break after its last row."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
+
+
+def linked(text: str) -> str:
+    """A text whose arXiv numbers are links; – where it is empty."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", text) or "–"
+
+
+@cache
+def _tokenizers() -> list[dict[str, Any]]:
+    return catalog._tokenizers()[2]
+
+
+def tokenizers() -> str:
+    """Every tokenizer, with its paper and what was compared."""
+    rows = [
+        [
+            f"`{row['name']}`",
+            row["tokens"],
+            row["bits per image"],
+            row["codebook"],
+            row["rFID"],
+            f"{row['parameters']:g}",
+            row["license"],
+            linked(row["paper"]),
+            row["compared"] or "–",
+        ]
+        for row in _tokenizers()
+    ]
+    columns = [
+        "name",
+        "tokens",
+        "bits per image",
+        "codes per token",
+        "rFID",
+        "M parameters",
+        "licence of the weights",
+    ]
+    return markdown([*columns, "paper", "compared with the original"], rows)
+
+
+def tokenizer_families() -> str:
+    """One tokenizer per family: the first that was compared with the original, or else the first."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for row in _tokenizers():
+        family = row["family"]
+        if family not in chosen or row["verified"] > chosen[family]["verified"]:
+            chosen[family] = row
+    rows = [
+        [
+            f"`{row['name']}`",
+            row["tokens"],
+            row["bits per image"],
+            row["rFID"],
+            _short(row["license"]),
+            row["verified"],
+        ]
+        for row in chosen.values()
+    ]
+    return markdown(["name", "tokens", "bits per image", "rFID", "licence", "verified"], rows)
+
+
+def _short(licence: str) -> str:
+    return re.split(r"[;,]| \(", licence)[0]
+
+
+def reducers(short: bool = False) -> str:
+    """Every reducer; `short` leaves out what it does and the digits."""
+    rows = []
+    for row in catalog._reducers()[2]:
+        name, paper = f"`{row['name']}`", linked(row["paper"])
+        if short:
+            rows.append([name, row["stage"], paper, row["verified"]])
+        else:
+            rows.append([name, row["stage"], row["what it does"], paper, row["compared"] or "–"])
+    last = ["paper", "verified"] if short else ["what it does", "paper", "compared with the original"]
+    return markdown(["name", "stage", *last], rows)
+
+
+def listed(rows_of: Callable[[], tuple[str, list[str], list[dict[str, Any]]]]) -> str:
+    """A table of `vistok list` with all of its columns."""
+    _, columns, rows = rows_of()
+    quoted = {columns[0], "option"}
+    cells = [[f"`{row[column]}`" if column in quoted else row[column] for column in columns] for row in rows]
+    return markdown(columns, cells)
+
+
+def compared(rows_of: Callable[[], Iterable[tuple[str, str]]]) -> str:
+    """The names that were compared with the original, and how closely they agree."""
+    rows = [[f"`{name}`", digits] for name, digits in rows_of() if digits]
+    return markdown(["name", "agreement"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "tokenizers": tokenizers,
+    "tokenizers, one per family": tokenizer_families,
+    "reducers": reducers,
+    "reducers, short": lambda: reducers(short=True),
+    "metrics": lambda: listed(catalog._metrics),
+    "model families": lambda: listed(catalog._families),
+    "generators": lambda: listed(catalog._generators),
+    "generators, compared": lambda: compared(
+        lambda: [(entry.name, entry.verified) for entry in GENERATORS.entries().values()]
+    ),
+    "reducers, compared": lambda: compared(
+        lambda: [(name, kind.verified) for name, kind in all_reducers().items()]
+    ),
+}
+
+
+def updated(text: str) -> str:
+    """A page with its tables made anew. Raises ValueError for a table that is not in `TABLES`."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}; TABLES has {', '.join(TABLES)}")
+        return match[1] + "\n" + TABLES[name]() + "\n" + match[3]
+
+    return BLOCK.sub(table, text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the tables, or compare them; returns the exit status."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python docs/tables.py [--check]", file=sys.stderr)
+        return 2
+    if added := sorted(name for group in PLUGINS for name in plugins(group)):
+        print(
+            f"the tables are of vistok alone; uninstall the plug-ins {', '.join(added)} first",
+            file=sys.stderr,
+        )
+        return 2
+    stale = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        if (new := updated(text)) != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not arguments:
+                path.write_text(new, encoding="utf-8")
+    if stale:
+        print(f"{'stale tables in' if arguments else 'wrote'} {', '.join(stale)}", file=sys.stderr)
+    return 1 if stale and arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
