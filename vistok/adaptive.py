@@ -1,4 +1,4 @@
-"""Tokens by quality: the shortest prefix of an ordered tokenizer that reaches a wanted PSNR."""
+"""Tokens by quality: the shortest prefix of an ordered tokenizer that reaches a target PSNR."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from .tokens import Tokens
 
 
 class PrefixTokenizer(Protocol):
-    """What the search for lengths needs of a tokenizer."""
+    """The part of a tokenizer that the search for lengths uses."""
 
     ordered: bool
     adaptive: bool
@@ -46,14 +46,14 @@ def encode_to_quality(
     num_tokens: int | None = None,
     **options: Any,
 ) -> AdaptiveTokens:
-    """Images [B, 3, H, W] in [0, 1] → for each the shortest prefix found whose decoding has `target_psnr` dB.
+    """Images [B, 3, H, W] in [0, 1] → per image the shortest prefix found that decodes to `target_psnr` dB.
 
-    Each image tries 1, 2, 4, … and at last all of `num_tokens` (every token by default) until one length
-    reaches the target, and then bisects between it and the one before, which did not; each step decodes one
-    batch, and there are at most 2·log2(K) + 1. Quality need not grow with length: what is returned was
-    decoded and reaches the target, and one token fewer was decoded and does not (nor did any power of two
-    before), but a shorter prefix that was not tried might. Where none of 1, 2, 4, …, K reaches the target,
-    the best of them is returned with `reached` False and a UserWarning.
+    For each image the lengths 1, 2, 4, … and at last all of `num_tokens` (every token by default) are tried
+    until one reaches the target; then follows a bisection between it and the one before, which did not. Each
+    step decodes one batch, and there are at most 2·log2(K) + 1 steps. Quality need not grow with length: the
+    returned prefix was decoded and reaches the target, and one token fewer was decoded and does not (nor did
+    any power of two before), but a shorter prefix that was not tried might. Where none of 1, 2, 4, …, K
+    reaches the target, the best of them is returned with `reached` False and a UserWarning.
 
     `options` go to `decode`; a `generator` starts every decoding from the same state, so that lengths are
     compared under the same noise. PSNR is over all pixels and channels of an image with a peak of 1. Raises
@@ -114,7 +114,7 @@ class _Search:
         return torch.where(self.reached, (self.low + self.length) // 2, grown).clamp(1, self.longest)
 
     def record(self, pending: Tensor, trial: Tensor, psnr: Tensor, target: float) -> None:
-        """Take in what the pending images reached at their trial lengths."""
+        """Store the PSNR that the pending images reached at their trial lengths."""
         enough = pending & (psnr >= target)
         short = pending & ~enough
         better = enough | (short & ~self.reached & (psnr > self.psnr))

@@ -56,7 +56,7 @@ def bounded_build(tensors: int, elements: int, source: Any) -> Iterator[None]:
 
 
 class _Limit:
-    """What was built so far, against what the file could fill."""
+    """Counts what was built and refuses more than the file can fill."""
 
     def __init__(self, elements: int, modules: int, source: Any) -> None:
         self.elements, self.at_once = elements + _FREE_ELEMENTS, elements + _FREE_AT_ONCE
@@ -86,7 +86,7 @@ class _Limit:
 
 
 class _SizedFactories(TorchDispatchMode):
-    """Sizes are checked before a tensor is made."""
+    """Checks the size of every tensor before it is made."""
 
     def __init__(self, limit: _Limit) -> None:
         super().__init__()

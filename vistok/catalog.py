@@ -46,7 +46,7 @@ class Catalog:
         self._entries: dict[str, Entry] = {}
 
     def family(self, name: str) -> Callable[[T], T]:
-        """Class decorator: make a class known as the family `name`."""
+        """Class decorator: register a class as the family `name`."""
 
         def add(cls: T) -> T:
             cls.family = name
@@ -56,7 +56,7 @@ class Catalog:
         return add
 
     def register(self, *entries: Entry) -> None:
-        """Add published checkpoints; ValueError for a name that is there already."""
+        """Add published checkpoints; ValueError for a name that is registered already."""
         for entry in entries:
             if entry.name in self._entries:
                 raise ValueError(f"{self.kind} {entry.name!r} is registered twice")

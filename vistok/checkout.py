@@ -1,4 +1,4 @@
-"""Check that the parts of vistok come from one place."""
+"""Check that all parts of vistok come from one checkout."""
 
 from pathlib import Path
 

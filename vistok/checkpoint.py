@@ -40,8 +40,8 @@ class Located:
 
 
 def locate(source: str | Path) -> Located:
-    """A local folder (config.json + weights) or weights file. Raises FileNotFoundError saying what is
-    missing."""
+    """Find the weights in a local folder (config.json + weights) or a weights file. Raises FileNotFoundError
+    that names what is missing."""
     path = Path(source).expanduser()
     if path.is_dir():
         files = [path / name for name in (*WEIGHTS_NAMES, *INDEX_NAMES) if (path / name).is_file()]
@@ -104,12 +104,12 @@ def fetch(
         tried = file or " or ".join(WEIGHTS_NAMES)
         raise FileNotFoundError(
             f"could not get {tried} of the hub repository {repo!r}: it is not in the local "
-            f"cache and the hub did not give it ({type(problem).__name__}). Download it on a machine with "
+            f"cache and was not downloaded ({type(problem).__name__}). Download it on a machine with "
             f"internet and pass its path: load(..., weights='path/to/{names[0]}')"
         ) from problem
     try:
         config = get(CONFIG_NAME)
-    except EntryNotFoundError:  # raw weight repositories have none; the keys then tell the architecture
+    except EntryNotFoundError:  # raw weight repositories have none; the keys then identify the model
         return Located(weights, None)
     return Located(weights, read_config(config))
 
@@ -198,7 +198,7 @@ def _read_file(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What torch says of a file, in one line and without its advice to run what is in the file."""
+    """Torch's error on a file in one line, without its advice to run what is in the file."""
     if isinstance(error, pickle.UnpicklingError):
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         return f"it holds a {name[1]}" if name else "it is not a pickle of tensors"
@@ -371,7 +371,7 @@ def _cast(key: str, value: Tensor, like: Tensor, dtype: torch.dtype | None, sour
 
 
 def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write config.json and model.safetensors into `folder`, each aside first and then renamed."""
+    """Write config.json and model.safetensors into `folder`, each through a temporary file."""
     from safetensors.torch import save_file
 
     folder, text = Path(folder), json.dumps(config, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""The front door `vistok …`: mounts the commands. Only this module looks upward to eval."""
+"""The command line `vistok …`: adds the commands. Only this module imports from eval."""
 
 import sys
 
@@ -18,7 +18,7 @@ try:
     from .eval.commands.demo import demo
     from .eval.commands.reconstruct import reconstruct
     from .eval.commands.verify import verify
-except KeyboardInterrupt:  # Ctrl-C in the first moments
+except KeyboardInterrupt:  # Ctrl-C during the imports
     sys.exit(130)
 
 app = typer.Typer(

@@ -19,7 +19,7 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
     """Convert an image of 8-bit channels by its embedded ICC profile to sRGB; alpha stays as it is.
 
     Images without a profile, or with one of sRGB, come back unchanged. A damaged profile, or one of another
-    colour space than the image has, is left aside with a UserWarning that begins with `name`.
+    colour space than the image has, is ignored with a UserWarning that begins with `name`.
     """
     profile = image.info.get("icc_profile")
     if not profile or image.mode == "1":

@@ -44,7 +44,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "the configurati
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:
-    """Return a value as the type hint `kind` has it, from JSON's, YAML's or NumPy's form of it.
+    """Convert a value from JSON, YAML or NumPy to the type hint `kind`.
 
     Lists become tuples where the hint is a tuple, whole numbers floats where it is float, and text that
     spells a number too (YAML reads 1e-4 as text). Numbers are finite, whole ones within 64 bits.
@@ -99,7 +99,7 @@ def describe(kind: Any) -> str:
 
 
 def run_config_reader(work: Any, source: Any, *arguments: Any) -> Any:
-    """Run what reads the configuration of the file `source`; any error in it becomes one on that file."""
+    """Return `work(*arguments)`, which reads the configuration in the file `source`; errors name it."""
     try:
         return work(*arguments)
     except (ValueError, OSError):
@@ -112,7 +112,7 @@ def run_config_reader(work: Any, source: Any, *arguments: Any) -> Any:
 
 
 def shorten(value: Any, length: int = 60) -> str:
-    """The value as messages show it, on one line and not longer than `length` characters."""
+    """The value as text for a message, on one line of at most `length` characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # whole numbers of thousands of digits, lists of thousands of levels

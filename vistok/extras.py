@@ -7,7 +7,7 @@ from importlib import metadata
 
 @contextmanager
 def needs(package: str, extra: str, purpose: str) -> Iterator[None]:
-    """Import what only `purpose` needs, and name the extra that installs it where it is missing or too old.
+    """Import a package that only `purpose` needs; errors name the extra that installs it.
 
         with needs("lpips", "lpips", "LPIPS"):
             from lpips import LPIPS

@@ -30,7 +30,7 @@ _FULL_WORDS = (
 )
 
 LFS_POINTER = b"version https://git-lfs"
-"""How the small text file begins that git-lfs keeps in place of a file that was not fetched."""
+"""First bytes of the small text file that git-lfs keeps in place of a file that was not fetched."""
 _LARGEST_POINTER = 1024  # bytes
 
 _open_names: set[str] = set()  # temporary files that this process is writing now
@@ -175,7 +175,7 @@ def _full_disk(path: Path, error: Exception) -> OSError:
 
 
 def _flush(path: Path) -> None:
-    """Have a file or folder on the disk, not only in memory."""
+    """Flush a file or folder from memory to the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # a target that its owner may write but not read
@@ -183,7 +183,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not know it for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot flush folders
             raise
     finally:
         os.close(handle)
@@ -191,7 +191,7 @@ def _flush(path: Path) -> None:
 
 @cache
 def _prefix() -> str:
-    """How the temporary files of this machine start: processes with other process ids have another prefix."""
+    """Prefix of this machine's temporary files; processes in other process namespaces have another."""
     try:
         processes = os.readlink("/proc/self/ns/pid")  # containers may share a host name and a disk
     except OSError:

@@ -19,8 +19,8 @@ def get_file(repo: str, name: str, *, local_files_only: bool = False, **options:
 
     Raises:
         EntryNotFoundError: of huggingface_hub; the repository has no such file.
-        LocalEntryNotFoundError: the file is not in the cache, and the hub cannot be reached or may not be
-            asked (`local_files_only`, HF_HUB_OFFLINE).
+        LocalEntryNotFoundError: the file is not in the cache, and the hub cannot be reached or downloading is
+            switched off (`local_files_only`, HF_HUB_OFFLINE).
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -31,7 +31,7 @@ def get_file(repo: str, name: str, *, local_files_only: bool = False, **options:
     if cached is not None:
         raise EntryNotFoundError(f"the cache records that {repo} has no {name}")
     if local_files_only or constants.HF_HUB_OFFLINE:
-        raise LocalEntryNotFoundError(f"{name} of {repo} is not in the cache, and the hub may not be asked")
+        raise LocalEntryNotFoundError(f"{name} of {repo} is not in the cache, and downloads are switched off")
     announce(repo)
     _check_reachable(repo)
     return Path(hf_hub_download(repo, name, **options))

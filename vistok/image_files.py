@@ -14,7 +14,7 @@ from PIL import Image
 # Pillow recognises these and cannot decode them by itself.
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_HEAD = 64  # bytes that tell what a file is
+_HEAD = 64  # bytes from which the kind of a file is recognised
 _HIDDEN = ("._", ".DS_Store", ".vistok-")  # what file systems and unfinished writes leave in folders
 _SENTENCES = (
     (b"version https://git-lfs", "a git-lfs pointer in place of the picture; run git lfs pull"),
@@ -94,7 +94,7 @@ def _head(path: str | os.PathLike[str]) -> bytes:
 
 
 def why_not_image(path: str | os.PathLike[str]) -> str | None:
-    """What a file that is not an image is and what to do about it, where a sentence can say so."""
+    """What a file that is not an image holds and what to do about it, or None for other files."""
     suffix = Path(path).suffix.lower()
     head = _head(path)
     if not head:

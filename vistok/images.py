@@ -128,7 +128,7 @@ def to_pil(images: Tensor, rounding: Literal["round", "truncate"] = "round") -> 
         raise ValueError(f"to_pil takes floats [B, 3, H, W] or [3, H, W] in [0, 1]; got {got}")
     levels = batch.detach().float().clamp(0, 1) * 255  # [B, 3, H, W]
     if levels.isnan().any():
-        raise ValueError("to_pil got NaN, which no pixel can show: look for it where the images were made")
+        raise ValueError("to_pil got NaN, which is not a pixel value: look for it where the images were made")
     if rounding == "round":
         levels = levels.round()
     return [Image.fromarray(array) for array in levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
@@ -180,7 +180,7 @@ def _decoding(name: str) -> Iterator[None]:
         raise ValueError(_bomb_message(name, str(error))) from error
     except Exception as error:  # On a broken file PIL's decoders raise nearly anything, SyntaxError included.
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no format that Pillow opens" if unknown else error
+        reason = "not a format that Pillow opens" if unknown else error
         raise ValueError(f"{name} is not an image, or a truncated or broken one: {reason}") from error
 
 

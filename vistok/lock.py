@@ -17,7 +17,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 def _drop_locks() -> None:
-    """In a fork: the lock is its parent's, and must not last as long as the fork."""
+    """Drop the locks in a forked process; they belong to its parent."""
     for lock in _held.values():
         os.close(lock._handle)
         lock._handle = None
@@ -53,7 +53,7 @@ class FolderLock:
         _held[key] = self
 
     def release(self) -> None:
-        """Give the lock back and remove its file; nothing happens if it is not held."""
+        """Release the lock and remove its file; nothing happens if it is not held."""
         if self._handle is not None:
             with suppress(OSError):  # the folder may be gone
                 self.path.unlink(missing_ok=True)

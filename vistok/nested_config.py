@@ -26,7 +26,7 @@ def resolved(value: Any, root: Mapping[str, Any], name: str) -> Any:
             node = node.get(part) if isinstance(node, Mapping) else None
         if node is None or value in references:
             raise ValueError(
-                f"{name} is {value!r}, which leads nowhere in this configuration; write its value"
+                f"{name} is {value!r}, which does not lead to a value in this configuration; write the value"
             )
         references.add(value)
         value = node

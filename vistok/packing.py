@@ -63,7 +63,7 @@ def unpack(reader: "Reader", count: int, widths: Sequence[int]) -> np.ndarray:
 
 
 def varint(value: int) -> bytes:
-    """LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    """LEB128: seven bits per byte, lowest first, the top bit set on all but the last."""
     encoded = bytearray()
     while value > 127:
         encoded.append(value & 127 | 128)
@@ -82,7 +82,7 @@ class Reader:
         if count > len(self.data) - self.offset:
             left = len(self.data) - self.offset
             raise ValueError(
-                f"corrupt vistok token file: the header promises {count} bytes where {left} are left"
+                f"corrupt vistok token file: the header states {count} bytes where {left} are left"
             )
         self.offset += count
         return self.data[self.offset - count : self.offset]
@@ -102,10 +102,10 @@ class Reader:
         raise ValueError("corrupt vistok token file: a number in the header does not end")
 
     def finish(self) -> None:
-        """Refuse bytes that nobody asked for."""
+        """Raise ValueError for bytes after the last value."""
         if self.offset != len(self.data):
             left = len(self.data) - self.offset
-            raise ValueError(f"corrupt vistok token file: {left} bytes more than the header promises")
+            raise ValueError(f"corrupt vistok token file: {left} bytes more than the header states")
 
 
 def seal(content: bytes, version: int) -> bytes:
@@ -130,7 +130,7 @@ def check_start(data: np.ndarray, size: int) -> tuple[int, int]:
             f"vistok token file of version {version}, newer than version {VERSION} read here: upgrade vistok"
         )
     if version < 1:
-        raise ValueError(f"corrupt vistok token file: there is no version {version}")
+        raise ValueError(f"corrupt vistok token file: version {version} does not exist")
     reader = Reader(data, len(MAGIC) + 1)
     try:
         promised = reader.varint() + reader.offset
@@ -139,11 +139,11 @@ def check_start(data: np.ndarray, size: int) -> tuple[int, int]:
             f"truncated or corrupt vistok token file: got {size} bytes, its size is unreadable"
         ) from None
     if size < promised:
-        raise ValueError(f"truncated vistok token file: got {size} bytes, the header promises {promised}")
+        raise ValueError(f"truncated vistok token file: got {size} bytes, the header states {promised}")
     if size > promised:
         raise ValueError(
             f"{size - promised} trailing bytes after a vistok token file: "
-            f"got {size} bytes, the header promises {promised}"
+            f"got {size} bytes, the header states {promised}"
         )
     return version, reader.offset
 
@@ -158,7 +158,7 @@ def checked_body(data: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def check_expansion(unpacked_bytes: int, file_bytes: int) -> None:
-    """Refuse a tiny file that asks for vast tensors: padding and one-word codebooks cost no payload."""
+    """Refuse a small file with very large tensors: padding and one-word codebooks cost no payload."""
     if unpacked_bytes > max(_FREE_BYTES, 1024 * file_bytes):
         raise ValueError(
             f"corrupt vistok token file: {file_bytes} bytes would unpack to {unpacked_bytes} with padding"

@@ -1,4 +1,4 @@
-"""What the files of a folder and the entry points of other packages add, found without a central list."""
+"""The modules of a package and the entry points of other packages, without a central list."""
 
 import warnings
 from collections.abc import Iterator

@@ -136,8 +136,8 @@ def _published(entry: Entry, hub_options: dict[str, Any]) -> checkpoint.Located:
         return located
     if "://" in entry.repo:
         raise FileNotFoundError(
-            f"the weights of {entry.name} are not on the hub; download {entry.file} as {entry.repo} says "
-            f"and pass its path: load({entry.name!r}, weights='path/to/{Path(entry.file).name}')"
+            f"the weights of {entry.name} are not on the hub; download {entry.file} as {entry.repo} "
+            f"describes and pass its path: load({entry.name!r}, weights='path/to/{Path(entry.file).name}')"
         )
     return checkpoint.fetch(entry.repo, entry.file, **hub_options)
 
@@ -195,7 +195,7 @@ def _identify(
                 return family, fields
     keys = list(choices[0].tensors)
     raise ValueError(
-        f"{located.weights} is of no known family ({', '.join(known)}); it has {len(keys)} keys such as "
+        f"{located.weights} is not of a known family ({', '.join(known)}); it has {len(keys)} keys such as "
         f"{', '.join(keys[:3])}. Give config={{'family': …, 'config': {{…}}}}"
     )
 

@@ -13,7 +13,7 @@ from . import checkpoint, pretrained
 
 
 class PretrainedModel(nn.Module):
-    """`from_pretrained` and `save_pretrained` of a family of models, and where such a model lives.
+    """`from_pretrained` and `save_pretrained` of a family of models, and the device and dtype of each.
 
     A kind of model (generators) sets `catalog`, a family `config_class`, `create` and `recognise`.
     """
@@ -54,11 +54,11 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def check_variant(cls, shapes: Mapping[str, torch.Size], config: Mapping[str, Any]) -> None:
-        """Raise ValueError for a checkpoint of another variant than `config` where a sentence can say so."""
+        """Raise ValueError for a checkpoint of another variant than `config` where that can be recognised."""
 
     @property
     def label(self) -> str:
-        """What messages call this model."""
+        """The name of this model in messages."""
         return self.name or self.family
 
     @property

@@ -15,5 +15,5 @@ unknown_name = TOKENIZERS.unknown_name
 
 
 def list_tokenizers() -> list[str]:
-    """Names that `load` and `create` know."""
+    """Names that `load` and `create` accept."""
     return list(entries())

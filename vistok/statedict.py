@@ -88,7 +88,7 @@ def _flat(tensors: dict[str, Tensor], origin: str) -> Iterator[StateDict]:
 
 
 def _completed(average: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """An average with the buffers that it does not cover, from the weights beside it; None if it is no model.
+    """An average, with the buffers it lacks from the weights beside it; None if it is not a model.
 
     Averages of the CompVis kind have keys without dots, which those of the weights restore.
     """

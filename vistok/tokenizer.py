@@ -19,7 +19,7 @@ from .tokens import Tokens
 
 @dataclasses.dataclass
 class TrainingOutput:
-    """Of a training forward: images as the decoder made them (not clamped) and the quantizer's losses.
+    """Result of a training forward: images as the decoder made them (not clamped) and the quantizer's losses.
 
     Without images, or with images that carry no gradient, the objective is the sum of `losses` (flow
     matching, distillation).
@@ -59,7 +59,7 @@ class Tokenizer(PretrainedModel):
         self._companions: dict[str, nn.Module]
         self.__dict__["_companions"] = {}
 
-    # What a family says -------------------------------------------------------------------------------------
+    # What a family sets -------------------------------------------------------------------------------------
 
     image_size: int
     """Side of the square images, in pixels."""
@@ -76,8 +76,8 @@ class Tokenizer(PretrainedModel):
     def pixels(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Quantized latents [B, K, D] → images [B, 3, H, W], not clamped.
 
-        Ordered tokenizers take fewer latents than `num_tokens`, and `lengths` [B] when images differ in
-        count.
+        Ordered tokenizers take fewer latents than `num_tokens`, and `lengths` [B] when images have
+        different numbers.
         """
         raise NotImplementedError
 
@@ -200,7 +200,7 @@ class Tokenizer(PretrainedModel):
     # Checks -------------------------------------------------------------------------------------------------
 
     def check_images(self, images: Tensor) -> Tensor:
-        """Images in this model's dtype and on its device, or a ValueError that says what to change."""
+        """Images in this model's dtype and on its device, or a ValueError that names what to change."""
         fix = f"use vistok.to_tensor(images, size={self.image_size})"
         if not isinstance(images, Tensor):
             raise ValueError(
@@ -244,7 +244,7 @@ class Tokenizer(PretrainedModel):
     def check_decoding(
         self, *, condition: Any = None, steps: int | None = None, guidance: float | None = None
     ) -> None:
-        """Raise ValueError for options of `decode` that this family has not."""
+        """Raise ValueError for options of `decode` that this family does not have."""
         if not self.stochastic and (steps is not None or guidance is not None):
             raise ValueError(
                 f"{self.label} decodes in one deterministic pass; steps and guidance do not apply"
@@ -281,10 +281,10 @@ class Tokenizer(PretrainedModel):
             )
         return num_tokens
 
-    # Where it lives -----------------------------------------------------------------------------------------
+    # Companions ---------------------------------------------------------------------------------------------
 
     def add_companion(self, name: str, module: nn.Module) -> None:
-        """Take over a module, frozen: it moves with this one but is not in its checkpoint (a text tower)."""
+        """Add a frozen module that moves with this one but is not in its checkpoint (a text tower)."""
         self._companions[name] = module.eval().requires_grad_(False).to(self.device, self.dtype)
 
     def companion(self, name: str) -> nn.Module | None:
@@ -298,7 +298,7 @@ class Tokenizer(PretrainedModel):
 
 
 def require_whole(num_tokens: Any) -> None:
-    """Raise ValueError for a number of tokens that is given and is not a whole number, NumPy's included."""
+    """Raise ValueError for a number of tokens that is not None or a whole number, NumPy's included."""
     if num_tokens is None:
         return
     if isinstance(num_tokens, (bool, np.bool_)) or not isinstance(num_tokens, numbers.Integral):

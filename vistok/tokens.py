@@ -37,13 +37,13 @@ class Tokens:
 
     `indices` int64 [B, K] or [B, K, Q] (Q codebooks, each index in 0..codebook_sizes[q]-1); `bits` bool
     [B, K, D]; `latents` float16, bfloat16, float32 or float64 [B, K, D]. `lengths` int64 [B], each in 0..K,
-    says how many tokens belong to each image; None means all K. Entries past an image's length are set to
+    is the number of tokens per image; None means all K. Entries past an image's length are set to
     zero. `codebook_sizes` has one size per codebook and goes with `indices` only. `names` has one text per
     image, such as its file's, and does not count when tokens are compared. `grid` has the sides of the grid
     that the K tokens fill, row by row, where there is one: (height, width), or (frames, height, width) of a
     video; several tokens may share a place, so K is a multiple of the product of the sides.
 
-    Construction checks dtypes, shapes and devices (ValueError, or TypeError for what is no tensor at all) but
+    Construction checks dtypes, shapes and devices (ValueError, or TypeError for what is not a tensor) but
     reads no values, so that it never waits for an accelerator; `validate` and `to_bytes` check the values.
 
         tokens = Tokens(indices=torch.randint(4096, (8, 32)), codebook_sizes=(4096,), tokenizer="titok-l32")
@@ -184,7 +184,7 @@ class Tokens:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
+        """Device of the tensors."""
         return self._data.device
 
     @property
@@ -232,7 +232,7 @@ class Tokens:
     def __eq__(self, other: object) -> bool:
         """Same values, shape, dtype, tokenizer and codebook sizes, on any device.
 
-        Padding counts for nothing; lengths that are all K equal no lengths; latents compare bit for bit, so
+        Padding is ignored; lengths that are all K equal no lengths; latents compare bit for bit, so
         that a NaN equals itself.
         """
         if not isinstance(other, Tokens):
@@ -345,7 +345,7 @@ class Tokens:
             header += varint(len(name)) + name
         if self.names is not None:
             flags |= _HAS_NAMES
-            names = "\0".join(self.names).encode(errors="surrogateescape")  # of files, may be no UTF-8
+            names = "\0".join(self.names).encode(errors="surrogateescape")  # of files, not always UTF-8
             header += varint(len(names)) + names
         if self.lengths is None:
             data = data.flatten(0, 1)  # [N, ...], N tokens in all
@@ -368,8 +368,8 @@ class Tokens:
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> "Tokens":
         """Unpack what `to_bytes` packed, on the CPU.
 
-        ValueError for anything else: no token file, a newer version, truncated, trailing bytes, a checksum
-        that does not match. The checksum is verified before any size in the header is believed.
+        ValueError for anything else: not a token file, a newer version, truncated, trailing bytes, a checksum
+        that does not match. The checksum is verified before any size in the header is used.
         """
         version, body = checked_body(np.frombuffer(bytes(data), np.uint8))
         reader = Reader(body)

@@ -233,7 +233,7 @@ def test_a_configuration_with_an_unknown_field_is_refused(saved):
 
 def test_weights_of_no_known_family_show_their_keys(tmp_path):
     path = pickled({"backbone.weight": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"no known family.*backbone\.weight.*config="):
+    with pytest.raises(ValueError, match=r"not of a known family.*backbone\.weight.*config="):
         load(path)
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer that CONTRIBUTING shows passes the matrix of all tokenizers, as anyone's would."""
+"""The example of a tokenizer in CONTRIBUTING passes the matrix that all tokenizers pass."""
 
 import importlib.util
 import inspect

@@ -489,7 +489,7 @@ def test_one_source_stands_alone_and_several_are_mixed():
         ({"sources": []}, "not empty"),
         ({"sources": "scenes"}, "give .*sources"),
         ({"sources": [{"kind": "scenes"}], "weights": [1]}, "give .*sources"),
-        ({"sources": ["scenes"]}, "source 'scenes' is no mapping"),
+        ({"sources": ["scenes"]}, "source 'scenes' is not a mapping"),
         ({"sources": [{}]}, "unknown kind of source None: accepted are scenes, photos, folder, shards"),
         ({"sources": [{"kind": "imagenet"}]}, "unknown kind of source 'imagenet'"),
         ({"sources": [{"kind": ["scenes"]}]}, "unknown kind of source"),

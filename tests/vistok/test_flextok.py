@@ -516,7 +516,7 @@ def decoder(graph):
 GRAPH_FAULTS = {
     "mask": (
         lambda g: encoder(g)["enc_seq_packer"].update(mask_mode="full"),
-        "mask_mode='full'; this version knows causal_last",
+        "mask_mode='full'; this version accepts causal_last",
     ),
     "class": (lambda g: decoder(g)["dec_latent_dropout"].update(_target_="x.ZeroNullCond"), "x.ZeroNullCond"),
     "argument": (lambda g: decoder(g)["dec_transformer"].update(window=3), "argument window"),

@@ -198,7 +198,7 @@ def test_steps_are_the_forward_passes(model):
 def test_a_setting_that_nothing_states_is_asked_for(model):
     for name in ("temperature", "guidance"):
         silent = build_with(model, **{model.settings[name]: None})
-        with pytest.raises(ValueError, match=rf"states no {model.settings[name]}; give {name}="):
+        with pytest.raises(ValueError, match=rf"does not state {model.settings[name]}; give {name}="):
             silent.sample([0])
         published = getattr(model.config, model.settings[name])
         sampled = silent.sample(LABELS, generator=seeded(), **{name: published})
@@ -344,7 +344,7 @@ def test_bare_weights_need_what_the_keys_do_not_show(model, tmp_path):
     if model.family == "rar":
         loaded = generate.load(tmp_path / "model.safetensors")
         assert loaded.config.num_attention_heads == model.config.num_attention_heads
-        with pytest.raises(ValueError, match="states no randomize_temperature; give temperature="):
+        with pytest.raises(ValueError, match="does not state randomize_temperature; give temperature="):
             loaded.sample([0])
     else:
         with pytest.raises(

@@ -602,6 +602,6 @@ def test_tensors_on_a_gpu_stay_there_and_come_out_the_same(dtype):
 @pytest.mark.parametrize("content", [b"", b"abc"])
 def test_bytes_of_no_format_are_refused_without_an_address_in_memory(content):
     with pytest.raises(
-        ValueError, match=f"the image of {len(content)} bytes .*: no format that Pillow opens$"
+        ValueError, match=f"the image of {len(content)} bytes .*: not a format that Pillow opens$"
     ):
         to_tensor(content, 8)

@@ -922,7 +922,7 @@ def test_an_oblong_grid_decodes_by_the_sides_that_its_tokens_carry(models, tmp_p
 
 def test_oblong_grids_are_refused_at_decoding_without_their_sides(models):
     model = models("maskgit-vqgan")
-    with pytest.raises(ValueError, match="12 is no square"):
+    with pytest.raises(ValueError, match="12 is not a square"):
         model.decode(torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(ValueError, match="4 tokens each; 9"):
         model.encode(pictures(1), num_tokens=9)

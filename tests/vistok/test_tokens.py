@@ -260,7 +260,7 @@ VAST = b"\xff\xff\xff\xff\x7f"  # 2**35 - 1
 FORGED = {
     "unknown kind": (b"\x03\x01\x01\x01", "unknown flags 0x03"),
     "unknown flag": (b"\x80\x01\x01\x01", "unknown flags 0x80"),
-    "no header": (b"", "promises 1 bytes where 0 are left"),
+    "no header": (b"", "states 1 bytes where 0 are left"),
     "endless number": (b"\x00" + b"\xff" * 12, "does not end"),
     "no such codebook": (b"\x00\x01\x01\x01\x00", r"codebook sizes \(0,\) are outside"),
     "vast tensor in few bytes": (
@@ -276,8 +276,8 @@ FORGED = {
         "would unpack to 268435456 with padding",
     ),
     "a tokenizer's name of other bytes": (b"\x10\x01\x01\x01\x01\x01\xff", "name is not UTF-8"),
-    "missing payload": (b"\x01\x01\x09\x01\xff", "promises 2 bytes where 1 are left"),
-    "surplus payload": (b"\x01\x01\x08\x01\xff\xff", "1 bytes more than the header promises"),
+    "missing payload": (b"\x01\x01\x09\x01\xff", "states 2 bytes where 1 are left"),
+    "surplus payload": (b"\x01\x01\x08\x01\xff\xff", "1 bytes more than the header states"),
     "index outside its codebook": (b"\x00\x01\x01\x01\x03\xc0", r"index 3 is outside 0\.\.2"),
     "length over K": (b"\x09\x01\x02\x01\xc0", r"length 3 is outside 0\.\.2"),
 }

@@ -49,12 +49,12 @@ class Skipped:
         self.count = 0
 
     def add(self, path: Path, error: Exception) -> None:
-        """Report one and go on."""
+        """Report and count one image."""
         self.count += 1
         note(f"skipped {path}: {error}")
 
     def finish(self) -> None:
-        """Exit 1 if any was skipped."""
+        """Exit with status 1 if any image was skipped."""
         if self.count:
             complain(f"{count_images(self.count)} skipped")
             raise typer.Exit(1)
@@ -68,7 +68,7 @@ def load_named(name: str, device: str, weights: Path | None = None) -> "Tokenize
 
 
 def quality_options(target: float | None, target_psnr: float | None) -> dict[str, float]:
-    """The quality asked for, as an option of `encode`."""
+    """The target quality as an option of `encode`."""
     if target is not None and target_psnr is not None:
         raise ValueError(
             "--target (mean absolute error) and --target-psnr (dB) both choose how many tokens an image "
@@ -79,7 +79,7 @@ def quality_options(target: float | None, target_psnr: float | None) -> dict[str
 
 
 def check_quality(model: "Tokenizer", quality: dict[str, float]) -> None:
-    """Raise ValueError for a quality that this tokenizer cannot be asked for."""
+    """Raise ValueError for a target quality that this tokenizer does not take."""
     if model.adaptive:
         takes = "it chooses lengths by --target, a mean absolute error such as 0.05"
     elif model.ordered:
@@ -119,7 +119,7 @@ def encoded(
 
 
 def warn_of_unreached(records: list[dict[str, Any]], quality: dict[str, float], model: "Tokenizer") -> None:
-    """One warning for all images that a wanted quality was out of reach for."""
+    """Warn once, for all images that did not reach the target quality."""
     short = [record for record in records if not record.get("reached", True)]
     if not short:
         return

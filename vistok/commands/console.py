@@ -1,4 +1,4 @@
-"""What commands share: options, foreign text and tables on the terminal, and the device that a name means."""
+"""Shared parts of the commands: options, text and tables on the terminal, and devices by name."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 
 
 def safe_text(text: object) -> str:
-    r"""Text of others (file names, captions, error messages) as a terminal may show it, on one line.
+    r"""Text from outside (file names, captions, error messages) made safe for a terminal, on one line.
 
     Control characters, line ends, marks that reverse the direction of writing and bytes that are not UTF-8
     are shown escaped, as \x1b or \n.
@@ -38,12 +38,12 @@ def safe_text(text: object) -> str:
 
 
 def say(text: object) -> None:
-    """Print text of others as one line."""
+    """Print text from outside as one safe line."""
     print(safe_text(text))
 
 
 def note(text: object) -> None:
-    """Print something a user should know, as one yellow line on stderr."""
+    """Print a note to the user as one yellow line on stderr."""
     typer.secho(safe_text(text), fg="yellow", err=True)
 
 
@@ -60,7 +60,7 @@ def show_warning(
     file: Any = None,
     line: Any = None,
 ) -> None:
-    """Show what a user should know as one line; anything else with where it came from."""
+    """Show a UserWarning as one line, any other warning with the line of code that raised it."""
     text = str(message)
     if category is not UserWarning:
         text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()

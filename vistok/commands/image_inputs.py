@@ -1,4 +1,4 @@
-"""The images that a command was given: files, folders and patterns, each with a name of its own."""
+"""The images named on the command line as files, folders and patterns, each with its own name."""
 
 import glob
 import os
@@ -12,7 +12,7 @@ from .console import note
 
 @dataclass(frozen=True, eq=False)
 class ImageInput:
-    """An image file, and its name: its path below the folder that was given, or its own name."""
+    """An image file, and its name: its path below the folder on the command line, or its own name."""
 
     path: Path
     name: str

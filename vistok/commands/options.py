@@ -12,9 +12,9 @@ _SAME = object()
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a field says beside its `typer.Option`, in `Annotated`.
+    """Settings of a field beside its `typer.Option`, in `Annotated`.
 
-    `text` is the type that the command line gives and `parse` makes it the field's value; `default` is the
+    `text` is the type on the command line, which `parse` converts to the field's value; `default` is the
     command line's where it is not the field's. `recorded` fields are part of a record's protocol when they
     are given, and `loose` ones may change when a killed run continues.
     """

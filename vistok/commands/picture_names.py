@@ -1,4 +1,4 @@
-"""Names of the pictures a command writes: inside its folder, each different, nothing of others replaced."""
+"""Names of the pictures a command writes: inside its folder, each different, no file of others replaced."""
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -38,7 +38,7 @@ def picture_paths(folder: Path, names: Iterable[str], *, replace_own: bool = Fal
 
 
 def _parts(name: str) -> list[str]:
-    """The folders and the stem of a name, each harmless in itself."""
+    """The folders and the stem of a name, each safe as a file name."""
     parts = [_safe_part(part) for part in name.replace("\\", "/").split("/")]
     parts = [part for part in parts if part.strip(". ")] or ["picture"]
     stem, dot, ending = parts[-1].rpartition(".")

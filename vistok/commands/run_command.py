@@ -1,4 +1,4 @@
-"""Run a command line so that whatever ends it is one line and an exit status, never a traceback."""
+"""Run a command line; every error ends in one line and an exit status, not in a traceback."""
 
 import atexit
 import contextlib
@@ -55,7 +55,7 @@ def run_command(app: Callable[..., Any], arguments: list[str]) -> int:
         if getattr(sys, name) is None:  # closed by the caller: a file opened later must not take its place
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal of few letters shows the others escaped
+        if hasattr(stream, "reconfigure"):  # characters that the terminal does not have appear escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         status = _flushed(_status(app, arguments, debug, stop))
@@ -67,7 +67,7 @@ def run_command(app: Callable[..., Any], arguments: list[str]) -> int:
 
 
 def _end_quietly() -> None:
-    """While the interpreter exits, a signal ends it at once: all is written, and a traceback says nothing."""
+    """Make signals end the process at once from here on: all output is written."""
     for number, status in ((signal.SIGINT, _INTERRUPTED), (signal.SIGTERM, _TERMINATED)):
         with contextlib.suppress(ValueError):
             signal.signal(number, lambda number, frame, status=status: os._exit(status))
@@ -158,6 +158,6 @@ def _flushed(status: int) -> int:
 
 
 def _discard_output() -> None:
-    """Send what is still in the buffer nowhere, so that the interpreter's last flush is quiet."""
+    """Discard what is still in the buffer, so that the interpreter's last flush raises nothing."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

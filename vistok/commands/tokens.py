@@ -33,7 +33,7 @@ def encode(
     batch_size: Batch = 8,
     device: Device = "auto",
 ) -> None:
-    """Images → one token file; with a target, of as many tokens as each image needs."""
+    """Encode images to one token file; with a target, each image gets as many tokens as it needs."""
     from dataclasses import replace
 
     from ..tokens import Tokens
@@ -70,13 +70,13 @@ def decode(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNGs.")] = Path("decoded"),
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", help="If not the one the file names, or that is not a registry name."),
+        typer.Option("--tokenizer", help="Needed where the file names none, or none of the registry."),
     ] = None,
     weights: Weights = None,
     batch_size: Batch = 8,
     device: Device = "auto",
 ) -> None:
-    """A token file → PNGs under the names of the images it was made of, or numbered in its order."""
+    """Decode a token file to PNGs, named like the images it was made from, or numbered."""
     from ..files import check_target
     from ..images import to_pil
     from ..registry import entries
@@ -87,7 +87,7 @@ def decode(
     coded = Tokens.load(source)
     name = tokenizer or coded.tokenizer
     if name is None:
-        raise ValueError(f"{source} does not say which tokenizer wrote it; give --tokenizer")
+        raise ValueError(f"{source} does not name the tokenizer that wrote it; give --tokenizer")
     if tokenizer is None and name not in entries():
         raise ValueError(
             f"{source} names the tokenizer {name!r}, which is not a registry name; if you trust the file, "

@@ -22,8 +22,8 @@ def train(
 
     folder = check_target(output or Path("runs") / config.stem, folder=True)
 
-    from ..train.recipe import read
     from ..train.loop import train as run
+    from ..train.recipe import read
 
     settings = read(config)
     model = run(settings, folder, steps=steps)

@@ -1,4 +1,4 @@
-"""Models that write tokens: from a class to the tokens of a picture that nobody encoded.
+"""Models that write tokens: from a class to the tokens of a new picture.
 
 import vistok, vistok.generate
 generator = vistok.generate.load("maskgit-l32")
@@ -16,7 +16,7 @@ __all__ = ["Generator", "create", "list_generators", "load"]
 
 
 def list_generators() -> list[str]:
-    """Names that `load` and `create` know."""
+    """Names that `load` and `create` accept."""
     return list(GENERATORS.entries())
 
 

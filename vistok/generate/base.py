@@ -94,7 +94,7 @@ class Generator(PretrainedModel):
         Args:
             condition: what `conditions` names; classes are a list of whole numbers, int64 [B], or one class.
             temperature: 0 takes the likeliest token every time. None is the published value, here and below.
-            guidance: strength of the condition; `unguided` is without.
+            guidance: strength of the condition; `unguided` is the value without guidance.
             steps: forward passes; families that write one token per pass do not take it.
             generator: one that seeds every image in turn, or a list with one per image, whose pictures then
                 depend neither on the batch nor on the place in it. None is torch's default generator.
@@ -145,7 +145,7 @@ class Generator(PretrainedModel):
         settings = self.parse({**dataclasses.asdict(self.config), **fields})
         for name, field in self.settings.items():
             if getattr(settings, field) is None:
-                raise ValueError(f"the configuration of {self.label} states no {field}; give {name}=")
+                raise ValueError(f"the configuration of {self.label} does not state {field}; give {name}=")
         return settings
 
     def check_tokenizer(self, tokenizer: Any) -> None:

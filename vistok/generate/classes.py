@@ -1,4 +1,4 @@
-"""Generators that are asked for a class."""
+"""Generators whose condition is a class."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class ClassGenerator(Generator):
     num_classes: int
 
     def check_condition(self, condition: int | Sequence[int] | Tensor) -> Tensor:
-        """Classes int64 [B] on this model's device, or a ValueError that says what is accepted."""
+        """Classes int64 [B] on this model's device, or a ValueError that names what is accepted."""
         accepted = f"{self.label} takes classes in 0..{self.num_classes - 1}, as int64 [B] or a list"
         try:
             # Without its dtype an empty list would be one of floats.

@@ -35,8 +35,8 @@ class MaskGITConfig:
     """`model.generator` of the original's configuration under its own names, the codebook's size, and the
     name of the tokenizer.
 
-    From `num_steps` on they are the settings of `sample`; where the configuration states none, `sample` asks
-    for it. `softmax_temperature_annealing` divides logits by 0.5 + 0.8·(share of the steps still to come).
+    From `num_steps` on they are the settings of `sample`, which needs those that the configuration does not
+    state. `softmax_temperature_annealing` divides logits by 0.5 + 0.8·(share of the steps still to come).
     """
 
     tokenizer: str | None = None
@@ -298,7 +298,7 @@ class MaskGITBert(MaskGIT):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """By BERT's keys; the heads are those of the config.json, which must come with it."""
+        """Recognised by BERT's keys; the heads are those of the config.json, which must come with it."""
         return _nested(cls, "model.embeddings.word_embeddings.weight" in shapes, config)
 
     def network(self, ids: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ class MaskGITBert(MaskGIT):
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm block; one of the second half first joins the output of its twin in the first half."""
+    """Pre-norm block; one of the second half first joins the output of its match in the first half."""
 
     def __init__(self, config: MaskGITConfig, skip: bool = False) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ class MaskGITUViT(MaskGIT):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """By the U-ViT's keys; the heads are those of the config.json, which must come with it."""
+        """Recognised by the U-ViT's keys; the heads are those of the config.json, which must come with it."""
         return _nested(cls, "mid_block.attn.qkv.weight" in shapes, config)
 
     def network(self, ids: Tensor) -> Tensor:

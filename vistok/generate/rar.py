@@ -34,7 +34,7 @@ class RARConfig:
     """`model.generator` of the original's configuration under its own names, the codebook's size, and the
     name of the tokenizer with the sides of its grid (None: one-dimensional tokens).
 
-    The last three are the settings of `sample`; where the configuration states none, `sample` asks for it.
+    The last three are the settings of `sample`, which needs those that the configuration does not state.
     Training takes random orders until step `randomness_anneal_start`, and ever fewer until
     `randomness_anneal_end`.
     """
@@ -189,7 +189,7 @@ class RAR(ClassGenerator):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """By the target-aware positions; sizes follow from shapes, settings only from a config.json."""
+        """Recognised by the target-aware positions; shapes give sizes, only a config.json gives settings."""
         if not {"target_aware_pos_embed", "blocks.0.attn.q_norm.weight", "lm_head.weight"} <= shapes.keys():
             return None
         return config if config and "model" in config else _config_from_shapes(shapes)
@@ -301,8 +301,8 @@ class RAR(ClassGenerator):
 class _Decoder:
     """Runs the transformer row after row for sampling, with keys and values kept.
 
-    What the condition does to a row (AdaLN) depends on class and row alone. It is computed for many rows at
-    once, and once per class: a third of the weights are then read a few times per image, not once per token.
+    The modulation of a row (AdaLN) depends on class and row alone. It is computed for many rows at once, and
+    once per class: a third of the weights are then read a few times per image, not once per token.
     """
 
     def __init__(self, model: RAR, classes: Tensor) -> None:

@@ -40,7 +40,9 @@ def read_size(size: int | Size) -> Size:
 def read_sizes(sizes: Sequence[Size], batch: int) -> list[Size]:
     """One (height, width) per image; ValueError for another number of them and for anything else."""
     if len(sizes) != batch:
-        raise ValueError(f"{len(sizes)} sizes were given for {batch} images; give one (height, width) each")
+        raise ValueError(
+            f"{len(sizes)} sizes were given for {batch} images; give one (height, width) per image"
+        )
     # A list of two numbers could be meant as one (height, width), so that every entry has to be a pair.
     for size in sizes:
         if _is_side(size):

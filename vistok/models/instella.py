@@ -29,7 +29,7 @@ REPA_FIELDS = ("use_repa", "repa_dim", "repa_index")
 
 @dataclass(frozen=True)
 class InstellaConfig:
-    """The original's own field names, then ours (from `image_size` on).
+    """The original's own field names, then those of vistok (from `image_size` on).
 
     `downsample_idx` and `upsample_idx` are the blocks, counted from 0, after which the grid is halved and
     doubled. `image_size` is the side of decoded images when none is asked for. `scale`, in pixels, stretches
@@ -344,7 +344,7 @@ class Instella(Tokenizer):
     """The binary autoencoder; see the module. Tokens hold `bits`, bool [B, 128, 64].
 
     Sides of images are multiples of 32 pixels at the published sizes, not necessarily equal. The bits do not
-    tell the size they came from: `decode(tokens, size=512)` draws them at any.
+    hold the size of their image: `decode(tokens, size=512)` decodes to any.
     """
 
     config_class = InstellaConfig
@@ -379,8 +379,8 @@ class Instella(Tokenizer):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """Widths and depths by shapes; where the grid is resized is no shape: block 7 unless `config` says
-        so."""
+        """Widths and depths follow from shapes; the place where the grid is resized does not: block 7 unless
+        `config` states another."""
         if "quantizer.embed" not in shapes or "encoder.latent_tokens" not in shapes:
             return None
         known = {field.name for field in fields(cls.config_class)}
@@ -437,7 +437,7 @@ class Instella(Tokenizer):
 
     @property
     def size_multiple(self) -> int:
-        """Any size that the grid can be halved at."""
+        """Sides of images are multiples of this, in pixels, so that the grid can be halved."""
         return self.config.encoder_factor
 
     def _grid(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -480,7 +480,7 @@ register(
         license="research-only RAIL-MS",
         paper="Instella-T2I (arXiv 2506.21022)",
         parameters=427.75,
-        notes="128 tokens of 64 bits (1 KiB) an image, decoded at 512, 768 or 1024 pixels; with the paper's "
+        notes="128 tokens of 64 bits (1 KiB) per image, decoded at 512, 768 or 1024 pixels; with the paper's "
         "generators on these bits GenEval 0.46 (autoregressive), 0.64 (diffusion)",
         verified="bits equal, logits 1.4e-5, images 7.8e-6",
     )

@@ -70,7 +70,7 @@ class MaskGITVQGANConfig:
 
 
 def _silu(x: Tensor) -> Tensor:
-    """SiLU of a tensor nobody else holds: in place where autograd allows."""
+    """SiLU of a tensor that is used nowhere else: in place where autograd allows."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -204,7 +204,7 @@ class MaskGITVQGAN(Tokenizer):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """By its residual levels; the published sizes are assumed where shapes do not tell."""
+        """Recognised by its residual levels; what shapes do not show is as published."""
         return (
             {} if "encoder.down.0.block.0.conv1.weight" in shapes and "latent_tokens" not in shapes else None
         )
@@ -223,17 +223,17 @@ class MaskGITVQGAN(Tokenizer):
 
     @property
     def size_multiple(self) -> int:
-        """16 at the published size."""
+        """Sides of images are multiples of this, in pixels: 16 at the published size."""
         return self.factor
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
-        """Any square grid; tokens that carry their `grid` may have another shape."""
+        """Accept any square grid; tokens that carry their `grid` may have another shape."""
         if num_tokens is None:
             return self.num_tokens
         if num_tokens < 1 or isqrt(num_tokens) ** 2 != num_tokens:
             raise ValueError(
-                f"{self.label} decodes square grids of tokens; {num_tokens} is no square. For another shape "
-                "call decoder on a grid of latents [B, 256, h, w]"
+                f"{self.label} decodes square grids of tokens; {num_tokens} is not a square. For another "
+                "shape call decoder on a grid of latents [B, 256, h, w]"
             )
         return num_tokens
 

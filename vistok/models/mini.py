@@ -104,7 +104,7 @@ class MiniEncoder(nn.Module):
 
 
 class MiniDecoder(nn.Module):
-    """Latents [B, K, D] → images: a transformer over latents and one query a patch, plus the linear path."""
+    """Latents [B, K, D] → images: a transformer over latents and a query per patch, plus the linear path."""
 
     def __init__(self, config: MiniConfig, used: Tensor) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class MiniTokenizer(Tokenizer):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # The transformers start silent, so that training begins at the linear code.
+        # The transformers start with zero output, so that training begins at the linear code.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.decoder.head.weight)
 
@@ -180,7 +180,7 @@ class MiniTokenizer(Tokenizer):
         """Start the linear path as the principal-component code of `images` [N, 3, H, W] in [0, 1].
 
         Components go to tokens in order of variance, each scaled to lose least in its channel's quantization;
-        the way back is ridge regression from the quantized codes. With the transformers silent this alone is
+        the way back is ridge regression from the quantized codes. With the transformers at zero this alone is
         an ordered transform code. N should be several times the number of channels (372 by default).
         """
         encoder, decoder = self.encoder, self.decoder
@@ -203,7 +203,7 @@ class MiniTokenizer(Tokenizer):
         decoder.linear_path.bias.copy_(mean - weight @ centre)
 
     def _best_scale(self, scores: Tensor) -> Tensor:
-        """For unit-variance scores [N, used] the factor a channel at which its codes tell most about them,
+        """For unit-variance scores [N, used] the factor per channel at which its codes predict them best,
         [used]."""
         candidates = torch.linspace(0.2, 1.6, 29)
         informative = []
@@ -214,8 +214,7 @@ class MiniTokenizer(Tokenizer):
         return candidates.to(scores)[torch.stack(informative).argmax(0)]
 
     def _coded(self, scores: Tensor, scale: Tensor) -> Tensor:
-        """Unit-variance scores [N, used], times `scale`, through the quantizer: what the decoder sees of
-        them."""
+        """Unit-variance scores [N, used], times `scale`, through the quantizer."""
         used = self.encoder.used
         latents = scores.new_zeros(len(scores), self.quantizer.used.numel())
         latents[:, used] = scores * scale

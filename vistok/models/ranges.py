@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 LARGEST_SIZE = 2**24
-"""Of a width, a side, a number of tokens or of codes; far beyond every published model."""
+"""Largest width, side, number of tokens or of codes; far beyond every published model."""
 LARGEST_DEPTH = 1024
-"""Of a number of layers, blocks or levels."""
+"""Largest number of layers, blocks or levels."""
 
 
 def require_between(config: Any, names: Iterable[str], low: float, high: float) -> None:
@@ -20,12 +20,12 @@ def require_between(config: Any, names: Iterable[str], low: float, high: float) 
 
 
 def require_sizes(config: Any, *names: str) -> None:
-    """Raise ValueError unless each named field is a size: 1 or more, and not absurdly large."""
+    """Raise ValueError unless each named field is a size: 1 to LARGEST_SIZE."""
     require_between(config, names, 1, LARGEST_SIZE)
 
 
 def require_depths(config: Any, *names: str) -> None:
-    """Raise ValueError unless each named field is a number of layers: 1 or more, and not absurdly large."""
+    """Raise ValueError unless each named field is a number of layers: 1 to LARGEST_DEPTH."""
     require_between(config, names, 1, LARGEST_DEPTH)
 
 

@@ -139,7 +139,7 @@ class TiTokEncoder(nn.Module):
 
 
 class TiTokDecoder(nn.Module):
-    """A ViT over one mask token a patch and the latents (and text); only the patches come out.
+    """A ViT over one mask token per patch and the latents (and text); only the patches come out.
 
     Legacy: logits over the proxy codes, [B, 1024, h, w]. Otherwise images, [B, 3, H, W], not clamped.
     """
@@ -253,7 +253,7 @@ class TiTok(Tokenizer):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """Everything follows from keys and shapes but `use_l2_norm`, which the published sizes tell."""
+        """Everything follows from keys and shapes but `use_l2_norm`, which is that of the published sizes."""
         own = "latent_tokens" in shapes and any(key.startswith("encoder.conv_out.") for key in shapes)
         if not own or ("decoder.text_guidance_proj.weight" in shapes) != cls.text_aware:
             return None
@@ -272,7 +272,7 @@ class TiTok(Tokenizer):
         if not self.config.is_legacy:
             return output
         if self.config.finetune_decoder:
-            # Parity: the pixel decoder sees the soft mixture of code vectors, never the likeliest code.
+            # Parity: the pixel decoder takes the soft mixture of code vectors, never the likeliest code.
             mixture = (
                 output.softmax(1).movedim(1, -1) @ self.pixel_quantize.embedding.weight
             )  # [B, h, w, 256]
@@ -286,7 +286,7 @@ class TiTok(Tokenizer):
         return drawer.decode(output.argmax(1).flatten(1))
 
     def attach_pixel_tokenizer(self, source: Tokenizer | str | Path) -> None:
-        """Give stage-1 weights the MaskGIT-VQGAN that draws their codes: itself, its name or a path."""
+        """Attach the MaskGIT-VQGAN that decodes the codes of stage-1 weights: itself, its name or a path."""
         if not self.config.is_legacy or self.config.finetune_decoder:
             raise ValueError(
                 f"{self.label} decodes to pixels by itself; only stage-1 weights take a pixel tokenizer"
@@ -347,7 +347,7 @@ class TATiTok(TiTok):
             return text.to(self.device, self.dtype)
         captions = [""] * batch if text is None else [text] * batch if isinstance(text, str) else list(text)
         if len(captions) != batch:
-            raise ValueError(f"{len(captions)} captions were given for {batch} images; give one each")
+            raise ValueError(f"{len(captions)} captions were given for {batch} images; give one per image")
         if not captions:
             return torch.empty(0, length, dim, device=self.device, dtype=self.dtype)
         if self.companion("text_encoder") is None:
@@ -357,7 +357,7 @@ class TATiTok(TiTok):
     def attach_text_encoder(
         self, source: "str | Path | nn.Module" = "openai", activation: str = "quickgelu"
     ) -> None:
-        """Give the decoder its CLIP text tower: open_clip's tag, a weights file, or a CLIPTextEncoder."""
+        """Attach the decoder's CLIP text tower: open_clip's tag, a weights file, or a CLIPTextEncoder."""
         from ..nn.clip_text import CLIPTextEncoder
 
         if isinstance(source, CLIPTextEncoder):
@@ -395,7 +395,7 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     if codebook is None:
         return config | {"quantize_mode": "vae", "token_size": channels // 2}
     size, dim = codebook
-    # Shapes do not tell whether codes are compared as unit vectors; the published 4096×12 codebooks are.
+    # Shapes do not show whether codes are compared as unit vectors; the published 4096×12 codebooks are.
     return config | {"codebook_size": size, "token_size": dim, "use_l2_norm": dim == 12}
 
 

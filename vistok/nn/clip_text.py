@@ -64,7 +64,7 @@ class CLIPTextEncoder(nn.Module):
         """Weights of open_clip's tag for ViT-L-14-336, or of a local file (whole CLIP or text tower alone).
 
         A tag is read from the hub's cache and never downloaded; `hf://owner/name` names a hub repository that
-        may be.
+        is downloaded where needed.
 
         Raises:
             FileNotFoundError: the weights are not in the cache, or cannot be downloaded.

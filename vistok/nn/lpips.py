@@ -19,7 +19,7 @@ def build_lpips(net: Literal["alex", "vgg"], backbone: Mapping[str, Tensor] | No
         from lpips import LPIPS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old argument names
-        # The package downloads the backbone on its own unless told to leave it random.
+        # The package downloads the backbone on its own unless it is to stay random.
         network = LPIPS(net=net, pretrained=backbone is not None, pnet_rand=True, verbose=False)
     if backbone is not None:
         # slice3.10.weight of lpips is features.10.weight of torchvision

@@ -35,7 +35,7 @@ class Attention(nn.Module):
         if rows is None:
             query, key, value = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
-            # Rows nobody reads need keys and values but no queries.
+            # Rows that are not returned need keys and values but no queries.
             query = linear(x[:, rows], self.in_proj_weight[:dim], self.in_proj_bias[:dim])
             key, value = linear(x, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  [B, h, N, d]

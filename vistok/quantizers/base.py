@@ -13,7 +13,7 @@ class Quantized:
     """What a training forward returns.
 
     `latents` [B, K, D] carry the gradient back to the encoder, `codes` are what `encode` would give, and
-    `losses` are unreduced-over-weight scalars by name: their sum is what the quantizer asks to be minimised.
+    `losses` are scalars by name, weights included: training minimises their sum.
     """
 
     latents: Tensor
@@ -24,7 +24,7 @@ class Quantized:
 class Quantizer(nn.Module):
     """Base of all quantizers: `encode`, `decode`, and `forward` for training.
 
-    `kind` says which field of `Tokens` the codes fill; `codebook_sizes` has one entry per codebook and is
+    `kind` names the field of `Tokens` that the codes fill; `codebook_sizes` has one entry per codebook and is
     None for bits and for continuous codes.
     """
 
@@ -44,7 +44,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def usage(self, codes: Tensor) -> dict[str, Tensor]:
-        """How well these codes use the room they have: scalars by name, measured over all of them.
+        """How much of the code space these codes use: scalars by name, measured over all of them.
 
         Bits: `bit_entropy`, in bits, the mean over the K·D bits of a token grid, 1 at best. Indices:
         `codebook_usage` (share of the codebook that occurs, 0..1) and `perplexity` (1..codebook size), means

@@ -12,14 +12,14 @@ class BinaryQuantizer(Quantizer):
     Space Image Generation", 2025, arXiv 2506.21022; sampling as in Wang et al., "Binary Latent Diffusion",
     2023, arXiv 2304.04820).
 
-    A linear layer gives `num_bits` logits z a token; codes are bool [B, K, num_bits]. `encode`, and `forward`
-    in eval mode, set the bits with z > 0. In training mode `forward` draws them with probability
+    A linear layer gives `num_bits` logits z per token; codes are bool [B, K, num_bits]. `encode`, and
+    `forward` in eval mode, set the bits with z > 0. In training mode `forward` draws them with probability
     sigmoid(z / temperature); at temperature 0, the end of an annealing, it takes the threshold as well. The
     gradient is that of p = sigmoid(z), without temperature.
 
-    Losses: `code` = code_weight · mean p(1 - p), which asks for decided bits, and with `entropy_weight` above
+    Losses: `code` = code_weight · mean p(1 - p), which favours decided bits, and with `entropy_weight` above
     0 `entropy` = weight · (mean entropy of each bit given its image - entropy of each bit over the batch), in
-    nats a bit, which also asks for bits that differ between images (MAGVIT-v2, arXiv 2310.05737, eq. 6, for
+    nats per bit, which also favours bits that differ between images (MAGVIT-v2, arXiv 2310.05737, eq. 6, for
     independent bits).
     """
 

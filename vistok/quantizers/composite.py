@@ -1,4 +1,4 @@
-"""What residual and product quantizers share: several parts, whose codebooks stand side by side."""
+"""What residual and product quantizers share: several parts, each with its own codebooks."""
 
 from collections.abc import Sequence
 from itertools import accumulate

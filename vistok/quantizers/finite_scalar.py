@@ -29,7 +29,7 @@ class FiniteScalarQuantizer(Quantizer):
             raise ValueError(f"tokens have codebooks of sizes {sizes}; every row must have the same product")
         if sizes[0] > 2**63:
             raise ValueError(
-                f"levels={levels!r} make {sizes[0]} codes, more than an int64 index tells apart (2**63); "
+                f"levels={levels!r} make {sizes[0]} codes, more than an int64 index can number (2**63); "
                 "quantize groups of channels with ProductQuantizer"
             )
         self.codebook_sizes = (sizes[0],)
@@ -40,7 +40,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     @property
     def used(self) -> Tensor:
-        """Which channels carry anything: bool [D] or [K, D]."""
+        """Which channels have more than one level: bool [D] or [K, D]."""
         return self._levels > 1
 
     def _rows(self, table: Tensor, count: int) -> Tensor:
@@ -77,8 +77,7 @@ class FiniteScalarQuantizer(Quantizer):
         """Decoded latents [B, K, D] → the unbounded values at the centres of their cells (the outer cells at
         95%).
 
-        The inverse of the squashing before rounding: what a linear decoder of the original latents wants to
-        see.
+        The inverse of the squashing before rounding: the input for a linear decoder of the original latents.
         """
         levels = self._rows(self._levels, latents.shape[-2])
         half = ((levels - 1) / 2).clamp_min(0.5).to(latents.dtype)

@@ -1,4 +1,4 @@
-"""Residual quantization: each codebook describes what the ones before it left over."""
+"""Residual quantization: each codebook encodes the remainder of the ones before it."""
 
 import torch
 from torch import Tensor

@@ -40,7 +40,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run of the training loop needs, whatever it trains.
+    """Settings of every run of the training loop.
 
     `batch_size` is that of one process and one accumulation step.
     """

@@ -98,7 +98,7 @@ _PHOTOS = {  # name → where, file, how often it is drawn beside the others
 
 @functools.cache
 def _photo_paths() -> dict[str, Path]:
-    """Name → file, found without importing the packages."""
+    """Name → file, without importing the packages."""
     roots = {}
     for package, distribution in (("skimage", "scikit-image"), ("sklearn", "scikit-learn")):
         spec = importlib.util.find_spec(package)
@@ -147,13 +147,13 @@ class Photos:
     """Random crops of the photographs that ship with scikit-image and scikit-learn, more of the coloured.
 
     A crop's side is log-uniform from `size` pixels (from 0.6 of the short side, if that is less) to the short
-    side; its sides differ by up to a tenth; half are mirrored; colours and gamma stray a little; one in
+    side; its sides differ by up to a tenth; half are mirrored; colours and gamma vary a little; one in
     twenty is grey, one in twenty has its channels swapped. `exclude` (a name or several) holds photographs
     back for evaluation; motorcycle_left and motorcycle_right are a stereo pair, so hold back both.
 
     Raises:
         ImportError: scikit-image or scikit-learn is not installed.
-        ValueError: `exclude` has a name that is no photograph's, or all of them; size below 1; negative seed.
+        ValueError: `exclude` has an unknown name or all of the names; size below 1; negative seed.
     """
 
     size: int
@@ -189,7 +189,7 @@ class Photos:
 
 
 def _jitter(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Mirror half of the pictures, stray a little in gamma and colour, make a few grey or swap channels."""
+    """Mirror half of the pictures, vary gamma and colour a little, make a few grey or swap channels."""
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
     fate = rng.random()
@@ -273,7 +273,7 @@ def build(config: Mapping[str, Any], size: int, seed: int) -> Source:
     sources, weights = [], []
     for position, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
-            raise ValueError(f"source {entry!r} is no mapping: give {{kind: {entry}, …}}")
+            raise ValueError(f"source {entry!r} is not a mapping: give {{kind: {entry}, …}}")
         options = dict(entry)
         kind = options.pop("kind", None)
         if not isinstance(kind, str) or kind not in _KINDS:
@@ -295,7 +295,7 @@ def build(config: Mapping[str, Any], size: int, seed: int) -> Source:
 
 @dataclass
 class _Samples(Dataset):
-    """A source as torch's loader wants it: number → uint8 tensor [3, size, size]."""
+    """A source as torch's loader takes it: number → uint8 tensor [3, size, size]."""
 
     source: Source
 
@@ -324,7 +324,7 @@ def loader(
     """Batches without end: uint8 [batch_size, 3, size, size], on the CPU; close it to end its workers.
 
     Step t of rank r holds the samples from `(t * world_size + r) * batch_size` on, whatever the number of
-    worker processes (0 reads in this one): a run resumed with `start=t` sees what an uninterrupted one would.
+    worker processes (0 reads in this one): a run resumed with `start=t` continues the same batches.
 
     Raises:
         ValueError: a batch size below 1, a negative start or number of workers, or a rank that is not below

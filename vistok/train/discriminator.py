@@ -33,7 +33,7 @@ class BlurPool(nn.Module):
 
 
 class NLayerDiscriminator(nn.Module):
-    """Judge 16x16 patches of an image, whatever its size: positive logits for real, negative for made.
+    """Classify 16x16 patches of an image of any size: positive logits for real, negative for made.
 
     Each of `num_stages` stages halves the resolution and, after the first, doubles the width, which starts
     at `hidden_channels` (a multiple of 32, the number of normalisation groups). Images [B, 3, H, W] in [0, 1]

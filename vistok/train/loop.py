@@ -39,7 +39,7 @@ def train(config: RunConfig, output: str | Path, *, steps: int | None = None, pr
     `output` receives run.json (the configuration), log.jsonl, samples/, checkpoint.pt (the whole state),
     checkpoint-previous.pt and model/. If it holds a checkpoint of the same configuration the run continues
     from it, or from the one before where the last is damaged. `steps` stops earlier (or later) than the
-    configuration says without changing the schedule.
+    configuration states without changing the schedule.
 
     Raises:
         ValueError: the folder holds another run or none of its checkpoints is whole, or the configuration
@@ -50,7 +50,7 @@ def train(config: RunConfig, output: str | Path, *, steps: int | None = None, pr
     kind = objective_class(config)
     kind.check(config)
     check_schedule("optimizer", config.optimizer, config.steps)
-    # Accelerate keeps the precision of a process's first run in a global; a second run may want another.
+    # Accelerate keeps the precision of a process's first run in a global; a second run may need another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=config.precision)
     folder = RunFolder(Path(output), _identity(config))
@@ -232,7 +232,7 @@ class _Run:
             else:
                 average.copy_(current[name])
 
-    # What a person looks at ---------------------------------------------------------------------------------
+    # Validation, log and export -----------------------------------------------------------------------------
 
     def _averaged(self) -> nn.Module:
         """The model with averaged weights, in eval mode."""
@@ -276,7 +276,7 @@ class _Run:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """What two runs must share to be the same run."""
+    """The settings that two runs must share to be the same run."""
     loose = {
         "steps",
         "workers",
@@ -313,7 +313,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
 
 
 def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with one group a (weight decay, learning-rate scale)."""
+    """AdamW with one group per (weight decay, learning-rate scale)."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         decay = 0.0 if no_weight_decay(name, parameter) else config.weight_decay
@@ -324,7 +324,7 @@ def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> to
 
 
 def _step(optimizer: Any, config: OptimizerConfig, step: int, total: int) -> None:
-    """Set this step's learning rates, move, and forget the gradients."""
+    """Set this step's learning rates, take the step, and clear the gradients."""
     rate = (
         constant_schedule(step, config.learning_rate, config.warmup)
         if config.schedule == "constant"

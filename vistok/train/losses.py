@@ -24,7 +24,7 @@ from ..nn.lpips import build_lpips
 from .discriminator import NLayerDiscriminator
 
 LECAM_DECAY = 0.999
-LARGEST_LOGVAR = 30  # e to its power still has a float's range to spare
+LARGEST_LOGVAR = 30  # its exponential is far below the largest float
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CONVNEXT_SIZE = 224
@@ -36,7 +36,7 @@ PERCEPTUAL_NETWORKS = ("lpips", "convnext_s")
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """What a reconstruction pays for looking false: the negative mean logit, a scalar."""
+    """The adversarial loss of reconstructions: their negative mean logit, a scalar."""
     return -fake_logits.mean()
 
 
@@ -81,12 +81,12 @@ def parse_perceptual_name(name: str) -> dict[str, float]:
 
 
 class PerceptualLoss(nn.Module):
-    """Distance between images as VGG16 features (LPIPS) and ConvNeXt-S logits see them.
+    """Distance between images in VGG16 features (LPIPS) and ConvNeXt-S logits.
 
-    `name` says which networks and how they are weighted (see `parse_perceptual_name`); the terms are averaged
-    with those weights. The networks are frozen and stay in evaluation mode.
+    `name` gives the networks and their weights (see `parse_perceptual_name`); the terms are averaged with
+    those weights. The networks are frozen and stay in evaluation mode.
 
-    `weights` says where torchvision's ImageNet files are: "hub" (torch hub's checkpoint folder; nothing is
+    `weights` is the place of torchvision's ImageNet files: "hub" (torch hub's checkpoint folder; nothing is
     downloaded), "download" (the same folder, fetching what is missing), a folder, or None for random networks
     whose values mean nothing, for tests. Raises FileNotFoundError for a missing file, ConnectionError when
     the download fails, ImportError without the `lpips` package.
@@ -127,7 +127,7 @@ class PerceptualLoss(nn.Module):
             if min(images.shape[-2:]) < VGG_MINIMUM_SIZE:
                 raise ValueError(
                     f"images are {images.shape[-2]}x{images.shape[-1]}; LPIPS needs {VGG_MINIMUM_SIZE} "
-                    "pixels a side: enlarge them or leave lpips out of the perceptual loss"
+                    "pixels per side: enlarge them or leave lpips out of the perceptual loss"
                 )
             distance = self.lpips(images, references, normalize=True)  # [B, 1, 1, 1]
             total = total + self.networks["lpips"] * distance.mean()
@@ -161,7 +161,7 @@ def _read_torchvision(
     if not path.is_file():
         raise FileNotFoundError(
             f"the perceptual loss needs {path.name}, which is not in {folder}: put {pretrained.url} there; "
-            "or name the folder that holds it, or say 'download' when online, with the option weights= "
+            "or name the folder that holds it, or give 'download' when online, with the option weights= "
             "(perceptual_weights= of ReconstructionLoss); or set perceptual_weight to 0 to train without"
         )
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -192,7 +192,7 @@ class ReconstructionLossConfig:
     kl_weight: float = 1e-6
 
     def __post_init__(self) -> None:
-        """Refuse values that no training run can mean."""
+        """Raise ValueError for unknown names and values out of range."""
         if self.reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction is {shorten(self.reconstruction)}; give 'l1' or 'l2'")
         parse_perceptual_name(self.perceptual)
@@ -210,7 +210,7 @@ class ReconstructionLossConfig:
 
 
 class ReconstructionLoss(nn.Module):
-    """What a tokenizer that writes pixels is trained on: pixels, perception, a discriminator, its bottleneck.
+    """The loss of a tokenizer that writes pixels: pixels, perception, a discriminator, its bottleneck.
 
     `generator_step` is the tokenizer's loss, `discriminator_step` the discriminator's; neither leaves
     gradients on the other's parameters, and both compute in float32 under autocast. `self.discriminator`
@@ -377,7 +377,7 @@ def masked_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of a masked token model, and its accuracy on the masked tokens, two scalars.
 
-    `logits` [B, K, V], `indices` int64 [B, K], `mask` [B, K] true where the model saw the mask token.
+    `logits` [B, K, V], `indices` int64 [B, K], `mask` [B, K] true where the input was the mask token.
     Masked tokens weigh 1, the others `unmasked_weight`; the sum is divided by the weights' sum. Raises
     ValueError when the shapes disagree.
 

@@ -1,4 +1,4 @@
-"""What a run of the training loop learns: the contract between the loop and every kind of model it trains."""
+"""The contract between the training loop and every kind of model that it trains."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ class Objective:
 
     @classmethod
     def without_effect(cls, values: Mapping[str, Any], config: Any) -> Iterator[str]:
-        """What a file gives in `values` that does not change the run, a sentence each."""
+        """Yield one sentence per setting in a file's `values` that does not change the run."""
         return iter(())
 
     def batches(self, start: int, rank: int, world_size: int) -> Iterator[Any]:
@@ -57,7 +57,7 @@ class Objective:
         raise NotImplementedError
 
     def adversary_loss(self, batch: Any) -> Tensor:
-        """What the adversary minimises on the batch that `loss` has just seen, a scalar."""
+        """What the adversary minimises on the batch of the last `loss`, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} has an adversary and no adversary_loss")
 
     def extra_figures(self, batch: Any) -> dict[str, Tensor]:
@@ -84,4 +84,4 @@ class Objective:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` returned; an error of any kind where it does not fit."""
         if state:
-            raise ValueError(f"the checkpoint holds {', '.join(state)}, which this objective does not")
+            raise ValueError(f"the checkpoint holds {', '.join(state)}, which this objective does not have")

@@ -55,7 +55,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _short(path: str) -> str:
-    """A path as messages show it: on one line and not endless."""
+    """A path as messages show it: on one line and shortened."""
     text = safe_text(path)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 

@@ -1,4 +1,4 @@
-"""The folder of a training run: which run it holds, who uses it, its checkpoints and its log."""
+"""The folder of a training run: which run it holds, which process uses it, its checkpoints and its log."""
 
 import json
 import os
@@ -161,7 +161,7 @@ class RunFolder:
                 stream.write(json.dumps(row) + "\n")
         except OSError as error:
             raise type(error)(
-                f"{self._log} cannot be written ({error.strerror}); mend that, and start again to continue "
+                f"{self._log} cannot be written ({error.strerror}); fix that, and start again to continue "
                 "from the last checkpoint"
             ) from error
 

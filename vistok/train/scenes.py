@@ -81,7 +81,7 @@ def _palette(rng: np.random.Generator) -> np.ndarray:
 
 
 def _pick(rng: np.random.Generator, palette: np.ndarray, count: int, jitter: float = 0.07) -> np.ndarray:
-    """Colours [count, 3] in [0, 1] near the palette: brightness strays more than hue."""
+    """Colours [count, 3] in [0, 1] near the palette: brightness varies more than hue."""
     colours = palette[rng.integers(0, len(palette), size=count)]
     light = np.exp(rng.normal(0, 3 * jitter, size=(count, 1)))
     return np.clip(colours * light + rng.normal(0, 0.3 * jitter, size=(count, 3)), 0.01, 0.99)
@@ -222,7 +222,7 @@ def _composite(
     colours = np.asarray(layer.colours.reduce(2), dtype=np.float32) / 255
     strengths = np.asarray(layer.strengths.reduce(2), dtype=np.float32) / 128
     cover = colours[..., 3:]
-    # The colours are not multiplied by the cover, so edges come out light: kept, models were trained on it.
+    # The colours are not multiplied by the cover, so edges come out light; models were trained on it.
     gain = 1 + 0.7 * (strengths[..., 0] - 1) * textures[0]
     gain += strengths[..., 1] * textures[1]
     gain += strengths[..., 2] * textures[2]
@@ -354,7 +354,7 @@ def _strokes(rng: np.random.Generator, layer: _Layer, palette: np.ndarray) -> No
 
 
 def _facade(rng: np.random.Generator, layer: _Layer, palette: np.ndarray) -> None:
-    """Walls with rows of windows, shelves, tiles or bricks, seen at a slant."""
+    """Walls with rows of windows, shelves, tiles or bricks, drawn at a slant."""
     for _wall in range(int(rng.integers(1, 4))):
         side = layer.side
         corner, extent = rng.uniform(-0.2, 0.6, size=2) * side, rng.uniform(0.3, 1.2, size=2) * side

@@ -20,7 +20,7 @@ from .tar_members import TarPictures, find_pictures, left_out_line, read_member
 
 
 def check_size_and_seed(source: Any, smallest: int = 1) -> None:
-    """Refuse early what would only fail on the first picture, or in every worker process."""
+    """Raise ValueError for a bad size or seed now, before it fails in every worker process."""
     if source.size < smallest or source.seed < 0:
         raise ValueError(
             f"{type(source).__name__}(size={source.size}, seed={source.seed}): "
@@ -38,7 +38,7 @@ def as_list(name: str, value: Any, accepted: type | tuple[type, ...]) -> list:
 
 @dataclass
 class _Stored:
-    """Pictures kept on disk, shuffled anew each epoch; the subclass says how many there are and reads one."""
+    """Pictures kept on disk, shuffled anew each epoch; the subclass gives their number and reads one."""
 
     size: int
     seed: int = 0
@@ -157,7 +157,7 @@ class Folder(_Stored):
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
         OSError: a subfolder cannot be listed.
-        ValueError: a path, flag, size or seed that is none.
+        ValueError: a path, flag, size or seed that is not one.
     """
 
     path: str | Path = field(kw_only=True)
@@ -180,7 +180,7 @@ class Folder(_Stored):
 
 @dataclass
 class Shards(_Stored):
-    """Pictures in webdataset tar files, by the endings that Pillow knows, read in place.
+    """Pictures in webdataset tar files, by the endings that Pillow decodes, read in place.
 
     `pattern` is one or several paths; each may hold braces, `train-{000..010}.tar` or `{a,b}.tar`, and
     wildcards; a file that several match is taken once. The tar files are indexed when the source is made, and
@@ -189,7 +189,7 @@ class Shards(_Stored):
     Raises:
         FileNotFoundError: a path matches no file, or the files hold no picture.
         ValueError: a file is not an uncompressed tar, or is cut off or damaged; a pattern, flag, size or seed
-            that is none.
+            that is not one.
     """
 
     pattern: str | Path | Sequence[str | Path] = field(kw_only=True)

@@ -1,4 +1,4 @@
-"""The pictures in webdataset tar files, found without unpacking."""
+"""The pictures in webdataset tar files, without unpacking them."""
 
 import tarfile
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Imported by the server that forks workers, and only there: a worker whose parent has gone ends quietly."""
+"""Imported only by the server that forks workers: workers of an ended parent print no traceback."""
 
 import sys
 from multiprocessing import process
@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 
 GONE = (FileNotFoundError, EOFError, ConnectionError)
-"""What a starting worker meets where its parent's semaphores and pipes were."""
+"""Errors of a starting worker whose parent's semaphores and pipes are gone."""
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

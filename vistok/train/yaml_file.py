@@ -1,4 +1,4 @@
-"""Read a YAML file of settings: no key twice, and nothing that grows when it is read."""
+"""Read a YAML file of settings; repeated keys and aliases that expand too far are errors."""
 
 from pathlib import Path
 from typing import Any

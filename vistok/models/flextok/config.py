@@ -1,5 +1,4 @@
-"""What a FlexTok is made of: its sizes and constants, read from the original's nested configuration where
-weights come with that."""
+"""Sizes and constants of FlexTok, from the fields of FlexTokConfig or the original's nested configuration."""
 
 import ast
 import math
@@ -124,7 +123,7 @@ class FlexTokConfig:
 # The original's configuration -------------------------------------------------------------------------------
 
 # Section or module, its class, and its arguments: @field fills a field of FlexTokConfig (? may be absent), *
-# says that nothing here depends on it, anything else is the only value that is known.
+# marks one that has no effect here, anything else is the only accepted value.
 _GRAPH = """
 vae StableDiffusionVAE latent_channels=@latent_channels? scaling_factor=@vae_scaling_factor?
     sample_posterior=@sample_posterior? hf_hub_path=@vae_source? dtype_override=* force_vae_encode=*
@@ -239,7 +238,7 @@ def _check_moves(where: str, node: Any) -> None:
     if kind not in ("SequenceUnpacker", "channels_first_to_last", "channels_last_to_first"):
         raise ValueError(
             f"the configuration has a module {where} ({node['_target_']}, {kind}) that this version does not "
-            "know; it builds the published 1D tokenizers"
+            "accept; it builds the published 1D tokenizers"
         )
 
 
@@ -247,7 +246,7 @@ def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], settin
     """Check one module's class and arguments, and put its fields into `settings`."""
     if _class_of(where, node) != kind:
         raise ValueError(
-            f"the configuration's {where} is {node['_target_']}; this version knows {kind} there"
+            f"the configuration's {where} is {node['_target_']}; this version accepts {kind} there"
         )
     for name, value in node.items():
         if name.endswith(("_key", "_keys")):
@@ -270,7 +269,7 @@ def _read(where: str, node: Any, kind: str, arguments: Mapping[str, str], settin
                     f"the configuration's {where} has {name}={value}; elsewhere it is {settings[target]}"
                 )
         elif rule not in ("*", str(value)):
-            raise ValueError(f"the configuration's {where} has {name}={value!r}; this version knows {rule}")
+            raise ValueError(f"the configuration's {where} has {name}={value!r}; this version accepts {rule}")
     required = [name for name, rule in arguments.items() if rule[0] == "@" and rule[-1] != "?"]
     missing = [name for name in required if node.get(name) is None]
     if missing:

@@ -3,7 +3,7 @@
 Bachmann et al., "FlexTok: Resampling Images into 1D Token Sequences of Flexible Length", 2025, arXiv
 2502.13967. A transformer reads the latents of a VAE into registers, of which each sees only those before it;
 finite scalar quantization makes each an index. Another transformer draws VAE latents from noise, given any
-prefix of the tokens: few tell it what the picture is about, many what it looks like.
+prefix of the tokens: few tokens fix the content of the picture, many its details.
 
     tokens = tokenizer.encode(images)                        # 256 each; num_tokens=32 costs less
     sweep = Tokens.cat([tokens.prefix(k) for k in (1, 16, 256)])
@@ -116,8 +116,8 @@ class FlexTok(Tokenizer):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """By its registers. Keys do not tell the time scale and the VAE's factor: ValueError without a
-        config."""
+        """Recognised by its registers. Keys do not hold the time scale and the VAE's factor, so that there is
+        a ValueError without a config."""
         if "encoder.module_dict.enc_register_module.registers" not in shapes:
             return None
         if not config:
@@ -137,7 +137,7 @@ class FlexTok(Tokenizer):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """As every tokenizer's; a published name warns of its licence once."""
+        """As `Tokenizer.from_pretrained`; a published name warns of its licence once."""
         rows = (entry for entry in registry.entries().values() if entry.family == cls.family)
         repo = str(source).removeprefix(hub.PREFIX)
         entry = next((entry for entry in rows if repo in (entry.name, entry.repo)), None)
@@ -146,7 +146,7 @@ class FlexTok(Tokenizer):
         return super().from_pretrained(source, **options)
 
     def attach_vae(self, source: nn.Module | str | Path, scaling_factor: float | None = None) -> None:
-        """Give weights without a VAE theirs: an AutoencoderKL, its name (flextok-vae-c16), repository or
+        """Attach a VAE to weights without one: an AutoencoderKL, its name (flextok-vae-c16), repository or
         path.
 
         Its latents are multiplied by `scaling_factor`, else by the tokenizer's own configuration's, else by
@@ -373,8 +373,8 @@ class FlexTok(Tokenizer):
         return size
 
     def _conditions(self, latents: Tensor, lengths: Tensor | None) -> list[Conditions]:
-        """Of all images together, or of each by itself where that saves work: a CPU is as fast in parts, and
-        then a picture costs what its own tokens do."""
+        """Conditions of all images together, or of each by itself on a CPU, where the work for a picture then
+        depends on its own tokens only."""
         if lengths is None:
             return [self.decoder.conditions(latents)]
         counts = lengths.tolist()
@@ -446,7 +446,8 @@ class FlexTok(Tokenizer):
     def _check_one_each(self, what: str, values: Sequence[Any], batch: int) -> None:
         if len(values) != batch:
             raise ValueError(
-                f"{len(values)} {what} were given for {batch} images; give one generator, or one of them each"
+                f"{len(values)} {what} were given for {batch} images; give one generator, or one of them per "
+                "image"
             )
 
     # Training -----------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Separate projections without bias; queries and keys are normalised a head."""
+    """Separate projections without bias; queries and keys are normalised per head."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class GatedMLP(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm block in which patches see patches, and a register sees patches and registers up to itself."""
+    """Pre-norm block: patches attend to patches, a register to patches and to registers up to itself."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class FlexTokEncoder(nn.Module):
     def forward(self, latents: Tensor, num_tokens: int) -> Tensor:
         """VAE latents [B, C, h, w] → the first `num_tokens` registers [B, n, len(levels)], unbounded.
 
-        No register sees a later one, so the first n are computed without the others.
+        No register attends to a later one, so the first n are computed without the others.
         """
         parts = self.module_dict
         grid = (side // self.patch_size for side in latents.shape[2:])
@@ -237,7 +237,7 @@ def register_mask(patches: int, registers: int, device: torch.device | None = No
 
 
 class Conditions(NamedTuple):
-    """What the decoder is told: register rows [B, W, D], and what is added to the logits of their keys [B,
+    """Conditions of the decoder: register rows [B, W, D], and what is added to the logits of their keys [B,
     W].
 
     Equal rows are one row: attention over n equal keys is attention over one with ln(n) added to its logit. A
@@ -265,7 +265,7 @@ class Layout(NamedTuple):
     """Where sequences lie in flat rows [1, T, D]: for each number of registers, B images of patches and
     registers.
 
-    Sequences of several lengths go through a layer as one matrix; only attention tells them apart.
+    Sequences of several lengths go through a layer as one matrix; only attention separates them.
     """
 
     batch: int
@@ -313,7 +313,7 @@ class Layout(NamedTuple):
 
 
 class DecoderBlock(nn.Module):
-    """Block modulated by the time (adaLN), differently for patches and for registers; all see all."""
+    """Block modulated by the time (adaLN), separately for patches and registers; full attention."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -427,7 +427,7 @@ class FlexTokDecoder(nn.Module):
         return Conditions(x, bias)
 
     def unconditional(self, batch: int) -> Conditions:
-        """Of images about which nothing is said: one row that stands for all registers."""
+        """Conditions of images without tokens: one row that stands for all registers."""
         null = self.module_dict["dec_latent_dropout"].values
         bias = torch.full((batch, 1), math.log(self.num_tokens), device=null.device, dtype=null.dtype)
         return Conditions(null.expand(batch, 1, -1), bias)

@@ -1,4 +1,4 @@
-"""FlexTok's VAE: diffusers' AutoencoderKL, run the way that is fastest, and loaded from wherever it lies."""
+"""FlexTok's VAE: diffusers' AutoencoderKL with faster kernels on a CPU, and its loading."""
 
 import warnings
 from pathlib import Path
@@ -59,7 +59,7 @@ class FlexTokVAE(nn.Module):
         super().__init__()
         self.vae, self._scaling_factor, self.source = autoencoder, scaling_factor, source
         for half in (autoencoder.encoder, autoencoder.decoder):
-            half.conv_act.inplace = True  # of normalised features, which nobody else holds
+            half.conv_act.inplace = True  # of normalised features, which are used nowhere else
             half.conv_norm_out = _exact(half.conv_norm_out)
             blocks = half.down_blocks if half is autoencoder.encoder else half.up_blocks
             for level in (*blocks, half.mid_block):
@@ -70,7 +70,7 @@ class FlexTokVAE(nn.Module):
 
     @property
     def scaling_factor(self) -> float:
-        """Factor on the latents; read from the VAE's repository where the checkpoint does not say it."""
+        """Factor on the latents; read from the VAE's repository where the checkpoint does not state it."""
         if self._scaling_factor is None:
             config = _hub_config(self.source) if self.source else {"scaling_factor": 1.0}  # fresh weights
             factor = config.get("scaling_factor")
@@ -111,7 +111,7 @@ class FlexTokVAE(nn.Module):
         return TrainingOutput(decoded, latents, {"kl": posterior.kl().mean()})
 
     def _in_chunks(self, run: Any, x: Tensor, pixels_per_cell: int) -> Tensor:
-        """In the VAE's own precision also under autocast; on a CPU as many images at a time as fit its
+        """Run in the VAE's own precision also under autocast; a CPU takes as many images at a time as fit its
         cache."""
         weight = next(parameter for parameter in self.vae.parameters() if parameter.ndim == 4)
         with torch.autocast(x.device.type, enabled=False):
@@ -147,7 +147,7 @@ def load_vae(source: str | Path) -> nn.Module:
     """Load an AutoencoderKL: flextok-vae-c4, -c8, -c16, a hub repository (`hf://owner/name`), folder or file.
 
     Raises:
-        FileNotFoundError: there is no such file, or the hub does not give it.
+        FileNotFoundError: there is no such file, or it cannot be downloaded.
         ValueError: what is there is not an AutoencoderKL.
     """
     with needs("diffusers", "diffusers", "FlexTok's VAE"):
@@ -199,7 +199,7 @@ def _current_name(key: str) -> str:
 
 
 def vae_config(config: FlexTokConfig) -> dict[str, Any]:
-    """What AutoencoderKL is built with."""
+    """The arguments of AutoencoderKL."""
     levels = len(config.vae_block_out_channels)
     return {
         "in_channels": 3,

@@ -16,7 +16,7 @@ from ..maskgit_vqgan import ResidualBlock
 from .config import VAE_SCALE, KarlConfig
 
 # Memory stays channels-first: channels-last is a tenth faster on a CPU, but its group norm loses up to three
-# digits on flat pictures, which the codes and the agreement of batches with single images feel.
+# digits on flat pictures, which changes codes, and makes batches differ from single images.
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -142,7 +142,7 @@ class GridDecoder(nn.Module):
         block = VAEBlock if vae else ResidualBlock
         self.conv_in = nn.Conv2d(config.base_channels, widths[-1], 3, padding=1)
         self.mid = Middle(block, widths[-1], attention=vae)
-        blocks = config.base_res_blocks + vae  # the VAE's decoder has one more a level, the VQGAN's has not
+        blocks = config.base_res_blocks + vae  # only the VAE's decoder has one more per level
         self.up = nn.ModuleList()
         for depth, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             level = Level(block, [before] + [width] * blocks)
@@ -228,7 +228,7 @@ class VAE(nn.Module):
 
     def grid(self, output: Tensor) -> Tensor:
         """[B, N, E] → [B, N, E]."""
-        # Parity: the scale of `features` is not taken back; the decoder learned what that means.
+        # Parity: the scale of `features` is not taken back; the decoder was trained with it.
         return linear(output, self.post_quant_conv.weight.flatten(1), self.post_quant_conv.bias)
 
     def autoencode(self, images: Tensor) -> TrainingOutput:

@@ -38,10 +38,10 @@ VARIANTS = {  # width, layers, heads of the encoder, then of the decoder
 class KarlConfig:
     """One model; the defaults are `karl_small` on the VQGAN with quantized latents.
 
-    `base` with the `base_*` fields is the two-dimensional tokenizer; `num_tokens` is T, the tokens an image
-    is offered when nothing else is asked for, of `max_latent_tokens` that exist. `training_tokens` are the
-    first, the last and the step of the numbers of tokens drawn in training, `halting_weight` that of the
-    halting losses there, `initializer_range` the deviation of fresh weights (narrow models need more).
+    `base` with the `base_*` fields is the two-dimensional tokenizer; `num_tokens` is T, the tokens offered
+    per image by default, of `max_latent_tokens` that exist. `training_tokens` are the first, the last and the
+    step of the numbers of tokens drawn in training, `halting_weight` that of the halting losses there,
+    `initializer_range` the deviation of fresh weights (narrow models need more).
     """
 
     base: Literal["vqgan", "vae"] = "vqgan"

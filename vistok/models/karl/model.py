@@ -1,4 +1,4 @@
-"""KARL: as many tokens as an image needs for a wanted error, chosen in one pass.
+"""KARL: as many tokens as an image needs for a target error, chosen in one pass.
 
 "Single-pass Adaptive Image Tokenization for Minimum Program Search" (Duggal et al., 2025, arXiv 2507.07995).
 A transformer distils the grid of a two-dimensional tokenizer (a VQGAN or a KL autoencoder, which is part of
@@ -59,7 +59,7 @@ class Karl(Tokenizer):
         width, decoder_width, table = config.encoder_width, config.decoder_width, config.max_grid_tokens
         self.base_tokenizer = nn.ModuleDict({config.base: BASES[config.base](config)})
         for module in self.base_tokenizer.modules():
-            # With one channel a group, as 32 of 32 have, a decoder cannot even say how bright an image is.
+            # With one channel per group (32 of 32) a decoder cannot reproduce the brightness of an image.
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = config.base_norm_groups
 
@@ -128,8 +128,8 @@ class Karl(Tokenizer):
     def recognise(
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        """By the halting network; everything but the number of heads follows from the shapes, and that is the
-        usual one for the size."""
+        """Recognised by the halting network; everything but the number of heads follows from the shapes, and
+        that is the usual one for the size."""
         if "halting_mlp.0.weight" not in shapes:
             return None
         try:
@@ -144,12 +144,12 @@ class Karl(Tokenizer):
             alone = _base_of(shapes)
             if alone is None:
                 raise ValueError(
-                    f"these are no weights of KARL: no halting_mlp among {len(shapes)} keys such as "
+                    f"these are not weights of KARL: no halting_mlp among {len(shapes)} keys such as "
                     f"{', '.join(list(shapes)[:3])}"
                 )
             raise ValueError(
-                f"these are the weights of a {BASES[alone].name} alone, the base tokenizer that KARL stands "
-                "on; a KARL checkpoint holds it already. To train on it: "
+                f"these are the weights of a {BASES[alone].name} alone, the base tokenizer that KARL uses; "
+                "a KARL checkpoint holds it already. To train on it: "
                 f"create('karl', base={alone!r}).load_base(path)"
             )
         variant = _variant(shapes)
@@ -173,7 +173,7 @@ class Karl(Tokenizer):
             kind = f"a {BASES[base].name}" if base else "neither a VQGAN nor a VAE"
             fix = f"create the model with base={base!r}" if base else "give the base tokenizer's own weights"
             raise ValueError(
-                f"{located.weights} is {kind}; this model stands on a {self.base.name}: give that, or {fix}"
+                f"{located.weights} is {kind}; this model uses a {self.base.name}: give that, or {fix}"
             )
         checkpoint.load_strictly(
             self.base, state, dtype=self.dtype, ignore=("loss.*",), source=located.weights
@@ -205,7 +205,7 @@ class Karl(Tokenizer):
         targets that the model does not take.
         """
         if target_psnr is not None:
-            return super().encode(images, num_tokens, target_psnr=target_psnr)  # says what to use instead
+            return super().encode(images, num_tokens, target_psnr=target_psnr)  # raises ValueError
         count = self.check_num_tokens(num_tokens)
         if not count:
             most = self.config.max_latent_tokens
@@ -277,7 +277,7 @@ class Karl(Tokenizer):
         return self.quantizer.join(values, _all_places(values))
 
     def target_bins(self, target: float | Sequence[float] | Tensor, batch: int) -> Tensor:
-        """Wanted errors, one or one per image → the levels of TARGETS they select, int64 [batch]."""
+        """Target errors, one or one per image → the levels of TARGETS they select, int64 [batch]."""
         accepted = f"a mean absolute error of 0 to 1, one number or one for each of {batch} images"
         try:
             # Compared in float32, or 0.05 would not select 0.05.
@@ -313,7 +313,7 @@ class Karl(Tokenizer):
 
     def _posterior_noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.config.base != "vae":
-            raise ValueError("sample_posterior is for models on the VAE; this one stands on the VQGAN")
+            raise ValueError("sample_posterior is for models on the VAE; this one uses the VQGAN")
         cells = [side // self.config.patch_size for side in images.shape[2:]]
         device = images.device if generator is None else generator.device
         shape = (len(images), self.config.base_channels, *cells)
@@ -374,16 +374,16 @@ class Karl(Tokenizer):
     def forward(
         self, images: Tensor, *, num_tokens: int | None = None, target: float | Tensor | None = None
     ) -> TrainingOutput:
-        """The two passes of a training step (section 3 of the paper); `num_tokens` and `target` are levels
-        unless given.
+        """The two passes of a training step (section 3 of the paper); `num_tokens` and `target` are random
+        by default.
 
-        The first offers that many tokens, halts none and measures the error they reach. The second is told to
-        reach that error with `config.num_tokens` and learns to halt those beyond the first pass's number.
-        Which weights are frozen decides what is learnt. Everything but the base tokenizer: that one alone, as
-        an autoencoder. The base tokenizer: the original's first stage, the base's features, all of it in
-        `losses`, and `images` carry no gradient. Nothing: pixels; the first pass's mean absolute error is in
-        `losses`, and the second's is left to the caller, who has its `images`. `codes` are those of all
-        tokens.
+        The first offers that many tokens, halts none and measures the error they reach. The second has that
+        error as its target with `config.num_tokens` and learns to halt those beyond the first pass's number.
+        The frozen weights decide what is trained. With everything but the base tokenizer frozen: that one
+        alone, as an autoencoder. With the base tokenizer frozen: the original's first stage, on the base's
+        features; the whole objective is in `losses`, and `images` carry no gradient. With nothing frozen:
+        pixels; the first pass's mean absolute error is in `losses`, and the second's is left to the caller,
+        who has its `images`. `codes` are those of all tokens.
         """
         if not any(p.requires_grad for n, p in self.named_parameters() if not n.startswith("base_tokenizer")):
             return self.base.autoencode(images)
@@ -487,7 +487,7 @@ def _resized(table: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(table.unsqueeze(0), tuple(size), mode="nearest").squeeze(0)
 
 
-# What a checkpoint is ---------------------------------------------------------------------------------------
+# Recognising checkpoints ------------------------------------------------------------------------------------
 
 
 def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
@@ -523,7 +523,7 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     }
     for side, depth in depths.items():
         config[f"{side}_layers"] = depth
-        config[f"{side}_heads"] = max(8, depth)  # as in most of VARIANTS; shapes do not tell
+        config[f"{side}_heads"] = max(8, depth)  # as in most of VARIANTS; shapes do not show it
     if config["quantize_latent"]:
         config["vq_codebook_size"] = shapes["quantize.embedding.weight"][0]
     if base == "vqgan":
@@ -541,7 +541,7 @@ def _base_of(shapes: Mapping[str, torch.Size]) -> str | None:
 
 
 def _variant(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
-    """What is told apart by single keys."""
+    """The base tokenizer and the kind of latents of a checkpoint, by its keys."""
     vae = any(key.startswith("base_tokenizer.vae.") for key in shapes)
     return {"base": "vae" if vae else "vqgan", "quantize_latent": "quantize.embedding.weight" in shapes}
 

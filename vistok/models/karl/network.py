@@ -63,7 +63,7 @@ class DistillationDecoder(nn.Module):
 
 @dataclass
 class Analysis:
-    """What the encoder finds in B images offered T tokens each.
+    """The encoder's output for B images with T tokens offered per image.
 
     `hidden` [B, T, W] are the tokens before any projection, `halt_logits` [B, T] the logits of not being
     needed, `values` [B, T, D] the tokens before quantization.

@@ -54,7 +54,7 @@ class PlacedQuantizer(Quantizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Indices [B, K, 2], or latents → latents [B, K, D + 2]."""
         if self.inner is None:
-            self.split(codes)  # only to refuse what is none
+            self.split(codes)  # refuses places that do not exist
             return codes
         if codes.ndim != 3 or codes.shape[-1] != 2:
             raise ValueError(

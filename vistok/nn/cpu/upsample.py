@@ -9,9 +9,9 @@ def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv(interpolate(x, scale_factor=2))` for a 3×3 convolution with padding 1: [B, C, H, W] → [B, C', 2H,
     2W].
 
-    An output pixel sees only a 2×2 patch of low-resolution pixels, so the 3×3 kernel folds into four 2×2
-    kernels, one for each parity of the output's row and column: 16 products a low-resolution pixel instead of
-    36. Equal up to rounding.
+    An output pixel depends on a 2×2 patch of low-resolution pixels, so the 3×3 kernel folds into four 2×2
+    kernels, one for each parity of the output's row and column: 16 products per low-resolution pixel instead
+    of 36. Equal up to rounding.
     """
     height, width = x.shape[2:]
     if (

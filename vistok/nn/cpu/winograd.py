@@ -15,7 +15,7 @@ from torch import Tensor, nn
 STRIP = 2**20  # values of a strip: few enough for the cache, enough to share among threads
 CHUNK = 2**18  # values whose statistics are taken at a time
 FEWEST_PIXELS = 2048  # of an image: for fewer, transforming the kernel costs what it saves
-BOTH_AXES = 256  # channels from which products are dearer than the sums that save them
+BOTH_AXES = 256  # channels from which products cost more than the sums that save them
 
 
 def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: Ten
 
 
 class ExactGroupNorm(nn.GroupNorm):
-    """A group norm that keeps its digits in channels-last memory."""
+    """A group norm that stays accurate in channels-last memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
@@ -61,7 +61,7 @@ def _normed(pixels: Tensor, affines: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def group_affine(pixels: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """What a group norm does to each channel of one image [H, W, C], as factor and addend [C].
+    """A group norm of one image [H, W, C] as factor and addend per channel, [C] each.
 
     Means and variances of chunks are joined in float64, so that a flat picture, whose variance is tiny beside
     its mean, keeps its digits; the sums of squares behind PyTorch's channels-last kernel lose them.

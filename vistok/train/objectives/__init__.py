@@ -1,4 +1,4 @@
-"""What the training loop can learn, one file per kind of model, and other packages' by entry points."""
+"""The objectives of the training loop, one file per kind of model, and those of other packages."""
 
 from functools import cache
 

@@ -54,7 +54,7 @@ class TokenizerObjective(Objective):
             trained = set(data.photo_names()) - ({excluded} if isinstance(excluded, str) else set(excluded))
             if both := sorted(trained & set(config.validation)):
                 raise ValueError(
-                    f"validation photographs {', '.join(both)} also train; exclude them from photos"
+                    f"validation photographs {', '.join(both)} are trained on too; exclude them from photos"
                 )
         _check_losses(config)
         if config.loss.discriminator_weight > 0:
@@ -63,7 +63,7 @@ class TokenizerObjective(Objective):
 
     @classmethod
     def without_effect(cls, values: Mapping[str, Any], config: TrainConfig) -> Iterator[str]:
-        """What the file gives for parts of the loss that its weights leave out."""
+        """Yield one sentence per setting of a part of the loss that has weight 0."""
         keys = {f"loss.{name}" for name in values.get("loss", {})} | set(values)
         parts = {
             "perceptual": ("loss.perceptual", "perceptual_weights"),
@@ -192,7 +192,7 @@ class TokenizerObjective(Objective):
         quantizer = self.tokenizer.quantizer
         if quantizer.kind != "bits":
             return {}
-        # Of the bits that `encode` gives; those of the forward pass are drawn and look livelier.
+        # Of the bits that `encode` gives; those of the forward pass are random and have more entropy.
         return quantizer.usage(self.tokenizer.encode(batch.float() / 255).bits)
 
     def fresh(self) -> Tokenizer:
