@@ -1,4 +1,4 @@
-"""What the guides show runs as shown, and every command line in README, CONTRIBUTING and docs exists."""
+"""The examples of the guides run, and the commands, links, names and versions in the texts exist."""
 
 import re
 import shlex
@@ -133,6 +133,32 @@ def test_a_stale_table_is_noticed_and_written_anew(tables, tmp_path, monkeypatch
 def test_a_table_without_a_registry_is_refused(tables):
     with pytest.raises(ValueError, match="no table 'tokenisers'"):
         tables.updated("<!-- table: tokenisers -->\n<!-- end of table -->")
+
+
+def test_the_tokenizers_recommended_for_bits_and_rfid_are_the_best(tables):
+    rows = tables._tokenizers()
+    bits = {
+        row["name"]: int(row["bits per image"].replace(",", ""))
+        for row in rows
+        if row["bits per image"] != "–"
+    }
+    rfid = {row["name"]: row["figures"]["rFID"] for row in rows if "rFID" in row["figures"]}
+    advice = " ".join(TEXTS["README.md"].split())
+    assert f"`{min(bits, key=bits.get)}` for the fewest bits" in advice
+    assert f"`{min(rfid, key=rfid.get)}` for the lowest rFID" in advice
+
+
+@pytest.mark.parametrize("name", re.findall(r"^::: (\S+)", PAGES["api.md"], re.MULTILINE))
+def test_names_of_the_api_reference_exist(name):
+    options = PAGES["api.md"].split(f"::: {name}\n", 1)[1].split(":::", 1)[0]
+    members = re.search(r"members: \[(.*)\]", options)
+    try:
+        value = import_module(name)
+    except ModuleNotFoundError:
+        module, _, attribute = name.rpartition(".")
+        value = getattr(import_module(module), attribute)
+    for member in members[1].split(", ") if members else ():
+        assert hasattr(value, member), f"{name}.{member}"
 
 
 def test_versions_are_those_that_are_declared():

@@ -1,4 +1,4 @@
-"""What the README shows runs as shown, and it stays short."""
+"""The examples and commands of the README run, and it stays short."""
 
 import re
 import shlex
