@@ -4,7 +4,6 @@ import re
 import shlex
 from importlib import import_module
 
-import click
 import pytest
 import torch
 import typer.main
@@ -93,7 +92,7 @@ COMMANDS = sorted({line for text in TEXTS.values() for line in command_lines(tex
 def test_every_command_line_parses(line):
     words = shlex.split(line)[1:]
     command, context = typer.main.get_command(app), None
-    while isinstance(command, click.Group) or hasattr(command, "commands"):
+    while hasattr(command, "commands"):
         if not words:
             return  # a group by its name, such as `vistok eval`
         assert words[0] in command.commands, f"vistok has no command {words[0]!r}"
