@@ -60,7 +60,7 @@ def cases():
                 yield pytest.param(name, attention, batch, decoding, reducer, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "attention", "batch", "decoding", "reducer"), cases())
+@pytest.mark.parametrize(("name", "attention", "batch", "decoding", "reducer"), list(cases()))
 def test_a_reducer_of_every_stage_on_every_model(name, attention, batch, decoding, reducer):
     model, _, inputs = fixture(name, attention)
     matrix.whole(model, inputs(images=BATCHES[batch]), STAGES[reducer], **DECODING[decoding])

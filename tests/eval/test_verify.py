@@ -35,7 +35,7 @@ def cases():
 SMALL = GOLDEN / "train_step_stage1_s128.json"
 
 
-@pytest.mark.parametrize("path", cases())
+@pytest.mark.parametrize("path", list(cases()))
 def test_every_recorded_tensor_is_within_tolerance(path):
     misses = [row for row in verify(path) if not row.passed]
     assert not misses, misses
