@@ -1,7 +1,7 @@
-"""Spending fewer visual tokens: reducers that attach to vision-language models and vision transformers.
+"""Token reducers that attach to vision-language models and vision transformers.
 
-`attach(model, "divprune", keep=0.1)` has a stock model keep a tenth of its visual tokens; the algorithms are
-pure functions in `vistok.compress.algorithms`.
+`attach(model, "divprune", keep=0.1)` makes a stock model keep a tenth of its visual tokens; the algorithms
+are pure functions in `vistok.compress.algorithms`.
 """
 
 from importlib import import_module

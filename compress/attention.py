@@ -1,6 +1,6 @@
 """Rows and column sums of attention maps, computed beside whatever kernel the model runs.
 
-A map of N tokens has N² entries a head; the scores of token reducers read a few of its rows (the last
+A map of N tokens has N² entries per head; the scores of token reducers read a few of its rows (the last
 prompt token, the instruction, the class token) or its column sums. Both need O(N · rows) memory.
 
 To see the queries and keys of a Hugging Face attention module, rotated and normalised as the model uses
@@ -65,7 +65,7 @@ def column_sums(
     """Attention that each key receives from all queries: [B, H, L, D] and [B, H_k, N, D] → [B, H, N] in
     float32.
 
-    Computed in blocks of `block` query rows, so memory is O(N · block) a head; `mask` [.., L, N] as in
+    Computed in blocks of `block` query rows, so memory is O(N · block) per head; `mask` [.., L, N] as in
     `attention_rows`.
     """
     total = query.new_zeros(*query.shape[:2], key.shape[2], dtype=torch.float32)
@@ -81,7 +81,7 @@ def column_sums(
 def mask_rows(mask: Tensor | None, index: Tensor, length: int, past: int) -> Tensor:
     """Which keys the queries at `index` [B, R] may attend to, broadcastable to [B, H, R, past + length].
 
-    `mask` is what the attention module was given: None (plain causal), [B, past + length] (True: real), or a
+    `mask` is the attention module's argument: None (plain causal), [B, past + length] (True: real), or a
     4-D bool or additive mask whose rows are the `length` queries.
     """
     if mask is not None and mask.ndim == 4:
@@ -117,7 +117,7 @@ def watch(probes: dict[nn.Module, Probe] | None) -> dict[nn.Module, Probe] | Non
 
 
 def change_masks(changes: dict[nn.Module, MaskChange] | None) -> dict[nn.Module, MaskChange] | None:
-    """Have watched attention modules use the masks that `changes` make of theirs, in this thread of
+    """Make watched attention modules use the masks that `changes` return for theirs, in this thread of
     execution and until the next call of this function; returns those that were set before."""
     before = _MASKS.get()
     _MASKS.set(changes)
@@ -133,7 +133,7 @@ def watched(implementation: str) -> str:
 
     if implementation.startswith(_PREFIX):
         return implementation
-    # Names with a slash would be looked for on the hub.
+    # transformers would look for names with a slash on the hub.
     name = _PREFIX + re.sub(r"[/:|@]", "_", implementation)
     register_attention(name, _reporting(attention_function(implementation)), like=implementation)
     return name

@@ -39,10 +39,10 @@ def by_stage(reducers: Sequence[Reducer]) -> dict[Stage, list[Reducer]]:
 
 @dataclass(kw_only=True)
 class FeatureChain(FeatureReducer):
-    """Feature reducers one after another; each is given the tokens that those before it left.
+    """Feature reducers one after another; each gets the tokens that those before it left.
 
-    The budget is what the last one leaves. Those before it go by their own `keep`, or their paper's. Only
-    the first sees the tower's attention, states and pixels, which belong to whole pictures.
+    The budget is for the last one. Those before it use their own `keep`, or their paper's. Only
+    the first gets the tower's attention, states and pixels, which belong to whole pictures.
     """
 
     reducers: tuple[FeatureReducer, ...]
@@ -63,7 +63,7 @@ class FeatureChain(FeatureReducer):
         self.paper_positions = "compact" if "compact" in positions else "keep"
 
     def tower_layers(self) -> dict[TowerLayer, bool | str]:
-        """What the first reducer reads of the tower's attention."""
+        """The tower layers whose attention the first reducer reads."""
         return self.reducers[0].tower_layers()
 
     def wants_states(self) -> TowerLayer | None:
@@ -71,7 +71,7 @@ class FeatureChain(FeatureReducer):
         return self.reducers[0].wants_states()
 
     def reduce(self, image: Image, budget: float | int | None) -> Selection:
-        """What the last reducer leaves of the image; a fraction counts the image's tokens, all of them."""
+        """How many tokens the last reducer leaves; a fraction is of all of the image's tokens."""
         whole, total = image, Selection(torch.arange(image.num_tokens, device=image.features.device))
         for reducer in self.reducers:
             own = budget_of(reducer.keep, whole, reducer.default_keep)
@@ -106,7 +106,7 @@ def _then(first: Selection, second: Selection) -> Selection:
 
 
 def _left(image: Image, selection: Selection) -> Image:
-    """The image as the next reducer sees it, without what belongs to the whole picture."""
+    """The image for the next reducer, without what belongs to the whole picture."""
     grid = image.grid
     if grid is not None:
         places = (selection.kept if selection.source is None else selection.source).cpu()

@@ -11,8 +11,8 @@ _CALLS = {"generate", "forward", "forward_features", "__call__", "_call_impl", "
 
 
 class EarlierCalls:
-    """The calls of some modules that are running now in other threads. They go on as they began: a reducer
-    that comes in the midst of a call would find half of what it needs."""
+    """The calls of some modules that are running now in other threads. They finish without the reducer,
+    which would find only part of what it needs when attached in the middle of a call."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         known, here = {id(module) for module in modules}, threading.get_ident()

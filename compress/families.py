@@ -1,8 +1,8 @@
 """Where each Hugging Face VLM family keeps its parts, and how its visual tokens lie.
 
-A family is a row of `FAMILIES`: most need no code beyond the function that tells the layout of an image's
+A family is a row of `FAMILIES`: most need no code beyond the function that returns the layout of an image's
 tokens. Families that are not in the table work through `get_decoder` and `get_encoder` when their core merges
-features at the language model's boundary; what cannot work is refused by name.
+features at the language model's boundary; others are refused with the reason.
 """
 
 import inspect
@@ -23,11 +23,11 @@ MEDIA = ("image", "video")
 
 @dataclass
 class Record:
-    """What must be remembered when features are produced, because later calls no longer carry it.
+    """Data recorded when features are produced, because later calls no longer carry it.
 
-    `lengths` are the tokens of each item, `arguments` what `get_image_features` was given (sizes, grids),
-    `rows`, `states` and `keys` hold an item each of what reducers asked of the tower, `groups` [tiles, n]
-    tells which patches were merged.
+    `lengths` are the tokens of each item, `arguments` those of `get_image_features` (sizes, grids),
+    `rows`, `states` and `keys` hold, per item, what reducers need of the tower, `groups` [tiles, n]
+    records which patches were merged.
     """
 
     modality: str
@@ -44,7 +44,7 @@ class Record:
 class Family:
     """How one model family lays out its visual tokens.
 
-    `grids(host, record)`: one Grid an item, or None where the family does not tell; `pool`: the side of the
+    `grids(host, record)`: one Grid per item, or None where the layout is not known; `pool`: the side of the
     block of patches behind a token; `order`: how patches lie in the tower; `segment`: what counts as one
     image in a prompt when it is not one item of `pooler_output`.
 
@@ -63,8 +63,8 @@ class Family:
 
 @dataclass
 class Host:
-    """The parts of one model: `core` merges features into embeddings, `lm` is the text backbone, `tower` sees
-    the image, `media_ids` are its placeholder tokens (image, then video)."""
+    """The parts of one model: `core` merges features into embeddings, `lm` is the text backbone, `tower`
+    encodes the image, `media_ids` are its placeholder tokens (image, then video)."""
 
     model: nn.Module
     core: nn.Module
@@ -99,7 +99,7 @@ class Host:
         return self._patterns[layer][0]
 
     def window(self, layer: int) -> int:
-        """How many tokens a layer of sliding attention sees, itself included."""
+        """How many tokens a token attends to in a layer of sliding attention, itself included."""
         return self._patterns[layer][1]
 
     @cached_property
@@ -151,7 +151,7 @@ def _square(host: Host, record: Record) -> list[Grid | None]:
 
 
 def _anyres(host: Host, record: Record) -> list[Grid | None]:
-    """LLaVA-NeXT: the thumbnail, then the unpadded tiles with a newline a row."""
+    """LLaVA-NeXT: the thumbnail, then the unpadded tiles with a newline per row."""
     sizes = record.arguments.get("image_sizes")
     if record.modality == "video" or sizes is None:
         return [None] * len(record.lengths)
@@ -248,7 +248,7 @@ _REFUSED = {
 
 def register_family(model_type: str, family: Family) -> None:
     """Describe how the visual tokens of models with this `config.model_type` lie, for a family that vistok
-    does not know. Raises ValueError for one that it does."""
+    does not know. Raises ValueError for a known one."""
     if model_type in FAMILIES or model_type in _OTHER_CUTS:
         raise ValueError(f"the family {model_type!r} is known already; see `vistok list --families`")
     FAMILIES[model_type] = family

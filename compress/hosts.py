@@ -1,8 +1,8 @@
-"""What a release of transformers or accelerate may change, in one file.
+"""Everything that a release of transformers or accelerate may change, in one file.
 
-Arguments and fields are found by type or from a signature, never by a name that nobody has checked:
+Arguments and fields are found by type or from a signature, never by an unchecked name:
 `check_parts` reads the signatures of a model's parts when a session attaches, and refuses what it does not
-know. What a signature cannot show is compared with the facts while the model runs (`check_growth`).
+know. What a signature does not state is checked while the model runs (`check_growth`).
 """
 
 import inspect
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..extras import needs
 
 # Before 5.14 masks take a query's place from `Cache.get_seq_length`, which must count dropped tokens for
-# `generate`; since then they ask `get_query_offset`, which a shortened cache answers with what it holds.
+# `generate`; since then they call `get_query_offset`, which returns the entries that a shortened cache holds.
 with needs("transformers", "compress", "attaching reducers"):
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -147,7 +147,7 @@ def cache_given(module: nn.Module, kwargs: Mapping[str, Any]) -> Cache | None:
         if name != expected and name not in CACHE_NAMES:
             raise TypeError(
                 f"{type(module).__name__} of {release()} was given its cache as {name!r}, while its "
-                f"signature says {expected!r}; reducers cannot work in it"
+                f"signature has {expected!r}; reducers cannot work in it"
             )
     return cache
 
@@ -164,13 +164,13 @@ def with_cache(model: nn.Module, cache: Cache) -> dict[str, Cache]:
 
 
 def wants_cache(lm: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of the language model `lm` asks to keep keys and values."""
+    """Whether a call of the language model `lm` is to keep keys and values."""
     asked = kwargs.get("use_cache")
     return bool(getattr(lm.config, "use_cache", False) if asked is None else asked)
 
 
 def recomputes(module: nn.Module) -> bool:
-    """Whether the layers of `module` are checkpointed: then they may keep nothing, whatever was asked."""
+    """Whether the layers of `module` are checkpointed: then they keep nothing, whatever `use_cache` is."""
     return module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
 
 
@@ -185,7 +185,7 @@ def check_checkpointing(layer: nn.Module) -> None:
 
 
 def entries(cache: Cache | None, layer: int) -> int:
-    """Tokens in a layer of the cache, those that a window has let go of included."""
+    """Tokens in a layer of the cache, including those that a window has dropped."""
     return Cache.get_seq_length(cache, layer) if holds_keys(cache, layer) else 0
 
 
@@ -202,7 +202,7 @@ def writes_cache(attention: nn.Module) -> bool:
 
 
 def has_window(cache: Cache, layer: int) -> bool:
-    """Whether a layer of the cache lets go of tokens that a window has passed."""
+    """Whether a layer of the cache drops tokens that a window has passed."""
     return bool(cache.layers[layer].is_sliding)
 
 
@@ -221,7 +221,7 @@ def visible_entries(cache: Cache | None, layer: int, new: int) -> int:
 
 
 def replace_entries(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> None:
-    """Have a layer of a dynamic cache hold these keys and values [B, H, S, D] and no others.
+    """Make a layer of a dynamic cache hold these keys and values [B, H, S, D] and no others.
 
     Raises RuntimeError when the layer then counts other entries than S.
     """
@@ -232,7 +232,7 @@ def replace_entries(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> N
     if entries(cache, layer) != keys.shape[-2]:
         raise RuntimeError(
             f"layer {layer} of a {type(cache).__name__} counts {entries(cache, layer)} entries after it was "
-            f"shortened to {keys.shape[-2]}; {release()} keeps its cache in a way that reducers do not know"
+            f"shortened to {keys.shape[-2]}; {release()} keeps its cache in a way that reducers cannot use"
         )
 
 
@@ -250,7 +250,7 @@ def check_growth(
     if cache is None:
         raise RuntimeError(
             f"{name} was to keep keys and values (use_cache), but its language model returned no cache that "
-            f"{release()} is known to use; nothing was answered. Detach the reducer, or generate with "
+            f"{release()} is known to use; no output was returned. Detach the reducer, or generate with "
             "use_cache=False"
         )
     for layer, (attention, old, new) in enumerate(zip(attentions, before, planned, strict=True)):
@@ -259,7 +259,7 @@ def check_growth(
             raise RuntimeError(
                 f"the cache of {name} holds {held} tokens in layer {layer} where {expected} were planned "
                 f"({old} before and {new} new ones); {release()} keeps its cache in a way that reducers do "
-                "not know, so nothing was answered. Detach the reducer"
+                "not support, so no output was returned. Detach the reducer"
             )
 
 
@@ -280,7 +280,7 @@ def lengths_of_samples(lengths: list[int], arguments: Mapping[str, Any]) -> list
 
 
 def check_beams(rows: int, prompts: int | None, pictures: Sequence[int]) -> None:
-    """Raise NotImplementedError where the release would hand the pictures of one prompt to another: before
+    """Raise NotImplementedError where the release would give the pictures of one prompt to another: before
     5.18 under beams, for `prompts` (None: not known) of which one has several `pictures`, expanded to `rows`.
     """
     expanded = prompts is not None and rows > prompts
@@ -352,7 +352,7 @@ def causal_mask(
 ) -> Any:
     """The mask that transformers makes for `layer`, whose attention is of `pattern` ("full_attention", …).
 
-    `hidden` [B, q, D] are the new states, `real` [B, entries + q] says which entries are not padding.
+    `hidden` [B, q, D] are the new states, `real` [B, entries + q] marks entries that are not padding.
     """
     make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[pattern]
     return make(

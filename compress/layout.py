@@ -14,8 +14,8 @@ from .hosts import check_beams
 @dataclass
 class Span:
     """One image in one prompt: `places` [N] of its tokens in row `row`, `item` and `offset` of its first
-    token in the record its features came from. `deepstack` [n, D] a layer is what its kept tokens get
-    inside the model in place of the recorded features, `shown` [N] which token each place shows by now
+    token in the record its features came from. `deepstack` [n, D] per layer is what its kept tokens get
+    inside the model in place of the recorded features, `shown` [N] which token each place shows
     (-1: none of them, or several merged)."""
 
     row: int
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass
 class Layout:
-    """A (shortened) batch of sequences: `index` [B, L] says where each token stood in the full call, `valid`
+    """A (shortened) batch of sequences: `index` [B, L] is the place of each token in the full call, `valid`
     [B, L] which entries are real (the rest is padding, on the left), `ragged` whether there is padding."""
 
     index: Tensor
@@ -133,8 +133,8 @@ def _row_spans(
 ) -> list[Span]:
     if first + len(lengths) > len(grids):
         raise ValueError(
-            f"{host.name} repeats its features item by item, so prompts of several pictures cannot be told "
-            "apart; generate one sequence per prompt"
+            f"{host.name} repeats its features item by item, so prompts of several pictures cannot be "
+            "distinguished; generate one sequence per prompt"
         )
     starts = [0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()]
     segment = host.family.segment
@@ -151,7 +151,7 @@ def _row_spans(
             grid = tiled([lengths[i] for i in items], None, thumbnail_last=record.modality == "image")
             spans.append(Span(0, places[a:b], record, first + items[0], items=len(items), grid=grid))
         return spans
-    # Items are whole samples, tiles are runs; the token before a run tells a tile from a whole image, and
+    # Items are whole samples, tiles are runs; the token before a run differs for tiles and whole images, and
     # every image ends with the tile that shows it whole.
     before = [int(ids[places[a] - 1]) for a, _ in runs]
     spans, start = [], 0

@@ -1,4 +1,4 @@
-"""What a reducer is: the stage it acts at, what it is given there, and what it answers.
+"""The contract of reducers: the stage they act at, what they get there, and what they return.
 
 A method is a dataclass of its hyper-parameters under the paper's names, in one file of `methods/`, and one
 function that scores or selects. Hooks, positions, masks, batches and caches are the session's work.
@@ -53,22 +53,22 @@ def keeps_everything(budget: float | int | None) -> bool:
 
 
 def token_count(grid: Grid | int) -> int:
-    """N, of a layout or given as a number."""
+    """N, from a layout or a number."""
     return grid if isinstance(grid, int) else grid.num_tokens
 
 
 @dataclass
 class Image:
-    """One image (or video) as a reducer sees it, N visual tokens in the order they enter the language model.
+    """One image (or video) for a reducer: N visual tokens in the order they enter the language model.
 
     `features` [N, D] are the projected tokens, `text` [T, D] the embeddings of the prompt's other tokens,
-    `grid` says where each token lies (None where the family does not tell), `number` is the image's place in
-    its prompt. `rows` holds what the method asked of the tower, layer by layer: [tiles, heads, n] for the n
-    tokens of each tile. `states` [tiles, 1 + n, C], which the features are the projection of, and `keys`
-    [tiles, 1 + n, heads, d] are the tower's (n without a class token), for methods that merge before the
-    projector (`project`). `encode(smaller_grid)` makes the features [n, D] of the picture in the layout of a
-    smaller grid (and after them those that the model adds inside its first layers), if `wants_pixels`.
-    `renumbered` tells that positions will be counted anew, so that only the order of tokens matters.
+    `grid` records where each token lies (None where that is not known), `number` is the image's place in
+    its prompt. `rows` holds the tower's attention that the method needs, layer by layer: [tiles, heads, n]
+    for the n tokens of each tile. `states` [tiles, 1 + n, C], which the features are the projection of, and
+    `keys` [tiles, 1 + n, heads, d] are the tower's (n without a class token), for methods that merge before
+    the projector (`project`). `encode(smaller_grid)` makes the features [n, D] of the picture in the layout
+    of a smaller grid (and after them those that the model adds inside its first layers), if `wants_pixels`.
+    `renumbered` means that positions will be counted anew, so that only the order of tokens matters.
     """
 
     features: Tensor
@@ -89,7 +89,7 @@ class Image:
         return self.features.shape[0]
 
     def attention(self, layer: TowerLayer) -> Tensor:
-        """What was recorded of a tower layer [tiles, heads, n].
+        """The recorded attention of a tower layer [tiles, heads, n].
 
         Raises ValueError where there is nothing, or nothing that fits the image's tokens.
         """
@@ -115,7 +115,7 @@ class Image:
         return rows
 
     def arranged(self, values: Tensor, source: Tensor, *, in_place: bool = False) -> "Selection":
-        """A selection of `values` [n, D], of which `source` [n] says what token each shows, or -1.
+        """A selection of `values` [n, D], of which `source` [n] is the token each shows, or -1.
 
         The slots are those tokens' places, and for the others places at even distances. Values fill them in
         the order given or, `in_place`, each its own. Raises ValueError for more values than tokens.
@@ -142,7 +142,7 @@ class Image:
 
 
 def budget_of(keep: Budget, image: Image, default: float | None) -> float | int | None:
-    """The budget of one image: what `keep` says or returns for it, else the method's default."""
+    """The budget of one image: what `keep` is or returns for it, else the method's default."""
     if callable(keep):
         return fraction_or_count(keep(image))
     return default if keep is None else fraction_or_count(keep)
@@ -150,10 +150,10 @@ def budget_of(keep: Budget, image: Image, default: float | None) -> float | int 
 
 @dataclass
 class Selection:
-    """What stays of an image: `kept` [n] ascending places among its N tokens.
+    """The tokens kept of an image: `kept` [n] ascending places among its N tokens.
 
-    `values` [n, D] replaces the kept tokens (merged ones), `source` [n] tells which of the N tokens each
-    value shows (-1: none of them). `deepstack` [n, D] a layer replaces what Qwen3-VL adds to them inside.
+    `values` [n, D] replaces the kept tokens (merged ones), `source` [n] is which of the N tokens each
+    value shows (-1: none of them). `deepstack` [n, D] per layer replaces what Qwen3-VL adds to them inside.
     """
 
     kept: Tensor
@@ -164,7 +164,7 @@ class Selection:
 
 @dataclass(kw_only=True)
 class Reducer:
-    """A method. `keep` is the budget of `attach` when that gives none; None means the paper's own."""
+    """A method. `keep` is the budget where `attach` gets none; None means the paper's own."""
 
     keep: Budget = None
 
@@ -192,18 +192,18 @@ class FeatureReducer(Reducer):
 
     stage: ClassVar[Stage] = Stage.FEATURES
     paper_positions: ClassVar[Literal["keep", "compact"]] = "compact"
-    # Where this is None, `reduce` is given None without a budget, and goes by the method's own number.
+    # Where this is None and there is no budget, `reduce` gets None and uses the method's own number.
     default_keep: ClassVar[float | None] = 0.25
     merges: ClassVar[bool] = False  # whether kept tokens get new values
     wants_pixels: ClassVar[bool] = False  # whether `Image.encode` is needed, so that pixel values are kept
 
     def tower_layers(self) -> dict[TowerLayer, bool | Literal["joined"]]:
-        """Layers of the vision tower whose class-token attention is wanted: as probabilities (True), as
-        logits (False), or as probabilities of one head as wide as all ("joined")."""
+        """Layers of the vision tower whose class-token attention the method needs: as probabilities (True),
+        as logits (False), or as probabilities of one head as wide as all ("joined")."""
         return {}
 
     def wants_states(self) -> TowerLayer | None:
-        """The tower layer whose keys are wanted, with the states that are projected, or None."""
+        """The tower layer whose keys the method needs, with the states that are projected, or None."""
         return None
 
     @staticmethod
@@ -226,7 +226,7 @@ class FeatureReducer(Reducer):
         raise NotImplementedError(f"{type(self).__name__} has no select")
 
     def scores(self, image: Image) -> Tensor | None:
-        """What `select` takes as `scores`, from what the tower gave."""
+        """The `scores` for `select`, from what was recorded of the tower."""
         return None
 
     @staticmethod
@@ -245,7 +245,7 @@ class FeatureReducer(Reducer):
         return scores
 
     def reduce(self, image: Image, budget: float | int) -> Selection:
-        """What stays of the image."""
+        """The tokens kept of the image, and their new values if any."""
         count = self.retained_count(image.grid or image.num_tokens, budget)
         mask = self.select(image.features, image.grid, count, self.scores(image))
         return Selection(mask.nonzero().squeeze(1))
@@ -255,7 +255,7 @@ class FeatureReducer(Reducer):
 class VisionReducer(Reducer):
     """Merges tokens inside the vision tower.
 
-    `metric` says what tokens are compared by (mean "keys" of the block, or "hidden" states), `where` merging
+    `metric` is what tokens are compared by (mean "keys" of the block, or "hidden" states), `where` merging
     happens (after the "attention" of a block, or after the whole "layer"), `weighted` whether means count
     original tokens, `prop_attn` whether attention does.
     """
@@ -282,7 +282,7 @@ class VisionReducer(Reducer):
 
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
         """Without a tower: the tokens to keep as a mask [N] with exactly `count` True, one of each group that
-        merging the features [N, D] themselves leaves. Grid and scores are not looked at."""
+        merging the features [N, D] themselves leaves. Grid and scores are not used."""
         merged, matchings = features[None], []
         while merged.shape[1] > count:
             r = min(merged.shape[1] - count, merged.shape[1] // 2)
@@ -296,10 +296,10 @@ class VisionReducer(Reducer):
 
 @dataclass
 class LayerTokens:
-    """One prompt at a cut inside the language model, as a reducer sees it.
+    """One prompt at a cut inside the language model, for a reducer.
 
     N visual tokens are left. `attention` [N] is the head-mean attention they get in the layer and from the
-    rows that the method asked for, `measured` [N] the sum of what `measure` returned in the layers since the
+    rows that the method needs, `measured` [N] the sum of what `measure` returned in the layers since the
     start, `hidden` [N, D] their hidden states.
     """
 
@@ -324,11 +324,11 @@ class LayerReducer(Reducer):
         raise NotImplementedError
 
     def measured_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers whose modules `measure` wants to see."""
+        """Layers whose modules `measure` is called with."""
         return ()
 
     def measure(self, module: str, inputs: Tensor, outputs: Tensor, valid: Tensor, visual: Tensor) -> Tensor:
-        """A score [B, L] a token from the "attention" or "mlp" module's input and output [B, L, D]."""
+        """A score per token [B, L] from the "attention" or "mlp" module's input and output [B, L, D]."""
         raise NotImplementedError
 
     def score(self, tokens: LayerTokens) -> Tensor:
@@ -371,12 +371,12 @@ class CacheReducer(Reducer):
 def share_by_layer(**lists: Sequence[float]) -> dict[int, float]:
     """A list of layers and the list of their shares, by the names a method gives them → layer → share.
 
-    Raises ValueError unless there is one share a layer.
+    Raises ValueError unless there is one share per layer.
     """
     (layers, shares), (first, second) = lists.values(), lists
     if len(layers) != len(shares):
         raise ValueError(
-            f"{first} has {len(layers)} layers and {second} {len(shares)} shares; give one share a layer"
+            f"{first} has {len(layers)} layers and {second} {len(shares)} shares; give one share per layer"
         )
     return dict(zip(layers, shares, strict=True))
 

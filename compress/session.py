@@ -1,4 +1,4 @@
-"""Attach reducers to a model, and report what they did."""
+"""Attach reducers to a model, and report what they kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .undo import Undo
 from .vision import standalone
 from .vision.merging import VisionMerging
 
-# A core knows its session; its hooks keep the session alive, and nothing here does.
+# Weak references: only the hooks in a core keep its session alive.
 _ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Session]] = WeakKeyDictionary()
 
 
@@ -36,7 +36,7 @@ def attach(
     keep: Budget = None,
     positions: Positions = "keep",
 ) -> Session:
-    """Have a stock model spend fewer visual tokens, until `detach` (or the end of a `with` block).
+    """Make a stock model use fewer visual tokens, until `detach` (or the end of a `with` block).
 
     `model` is a transformers VLM; a timm VisionTransformer or a CLIP or SigLIP tower takes merging reducers.
     `reducer` is a name (`list_reducers()`), an instance, or a list of these; those of one stage act in the
@@ -91,7 +91,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _anchor(model: nn.Module) -> nn.Module:
-    """What a model and its parts have in common, however they are given."""
+    """The module that a model and its parts share, whichever of them is passed."""
     return getattr(model, "base_model", model)
 
 
@@ -146,8 +146,8 @@ class Session:
     def prompt_length(self) -> PromptLength:
         """How many tokens of `input_ids` are the prompt, for reducers that rank by it: a count, or one per
         row, padding on the left included. None: as `generate`, the labels (-100 up to the answer) or
-        `logits_to_keep` say, else everything. Answers that follow the prompt in the same forward have no say
-        in what is kept."""
+        `logits_to_keep` state, else everything. Answers that follow the prompt in the same forward do not
+        affect what is kept."""
         return self._settings.prompt_length
 
     @prompt_length.setter
@@ -177,7 +177,7 @@ class Session:
         self.detach()
 
     def detach(self) -> None:
-        """Take everything out of the model again. Doing so twice is harmless.
+        """Remove everything from the model. A second call does nothing.
 
         Caches made while attached cannot be continued afterwards: they raise when they are.
         """
@@ -200,7 +200,7 @@ class Session:
             "detached; detach, copy, and attach again"
         )
 
-    # What happened ------------------------------------------------------------------------------------------
+    # Reports -----------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """Tokens kept, computation and cache spared by the last prompt with images. Raises RuntimeError
@@ -221,11 +221,11 @@ class Session:
         return explain(call, layer, cache)
 
     def overlay(self, image: Any, *, index: int = 0, layer: int = -1) -> Any:
-        """The picture with the patches of kept tokens lit and the others dimmed, as a PIL image.
+        """The picture with the patches of kept tokens bright and the others dimmed, as a PIL image.
 
         `image` is what `vistok.images.load_image` takes (path, PIL, array), the `index`-th image of the last
-        prompt, as the tower saw it: families that crop show the crop. Raises ValueError where the family does
-        not tell the layout of its tokens.
+        prompt, as the tower gets it: families that crop show the crop. Raises ValueError where the layout of
+        its tokens is not known.
         """
         found = self.explain(layer)
         if not 0 <= index < len(found):
@@ -285,7 +285,7 @@ class Session:
         while known is not mine:
             known = _ATTACHED.setdefault(anchor, mine)
             other = known()
-            if other is None:  # forgotten without being detached
+            if other is None:  # garbage-collected without being detached
                 _ATTACHED.pop(anchor, None)
             elif other is not self:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Changes to a model that can always be taken back, whenever an interrupt comes."""
+"""Changes to a model that can be undone, whenever an interrupt comes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,18 @@ _MISSING = object()
 
 
 class Undo:
-    """What must be done to restore a model. Each step is noted before the change it takes back, so an
+    """The steps that restore a model. Each is noted before the change it undoes, so an
     exception between the two leaves nothing behind; steps do nothing where their change is not there."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], Any]] = []
 
     def step(self, action: Callable[[], Any]) -> None:
-        """Have `run` call `action`, the latest first."""
+        """Make `run` call `action`, the latest first."""
         self._steps.append(action)
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Give `module` an instance attribute; `run` brings back what was there, unless someone has set
+        """Give `module` an instance attribute; `run` restores what was there, unless someone has set
         another value since."""
         attributes = vars(module)
         before = attributes.get(name, _MISSING)
@@ -56,7 +56,7 @@ class Undo:
         module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=always)
 
     def run(self) -> None:
-        """Take everything back. Doing so twice is harmless."""
+        """Undo all changes. A second call does nothing."""
         while self._steps:
             self._steps[-1]()  # noted until it is done
             self._steps.pop()
@@ -64,5 +64,5 @@ class Undo:
 
 def _remove(kinds: tuple[dict[int, Any], ...], hook: Callable[..., Any]) -> None:
     for number in [number for number, registered in kinds[0].items() if registered == hook]:
-        for kind in reversed(kinds):  # the first tells what is left to do
+        for kind in reversed(kinds):  # the first of each kind decides what is left to do
             kind.pop(number, None)

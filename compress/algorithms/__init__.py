@@ -1,1 +1,1 @@
-"""Pure functions on tensors that choose, merge or group visual tokens; they know no model."""
+"""Pure functions on tensors that choose, merge or group visual tokens, independent of any model."""

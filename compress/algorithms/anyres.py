@@ -1,7 +1,7 @@
 """Budgets for images that are cut into tiles: HiRED and GlobalCom², from class-token rows to packed tokens.
 
-Both rank by what the class token attends to, so they need one row of attention a tile and no features. Their
-`geometry="reference"` repeats the published code, `"correct"` what its authors describe.
+Both rank by what the class token attends to, so they need one row of attention per tile and no features.
+Their `geometry="reference"` repeats the published code, `"correct"` what its authors describe.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Newline = Literal["rows", "nonempty", "reference"]
 
 @dataclass(frozen=True, eq=False)
 class TileSelection:
-    """What an image of P tiles keeps. A token is named tile · tokens_per_tile + index.
+    """The tokens kept of an image of P tiles. A token's number is tile · tokens_per_tile + index.
 
     `kept` [K] are the chosen tokens, ascending, before padding is cut away; `packed` [M] what enters the LLM,
     in order, with -1 for a newline vector; `places` [M] where in the Grid's sequence each stands, -1 where
@@ -32,7 +32,7 @@ class TileSelection:
     places: Tensor
 
     def mask(self, grid: Grid) -> Tensor:
-        """What stays of the Grid's sequence, bool [N]."""
+        """Which tokens of the Grid's sequence stay, bool [N]."""
         mask = torch.zeros(grid.num_tokens, dtype=torch.bool, device=self.places.device)
         mask[self.places[self.places >= 0]] = True
         return mask
@@ -46,7 +46,7 @@ def split_budget(weights: Tensor, total: int, capacity: Tensor) -> Tensor:
     """
     weights, capacity = weights.detach().double().cpu(), capacity.cpu().long()
     if not 0 <= total <= int(capacity.sum()):
-        raise ValueError(f"{total} tokens were asked for; there are {int(capacity.sum())} to choose from")
+        raise ValueError(f"{total} tokens were requested; there are {int(capacity.sum())} to choose from")
     full = capacity == 0
     while True:
         rest = total - int(capacity[full].sum())
@@ -80,10 +80,10 @@ def hired(
     HiRED (Arif et al., "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution
     Vision-Language Models", 2024, arXiv 2408.10945, section 4). `early` and `late` [P, H, N] are the class
     token's attention to the N patches of each of the grid's tiles, after softmax; the original takes layers 0
-    and 22 of CLIP-L. `rate` of all P · N tokens is the budget (`total` says it as a number), of which `alpha`
-    goes to the thumbnail. The rest is shared by where the thumbnail's salient tokens lie: its int(N · (1 -
-    alpha)) highest early scores, or `salient` of them, or with "mass" the sum of all early scores. Newline
-    vectors are dropped.
+    and 22 of CLIP-L. `rate` of all P · N tokens is the budget (`total` gives it as a number), of which
+    `alpha` goes to the thumbnail. The rest is shared by where the thumbnail's salient tokens lie: its int(N ·
+    (1 - alpha)) highest early scores, or `salient` of them, or with "mass" the sum of all early scores.
+    Newline vectors are dropped.
 
     Tokens chosen in padding and fractions of shares are lost, so fewer tokens than the budget enter the LLM;
     `redistribute` spends it to the last token among those that do. Raises ValueError for scores that do not
@@ -175,7 +175,7 @@ def globalcom2(
     newline: Newline | None = None,
     geometry: Geometry = "correct",
 ) -> TileSelection:
-    """Keep what matters both in a tile and in the whole image, more in tiles that the thumbnail points to.
+    """Keep tokens that score high in their tile and in the thumbnail, more of them in tiles that score high.
 
     GlobalCom² (Liu et al., "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs
     Acceleration", 2025, arXiv 2501.05179, section 4). `scores` [P, N] are the class token's attention logits
@@ -276,7 +276,7 @@ def _newlines(row: Tensor, grid: Grid, newline: Newline) -> tuple[Tensor, Tensor
 
 
 def unrounded(grid: Grid) -> Grid:
-    """The layout that GlobalCom²'s code sees for the image of a grid made by `Grid.anyres`.
+    """The layout that GlobalCom²'s code uses for the image of a grid made by `Grid.anyres`.
 
     Raises ValueError for other grids.
     """

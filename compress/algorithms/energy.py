@@ -1,4 +1,4 @@
-"""PiToMe's matching: tokens in large clusters merge, isolated ones are left alone.
+"""PiToMe's matching: tokens in large clusters merge, isolated ones stay.
 
 Tran et al., "Accelerating Transformers with Spectrum-Preserving Token Merging", 2024, arXiv 2405.16148.
 """
@@ -24,7 +24,7 @@ def merged_count(num_tokens: int, ratio: float) -> int:
 
 
 def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
-    """Energy [B, T] of tokens by `metric` [B, T, C]: high in the midst of similar tokens (equation 4).
+    """Energy [B, T] of tokens by `metric` [B, T, C]: high among similar tokens (equation 4).
 
     The mean over all tokens of ELU(cosine - margin), as in the published code; the paper does not subtract
     the margin above it.

@@ -1,4 +1,4 @@
-"""Keeping the tokens that matter and folding the others into them: VisionZip and PruMerge."""
+"""Keeping the tokens with the most class attention and merging the others: VisionZip and PruMerge."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ from .select import full_precision, top_k, top_k_mask
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """Tokens kept and tokens made of the rest.
+    """The kept tokens, and new tokens merged from the others.
 
-    `kept` [..., K] are places of the sequence given; `tokens` [..., K + E, C] the kept ones in that order,
+    `kept` [..., K] are places in the input sequence; `tokens` [..., K + E, C] the kept ones in that order,
     then E new ones.
     """
 
@@ -25,7 +25,7 @@ class Folded:
 def visionzip(
     hidden_states: Tensor, attention: Tensor, metric: Tensor, dominant: int, contextual: int
 ) -> Folded:
-    """Keep the class token and what it attends to; fold what remains into `contextual` evenly spaced tokens.
+    """Keep the class token and what it attends to; merge the rest into `contextual` evenly spaced tokens.
 
     VisionZip (Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", 2024,
     arXiv 2412.04467, section 3). For tiles B of 1 + N tokens, class token first: hidden_states [B, 1 + N, C],

@@ -13,7 +13,7 @@ from torch import Tensor
 class Grid:
     """The N visual tokens of one image, in the order in which they enter the LLM.
 
-    `tile` [N] says which encoder input (tile) a token comes from and `index` [N] its row-major place among
+    `tile` [N] is the encoder input (tile) a token comes from and `index` [N] its row-major place among
     the tile's `height` · `width` tokens; both are -1 for a separator, such as the newline vector of
     LLaVA-NeXT, that shows no patch. The image is cut into `rows` × `cols` tiles, numbered row by row from
     `first`; `thumbnail` is the number of the tile that shows the whole image, or None where there is none.

@@ -1,4 +1,4 @@
-"""Merging the most similar tokens, as pure functions on tensors that know nothing of any model."""
+"""Merging the most similar tokens, as pure functions on tensors, independent of any model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,7 +166,7 @@ def compose(matchings: Sequence[Matching | None]) -> Tensor | None:
 def representatives(groups: Tensor, count: int) -> Tensor:
     """The first token [B, count] of every group 0 to count - 1 of `groups` [B, N], ascending.
 
-    It is how a merged image is cut to one token a group where sequences must keep whole tokens.
+    A merged image is cut to one token per group with it, where sequences must keep whole tokens.
     """
     batch, tokens = groups.shape
     places = torch.arange(tokens, device=groups.device).expand(batch, -1)

@@ -1,4 +1,4 @@
-"""Choosing which visual tokens to keep, as pure functions on tensors that know nothing of any model."""
+"""Choosing which visual tokens to keep, as pure functions on tensors, independent of any model."""
 
 import threading
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ IDENTICAL = -1.0  # stands for the distance of identical rows: below every dista
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Places of the k highest of `scores` [..., N], best first, [..., k]; of equal scores the lowest place.
 
-    The same on every device. NaN counts as highest, as everywhere in torch. Raises ValueError unless
-    0 ≤ k ≤ N.
+    The result is the same on every device. NaN counts as highest, as everywhere in torch. Raises ValueError
+    unless 0 ≤ k ≤ N.
     """
     if not 0 <= k <= scores.shape[-1]:
         raise ValueError(f"k is {k}; of {scores.shape[-1]} tokens between 0 and all can be taken")
@@ -272,4 +272,4 @@ def _array(distances: Tensor) -> np.ndarray:
 
 def _check_count(count: int, available: int) -> None:
     if not 0 <= count <= available:
-        raise ValueError(f"{count} tokens were asked for; there are {available} to choose from")
+        raise ValueError(f"{count} tokens were requested; there are {available} to choose from")

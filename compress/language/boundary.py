@@ -17,7 +17,7 @@ from .masks import shrunk, slide
 
 
 def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
-    """What a reducer is given of one image: its tokens [N, D], the prompt's text [T, D], and what was
+    """The image that a reducer gets: its tokens [N, D], the prompt's text [T, D], and what was
     recorded."""
     record, items = span.record, slice(span.item, span.item + span.items)
     grid = span.grid
@@ -47,7 +47,7 @@ def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
 
 @dataclass(frozen=True)
 class Border:
-    """What acts between the projector and the first layer of the language model.
+    """The reducer that acts between the projector and the first layer of the language model.
 
     `budget` gives the budget of `reducer`, `groups` the tokens of an image that the tower made equal by
     merging (rows [N, ...] that are equal are one group; None without merging), `renumbered` whether the
@@ -95,7 +95,7 @@ def reduce_prompt(
 
 
 def _image_budgets(host: Host, call: Call, keep: Budget, embeds: Tensor) -> list[Any]:
-    """The budget of every image; functions of the image are given the tokens that enter the language
+    """The budget of every image; functions of the image get the tokens that enter the language
     model."""
     if not callable(keep):
         return [keep] * len(call.prompt.spans)
@@ -162,9 +162,9 @@ def choose(host: Host, call: Call, embeds: Tensor, border: Border) -> tuple[Tens
 def decide(
     image: Image, reducer: FeatureReducer | None, keep: Budget, groups: Tensor | None
 ) -> tuple[Selection, Tensor]:
-    """What stays of one image: the reducer's answer, and the numbers of the kept tokens among all N.
+    """The reducer's selection for one image, and the numbers of the kept tokens among all N.
 
-    Raises ValueError for features that are not finite, budgets above N and selections of nothing.
+    Raises ValueError for features that are not finite, budgets above N and empty selections.
     """
     numbers = torch.arange(image.num_tokens, device=image.features.device)
     if groups is not None:
@@ -284,7 +284,7 @@ def _mask(host: Host, call: Call, mask: Any) -> Any:
                 shorter[kind] = slide(full, host.window(i))
         if set(mask) - set(shorter):
             raise TypeError(
-                f"{host.name} makes masks for {', '.join(mask)}, of which reducers know full and sliding ones"
+                f"{host.name} makes masks for {', '.join(mask)}; reducers take full and sliding ones"
             )
         return shorter
     if isinstance(mask, Tensor) and mask.ndim == 4:
@@ -302,7 +302,7 @@ def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:
 
 
 def enter(host: Host, call: Call, kwargs: dict[str, Any]) -> None:
-    """Note what the language model is given and what its cache holds, before it runs."""
+    """Record the language model's inputs and the length of its cache, before it runs."""
     call.cache = cache_given(host.lm, kwargs)
     call.entries = [entries(call.cache, i) for i in range(len(host.layers))]
     call.length = 0 if call.cache is None else call.cache.get_seq_length()

@@ -27,16 +27,16 @@ class Lease:
 
 @dataclass
 class CacheState:
-    """What a reduced cache holds.
+    """The entries of a reduced cache, and what masks and positions need to know of them.
 
     Tokens are counted logically (as the model read them: `length`) and physically (entries in a layer).
-    `columns[i]` [B, physical] says which entries of layer i are real, as of `length`; None stands for the
+    `columns[i]` [B, physical] marks the real entries of layer i, as of `length`; None stands for the
     caller's own mask. `ragged[i]`: some entry is not real. `next` [B] is the position id after the last
     token, `planes` how many position planes the model takes (0: one-dimensional); `compact`: positions are
     renumbered, and `removed[i]` [B] is what layer i subtracts on top; `tail` counts the text tokens at the
-    end, `lease` says whether the session still corrects masks and positions. `numbers[i]` [B, physical] are
-    the places that the entries of a layer with a window had before some were evicted, out of `read[i]`: the
-    window goes on counting those.
+    end, `lease` records whether the session still corrects masks and positions. `numbers[i]` [B, physical]
+    are the places that the entries of a layer with a window had before some were evicted, out of `read[i]`:
+    the window goes on counting those.
     """
 
     length: int
@@ -63,7 +63,8 @@ class CacheState:
 
 
 class ReducedDynamicCache(DynamicCache):
-    """A DynamicCache that answers `get_seq_length` with the tokens read, and masks with the entries held."""
+    """A DynamicCache whose `get_seq_length` counts the tokens read, and whose masks cover the entries
+    held."""
 
     reduction: CacheState
 
@@ -87,7 +88,7 @@ class ReducedDynamicCache(DynamicCache):
         return super().get_seq_length(layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, as decoding with drafts does; a negative number, as in the stock cache.
+        """Remove the last tokens, as decoding with drafts does; a negative number, as in the stock cache.
 
         Raises NotImplementedError when that would reach back to an image.
         """
@@ -146,7 +147,7 @@ class ReducedDynamicCache(DynamicCache):
 
 
 def state_of(cache: Cache | None) -> CacheState | None:
-    """The reduction a cache has been through, if any."""
+    """The state of a reduced cache; None for others."""
     return cache.reduction if isinstance(cache, ReducedDynamicCache) else None
 
 

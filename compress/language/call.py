@@ -1,5 +1,5 @@
-"""One forward of a model with reducers attached: what it is given, what was dropped, what the cache must
-know."""
+"""One forward of a model with reducers attached: its inputs, what was dropped, what the cache must
+record."""
 
 import time
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class Call:
     prompt: Prompt | None = None
     generation: Generation | None = None  # the running `generate` of this model
     hints: Hints = field(default_factory=Hints)
-    prompt_length: PromptLength = None  # the user's own word
+    prompt_length: PromptLength = None  # set by the user
     last: Tensor | None = None  # [B] places of the last prompt tokens; what follows are answers or drafts
     unsettled: int | None = None  # a row whose prompt would end before its images
     evicted: dict[int, Tensor] = field(default_factory=dict)  # by layer, chosen while attention ran
@@ -71,7 +71,8 @@ class Call:
     seconds: float = 0.0
 
     def release(self) -> None:
-        """Let go of everything but what explains the call: tensors of the model's size must not live on."""
+        """Release everything but what explains the call: tensors of the model's size must not stay in
+        memory."""
         state = state_of(self.cache)
         self.columns = None if state is None else state.columns
         self.cache = self.state = self.positions = self.deepstack = self.relative = None
@@ -123,7 +124,7 @@ def begin(
 ) -> tuple[Call, dict[str, Any]]:
     """Read a call of the core. Returns the call and the arguments, corrected for what earlier calls dropped.
 
-    `made` knows the features that this thread has made or prepared and that no forward has met yet, and
+    `made` holds the features that this thread has made or prepared and that no forward has used yet, and
     `generation` is the `generate` that this model is in. Raises NotImplementedError for static caches, masks
     that are already 4-D and chunked prefill, ValueError for images without placeholders.
     """
@@ -248,7 +249,7 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
 def finish(call: Call, cache: Cache, compact: bool, lease: Lease, evicting: bool) -> None:
     """Write into the cache what its layers hold after a prefill that dropped tokens, for as long as the
     session's `lease` runs. When `evicting`, tokens of the prompt cannot be taken back: read again, they would
-    see what is left."""
+    attend only to what is left."""
     state, length = call.state, call.length + call.full
     columns, ragged, gap, removed = [], [], [], []
     shared: dict[tuple[int, int], tuple[Tensor, bool]] = {}

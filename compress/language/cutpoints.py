@@ -1,8 +1,8 @@
-"""Models that take images in elsewhere than at the border of a decoder: through a Q-Former or by
+"""Models whose images do not enter at the border of a decoder: through a Q-Former or by
 cross-attention.
 
 BLIP-2 and InstructBLIP: what enters the Q-Former is reduced, its queries stay. Mllama: the states that the
-text attends to are reduced; its self-attention never sees them.
+text attends to are reduced; its self-attention never gets them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class CutPoint:
     # Cross-attention ----------------------------------------------------------------------------------------
 
     def attach_mllama(self) -> None:
-        """Reduce the states that the text attends to; which ones stayed is remembered on the cache."""
+        """Reduce the states that the text attends to; which ones stayed is recorded on the cache."""
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             states, mask = kwargs.get("cross_attention_states"), kwargs.get("cross_attention_mask")

@@ -28,7 +28,7 @@ def choose_evicted(
         if not len(places):
             continue
         original = len(places)
-        if window is not None:  # what the first token of the answer will not see is not counted
+        if window is not None:  # what the first token of the answer cannot attend to is not counted
             places = places[places > ends[span.row] + 1 - window]
         columns = places + first
         columns = columns[columns >= 0]

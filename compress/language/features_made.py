@@ -1,7 +1,8 @@
 """Features that a session has made or prepared, until a forward takes them.
 
 A record hangs on the output object that carries the features. Hooks of dispatched models rebuild that object
-on the way to the forward, so the session also knows its records by the lengths and a sample of the features.
+on the way to the forward, so the session also identifies its records by the lengths and a sample of the
+features.
 """
 
 import threading
@@ -46,7 +47,7 @@ class MadeFeatures(threading.local):
             self._waiting[modality] = _Waiting(record, _lengths(output), _ends(output))
 
     def add_prepared(self, outputs: dict[str, Any]) -> None:
-        """Note features that are reduced already; those that they were made of will meet no forward."""
+        """Note features that are reduced already; those that they were made of enter no forward."""
         self._waiting = {}
         self._prepared[:] = [reference for reference in self._prepared if reference() is not None]
         self._prepared += [weakref.ref(output) for output in outputs.values()]

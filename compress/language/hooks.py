@@ -1,4 +1,4 @@
-"""Reducers at work in a vision-language model: hooks on the whole model, its core and its language model."""
+"""The hooks of reducers on a vision-language model: on the whole model, its core and its language model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ModelHooks:
         self.merging: VisionMerging | None = None
         self.lease = Lease()
         self._made_features = MadeFeatures([])
-        self._hints = threading.local()  # what this thread's call of the whole model says of its prompt
+        self._hints = threading.local()  # labels and logits_to_keep of this thread's call
         self._earlier = EarlierCalls([model, host.core, host.lm, host.tower])
         self._vision = next(iter(stages.get(Stage.VISION, ())), None)
         self._feature = next(iter(stages.get(Stage.FEATURES, ())), None)
@@ -123,7 +123,7 @@ class ModelHooks:
         if ranked and self.model is core and not hasattr(core, "generate"):
             raise TypeError(
                 f"{type(ranked[0]).__name__} must know where the prompt ends, which a call of the whole "
-                f"model says and one of its {type(core).__name__} does not; attach to the whole model"
+                f"model states and one of its {type(core).__name__} does not; attach to the whole model"
             )
         if self.model is not core:
             undo.pre_hook(self.model, self._model_before)
@@ -177,7 +177,7 @@ class ModelHooks:
         self._features.attach(undo)
 
     def _attach_attention(self, undo: Undo) -> None:
-        """Have attention report where reducers read it."""
+        """Make attention report to probes where reducers read it."""
         features = self._feature
         text = bool(self._eviction) or any(reducer.rows is not None for reducer in self._layer)
         vision = features is not None and (
@@ -198,7 +198,7 @@ class ModelHooks:
         return generate
 
     def _watch(self, undo: Undo, *, text: bool, vision: bool) -> None:
-        """Have the attention of the language model or the tower report to probes; the kernels stay."""
+        """Make the attention of the language model or the tower report to probes; the kernels stay."""
         config, names, stock = self.model.config, {}, {}
         for part, module, wanted in (("text", self.host.lm, text), ("vision", self.host.tower, vision)):
             if not wanted:
@@ -254,8 +254,8 @@ class ModelHooks:
     def _made(self, modality: str, output: Any, record: Record) -> None:
         if getattr(self._hints, "passed_by", False) and is_running(self.host.core):
             raise RuntimeError(
-                f"{self.host.name} made {modality} features in a forward that was given none and no pixel "
-                f"values that reducers know, so nothing would be dropped; {release()}"
+                f"{self.host.name} made {modality} features in a forward that has none and no pixel "
+                f"values that reducers recognise, so nothing would be dropped; {release()}"
             )
         self._made_features.add(modality, output, record)
         call = current(self.host)
@@ -276,7 +276,7 @@ class ModelHooks:
         if self._earlier.include_this_one():
             return None
         stale = current(self.host)
-        if stale is not None:  # an interrupt has left it behind
+        if stale is not None:  # left by an interrupt
             self._leave(stale)
         hints, self._hints.of_call = getattr(self._hints, "of_call", None), None
         generation = GENERATION.get()
@@ -321,7 +321,7 @@ class ModelHooks:
         return (), kwargs
 
     def _observe(self, call: Call) -> None:
-        """Have the attention of the language model report to the reducers inside it."""
+        """Make the attention of the language model report to the reducers inside it."""
         for reducer in self._layer:
             if reducer.rows is not None:
                 call.check_prompt_end(type(reducer).__name__)
@@ -333,7 +333,7 @@ class ModelHooks:
         if call.unsettled is not None:
             warnings.warn(
                 f"{name} evicts once the prompt has been read, and labels that reach back "
-                "to an image do not say where that is: it has no effect here. Set labels of prompt "
+                "to an image do not show where that is: it has no effect here. Set labels of prompt "
                 "tokens to -100, or session.prompt_length",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""Masks, positions and rotations for decoder layers that see fewer tokens than the model read."""
+"""Masks, positions and rotations for decoder layers that get fewer tokens than the model read."""
 
 from typing import Any
 

@@ -51,7 +51,7 @@ class LayerCuts:
             ranking.attach(undo)
 
     def probes(self, call: Call) -> dict[nn.Module, Probe]:
-        """What attention must report during this call."""
+        """The attention probes of this call."""
         probes: dict[nn.Module, list[Probe]] = {}
         for ranking in self.rankings if call.prefill else ():
             for module, probe in ranking.probes(call).items():
@@ -80,7 +80,7 @@ class LayerCuts:
             check_checkpointing(module)
             adjusted = self._arguments.at_prefill(call, i, hidden, kwargs)
             for ranking in cutting:
-                # Row probes saw this layer's or the previous one's queries with today's layout.
+                # Row probes got this layer's or the previous one's queries with the current layout.
                 with call.timed():
                     stay = ranking.decide(call, i, hidden, adjusted)
                 if stay is not None:
@@ -108,7 +108,7 @@ class LayerCuts:
         return hook
 
     def _cut(self, call: Call, hidden: Tensor, stay: Tensor) -> Tensor:
-        """Leave out tokens from here on."""
+        """Drop tokens from this layer on."""
         old = call.layout
         index, valid, ragged = compact(stay)
         call.layout = Layout(old.index.gather(1, index), valid, ragged)

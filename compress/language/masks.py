@@ -65,7 +65,7 @@ def check(host: Host, i: int, mask: Any, valid: Tensor) -> None:
 def windowed(host: Host, i: int, hidden: Tensor, real: Tensor, numbers: Tensor, cache: Any) -> Tensor:
     """The mask of layer i, whose window counts places that its entries had before some were evicted.
 
-    `hidden` [B, q, D] are the new states, `real` [B, entries + q] says which entries are not padding, and
+    `hidden` [B, q, D] are the new states, `real` [B, entries + q] marks entries that are not padding, and
     `numbers` [B, entries + q] are their places. Raises NotImplementedError for kernels that take no mask of
     several queries.
     """
@@ -91,7 +91,7 @@ def build(host: Host, i: int, hidden: Tensor, real: Tensor | None, cache: Any) -
     that the attention implementation takes; `real` [B, entries + q], None where all are."""
     kernel = host.kernel
     if real is not None and hidden.shape[1] == 1 and host.layer_type(i) == "full_attention":
-        # One query may look at everything real. Asking whether anything is masked would wait for a GPU.
+        # One query may attend to everything real. Checking whether anything is masked would wait for a GPU.
         if kernel == "sdpa":
             return real[:, None, None]
         if kernel == "eager":

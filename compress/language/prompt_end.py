@@ -21,7 +21,7 @@ PromptLength = int | Sequence[int] | Tensor | None
 
 @dataclass(frozen=True)
 class Generation:
-    """A `generate` that is under way: its model, and the length and number of prompts that it was given."""
+    """A `generate` that is under way: its model, and the length and number of its prompts."""
 
     model: nn.Module
     length: int
@@ -69,8 +69,8 @@ def generation_on_stack(model: nn.Module) -> Generation | None:
 
 @dataclass(frozen=True)
 class Hints:
-    """What the call of a whole model says of its prompt: `labels` [B, L] (-100: no target), and the
-    `logits_to_keep` (how many at the end, or at which places)."""
+    """The arguments of a whole model's call that show where its prompt ends: `labels` [B, L] (-100: no
+    target), and the `logits_to_keep` (how many at the end, or at which places)."""
 
     labels: Tensor | None = None
     logits_to_keep: int | Tensor = 0
@@ -81,7 +81,7 @@ def last_of_prompt(
 ) -> Tensor:
     """The place [B] of the last prompt token among the tokens of a forward; `real` [B, L] is not padding.
 
-    `before` counts the tokens read by earlier calls. The prompt ends where the first of these says: `given`
+    `before` counts the tokens read by earlier calls. The prompt ends where the first of these states: `given`
     (tokens of the prompt, those read before and padding on the left included), the running generation, the
     first label, the first logits that are kept. Without any, everything is prompt. Raises ValueError for a
     `given` that does not end in this forward.

@@ -1,4 +1,4 @@
-"""One layer reducer in a language model: what it reads while layers run, and what stays at its cuts."""
+"""One layer reducer in a language model: the scores it gathers while layers run, and the tokens it keeps."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -31,7 +31,7 @@ class Ranking:
         self._check(count)
 
     def _check(self, count: int) -> None:
-        """Refuse schedules that cannot be met, and layers that cannot be cut."""
+        """Raise ValueError for schedules that cannot be met, and for layers that cannot be cut."""
         name, cuts = type(self.reducer).__name__, self.reducer.cuts(count)
         outside = [k for k in self.cuts if not 0 <= k < count]
         if outside:
@@ -66,7 +66,7 @@ class Ranking:
                 undo.hook(module, self._measure(i, name))
 
     def probes(self, call: Call) -> dict[nn.Module, Probe]:
-        """What the attention of the layers before the cuts must report during this prefill."""
+        """The attention probes of the layers before the cuts, for this prefill."""
         if not self.reducer.rows or self.reducer.rows_of != "previous":
             return {}
         return {self.host.attentions[k - 1]: self._row_probe(call, k) for k in self.cuts}

@@ -1,1 +1,1 @@
-"""One file a reducer."""
+"""One file per reducer."""

@@ -1,4 +1,4 @@
-"""The image itself made smaller: the baseline that spends no more tokens than the budget on all of it."""
+"""Encoding a smaller version of the image: the baseline that shows all of it within the budget."""
 
 import math
 from collections.abc import Callable
@@ -19,11 +19,11 @@ class Downsample(FeatureReducer):
     """Shrinks the picture, encodes it again with the model's own tower and projector, and keeps those tokens.
 
     An image keeps h × w tokens in the layout of `shrunken`: never more than the budget's count, often fewer.
-    They stand at the places of the tokens nearest to them in the picture. Where the tower sees tiles, a count
-    that the thumbnail has room for shrinks the thumbnail; a larger one shrinks all tiles alike, without the
-    thumbnail and the vectors between rows. Tower and projector run twice.
+    They stand at the places of the tokens nearest to them in the picture. Where the tower encodes tiles, a
+    count that the thumbnail has room for shrinks the thumbnail; a larger one shrinks all tiles alike, without
+    the thumbnail and the vectors between rows. Tower and projector run twice.
 
-    The attached model must see the pixel values. Families that cannot encode a picture of another size are
+    The attached model must get the pixel values. Families that cannot encode a picture of another size are
     refused with TypeError.
     """
 
@@ -52,8 +52,8 @@ class Downsample(FeatureReducer):
         """The smaller picture's tokens, at the places nearest to them."""
         if image.encode is None:
             raise ValueError(
-                "there is no picture to shrink: its features were given, or made before attaching; give the "
-                "attached model pixel_values"
+                "there is no picture to shrink: its features were passed in, or made before attaching; give "
+                "the attached model pixel_values"
             )
         small = shrunken(image.grid, count_of(budget, image.num_tokens))
         values, *deepstack = image.encode(small)
@@ -65,11 +65,11 @@ class Downsample(FeatureReducer):
 def shrunken(grid: Grid, count: int) -> Grid:
     """The layout of the same picture in at most `count` tokens, and no more than it has.
 
-    h × w tokens a tile, with h : w as in the grid: of the exactly scaled sides one is rounded down or up, and
-    the other is what the count then allows, rounded up at most; the most tokens win, then the nearest aspect.
-    All tiles alike, with the padding around the picture cut away; but the thumbnail alone where it has
-    `count` tokens or the tiles could show no more than it. No separators. Raises ValueError for fewer tokens
-    than tiles.
+    h × w tokens per tile, with h : w as in the grid: of the exactly scaled sides one is rounded down or up,
+    and the other is what the count then allows, rounded up at most; the most tokens win, then the nearest
+    aspect. All tiles alike, with the padding around the picture cut away; but the thumbnail alone where it
+    has `count` tokens or the tiles could show no more than it. No separators. Raises ValueError for fewer
+    tokens than tiles.
     """
     tiles = None
     if grid.thumbnail is None or count > grid.tokens_per_tile:
@@ -95,7 +95,8 @@ def _shown(grid: Grid, height: int, width: int) -> int:
 
 
 def _tile_size(grid: Grid, count: int, area: Callable[[int, int], int]) -> tuple[int, int] | None:
-    """Tokens (height, width) a tile with `area(height, width)` of at most `count`; None if 1 × 1 is more."""
+    """Tokens (height, width) per tile with `area(height, width)` of at most `count`; None if 1 × 1 is
+    more."""
     scale = min(1.0, math.sqrt(count / area(grid.height, grid.width)))
     rows, cols = scale * grid.height, scale * grid.width
     found = []

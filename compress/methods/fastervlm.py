@@ -1,4 +1,4 @@
-"""FasterVLM: the tokens that the class token looks at most."""
+"""FasterVLM: keep the tokens with the most attention from the class token."""
 
 from dataclasses import dataclass
 from typing import ClassVar

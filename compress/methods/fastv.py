@@ -1,4 +1,4 @@
-"""FastV: after a few layers, the tokens the last prompt token looks at least."""
+"""FastV: after a few layers, drop the tokens with the least attention from the last prompt token."""
 
 from dataclasses import dataclass
 from typing import ClassVar

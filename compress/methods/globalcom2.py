@@ -1,4 +1,4 @@
-"""GlobalCom²: the thumbnail says how much of each tile stays, and helps to say what."""
+"""GlobalCom²: the thumbnail decides how many tokens of each tile stay, and helps to rank them."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -73,7 +73,7 @@ class GlobalCom2(FeatureReducer):
         return self.completed(mask, count)
 
     def reduce(self, image: Image, budget: float | int) -> Selection:
-        """What stays of the image; in reference geometry in its order, with newlines of padding."""
+        """The tokens kept of the image; in reference geometry in its order, with newlines of padding."""
         if self.geometry == "correct" or image.grid is None or image.grid.thumbnail is None:
             return super().reduce(image, budget)
         found = self.tiles(image, budget)
@@ -86,7 +86,7 @@ class GlobalCom2(FeatureReducer):
         return image.arranged(values, found.places)
 
     def tiles(self, image: Image, budget: float | int) -> TileSelection:
-        """What the published code keeps of an image with a thumbnail."""
+        """The tokens that the published code keeps of an image with a thumbnail."""
         amount = {"ratio": budget} if isinstance(budget, float) else {"total": budget}
         return globalcom2(
             self.scores(image), image.grid, newline=self.newline, geometry="reference", **amount

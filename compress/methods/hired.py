@@ -22,9 +22,9 @@ class HiRED(FeatureReducer):
     keep the best of all.
 
     The original spends part of the budget on padding and loses remainders; `redistribute` (unless it is
-    False, or geometry is "reference") keeps exactly as many tokens as the budget says. `geometry="reference"`
-    repeats the published code, mistakes included (see `anyres.hired`): there `keep` is a share of the
-    encoder's tokens.
+    False, or geometry is "reference") keeps exactly as many tokens as the budget states.
+    `geometry="reference"` repeats the published code, mistakes included (see `anyres.hired`): there `keep` is
+    a share of the encoder's tokens.
     """
 
     summary: ClassVar = "a budget per tile by attention"
@@ -71,7 +71,7 @@ class HiRED(FeatureReducer):
         return self.completed(mask, count)
 
     def reduce(self, image: Image, budget: float | int) -> Selection:
-        """What stays of the image; in reference geometry in its order, with tokens of the padding."""
+        """The tokens kept of the image; in reference geometry in its order, with tokens of the padding."""
         spend = self.geometry == "correct" if self.redistribute is None else self.redistribute
         if image.grid is None or image.grid.thumbnail is None or (spend and self.geometry == "correct"):
             return super().reduce(image, budget)
@@ -90,7 +90,7 @@ class HiRED(FeatureReducer):
         return image.arranged(values, found.places)
 
     def tiles(self, image: Image, budget: float | int) -> TileSelection:
-        """What the tiles of an image with a thumbnail keep."""
+        """The tokens that the tiles of an image with a thumbnail keep."""
         total = self.retained_count(image.grid, budget)
         return self._hired(*self.scores(image), image.grid, total, redistribute=bool(self.redistribute))
 

@@ -12,7 +12,7 @@ from ..reducer import CacheReducer
 class KeyNorm(CacheReducer):
     """A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (Devoto et al., 2024, arXiv
     2406.11430), for visual tokens: in each layer those with the shortest keys stay (long keys get little
-    attention). `keep` is the share or count of an image's tokens a layer holds after the prompt.
+    attention). `keep` is the share or count of an image's tokens per layer after the prompt.
     """
 
     summary: ClassVar = "evicts long keys after the prompt"

@@ -1,4 +1,4 @@
-"""PiToMe: tokens in large clusters merge, isolated ones are left alone."""
+"""PiToMe: tokens in large clusters merge, isolated ones stay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from ..reducer import VisionReducer
 class PiToMe(VisionReducer):
     """Accelerating Transformers with Spectrum-Preserving Token Merging (Tran et al., 2024, arXiv 2405.16148).
 
-    Every block leaves `ratio` of its tokens (one ratio, or one a block), by energies above a `margin` that
-    falls as margin (1 - i / L) in block i of L (or is given a block). With `keep`, the patches left at the
+    Every block leaves `ratio` of its tokens (one ratio, or one per block), by energies above a `margin` that
+    falls as margin (1 - i / L) in block i of L (or is one per block). With `keep`, the patches left at the
     end, the ratio follows. Blocks of `use_bsm` match as ToMe does, those of `use_bsm_pitome` split all tokens
     by energy, the others merge among the tokens of highest energy; both are a number of first blocks or a
-    flag a block, and the first half of the blocks is `use_bsm_pitome` unless given.
+    flag per block, and the first half of the blocks is `use_bsm_pitome` unless given.
 
     The defaults are the original's for DeiT in timm; `clip` gives those for CLIP towers. In MAE models the
     original uses `use_bsm_pitome` in the second half of the blocks instead.
@@ -74,7 +74,7 @@ class PiToMe(VisionReducer):
         if keep is not None and left != keep:
             raise ValueError(
                 f"PiToMe cannot leave {keep} of {num_tokens} tokens in {num_blocks} blocks, each of which "
-                f"merges at most half; by this schedule {left} are left"
+                f"merges at most half; this schedule leaves {left}"
             )
         return plan
 
@@ -93,5 +93,5 @@ def _is_number(value: float | Sequence[float]) -> bool:
 
 
 def _flag(flags: int | Sequence[bool], block: int) -> bool:
-    """Whether a number of first blocks, or a flag a block, includes `block`."""
+    """Whether a number of first blocks, or a flag per block, includes `block`."""
     return block < flags if isinstance(flags, int) else flags[block]

@@ -1,4 +1,4 @@
-"""PruMerge: as many tokens as stand out in the class token's attention, and the others merged into them."""
+"""PruMerge: keep the outliers of the class token's attention, and merge the others into them."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -14,7 +14,7 @@ class PyramidDrop(LayerReducer):
     """PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction
     (Xing et al., CVPR 2025, arXiv 2410.17247).
 
-    After as many layers as `layer_list` says, the share of `image_token_ratio_list` stays: the tokens with
+    After as many layers as `layer_list` states, the share of `image_token_ratio_list` stays: the tokens with
     the most attention from the last prompt token in the next layer, mean over heads. `keep` sets the last
     share and scales the others. The paper renumbers positions (`positions="paper"`).
     """
@@ -35,7 +35,7 @@ class PyramidDrop(LayerReducer):
         self.cuts(0)  # refuses lists of different length
 
     def cuts(self, num_layers: int) -> dict[int, float]:
-        """A cut after as many layers as each entry of the list says."""
+        """A cut after as many layers as each entry of the list states."""
         return share_by_layer(layer_list=self.layer_list, image_token_ratio_list=self.image_token_ratio_list)
 
     def score(self, tokens: LayerTokens) -> Tensor:

@@ -1,4 +1,4 @@
-"""TransPrune: tokens that layers change little, and that the instruction does not look at, go."""
+"""TransPrune: drop tokens that layers change little and that the instruction does not attend to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class TransPrune(LayerReducer):
     2507.20630).
 
     In the layers of `accumulating_layer_list` each token's transition is measured: how much attention and MLP
-    change its norm and direction. After as many layers as `pruning_layer_list` says (1-based, as in the
+    change its norm and direction. After as many layers as `pruning_layer_list` states (1-based, as in the
     original) the share of `image_token_ratio_list` stays, by summed transitions plus the attention that the
     instruction pays in the next layer. `keep` sets the last share and scales the others. The paper's text
     takes 1 - |cos| and a soft-max over image tokens (`variant="paper"`), the released code 1 - cos and all
@@ -43,7 +43,7 @@ class TransPrune(LayerReducer):
         self.cuts(0)  # refuses lists of different length
 
     def cuts(self, num_layers: int) -> dict[int, float]:
-        """A cut after as many layers as each entry of the list says."""
+        """A cut after as many layers as each entry of the list states."""
         return share_by_layer(
             pruning_layer_list=self.pruning_layer_list, image_token_ratio_list=self.image_token_ratio_list
         )

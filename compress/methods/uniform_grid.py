@@ -1,4 +1,4 @@
-"""Tokens at even distances: the baseline without any look at the image."""
+"""Tokens at even distances: the baseline that does not depend on the image's content."""
 
 from dataclasses import dataclass
 from typing import ClassVar

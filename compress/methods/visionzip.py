@@ -1,4 +1,4 @@
-"""VisionZip: the tokens that the class token looks at, and the others merged into a few."""
+"""VisionZip: keep the tokens with the most attention from the class token, and merge the others."""
 
 import warnings
 from dataclasses import dataclass

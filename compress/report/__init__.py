@@ -1,1 +1,1 @@
-"""What a session reports of a prompt: counts, savings, and which patches were kept."""
+"""A session's reports on a prompt: counts, savings, and which patches were kept."""

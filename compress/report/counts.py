@@ -1,4 +1,4 @@
-"""What a session tells of its last prompt: tokens kept, computation and memory spared."""
+"""A session's report on its last prompt: tokens kept, computation and memory spared."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The last prompt with images. Floating-point operations are counted (two a multiply-add), not measured,
-    and cover the language model's layers at prefill; cache bytes are those held after it; `seconds` is the
-    time spent in the reducers themselves. They are None for models where they are not counted."""
+    """The last prompt with images. Floating-point operations are counted (two per multiply-add), not
+    measured, and cover the language model's layers at prefill; cache bytes are those held after it; `seconds`
+    is the time spent in the reducers themselves. They are None for models where they are not counted."""
 
     reducers: list[str]
     images: list[ImageReport]
@@ -47,16 +47,16 @@ class Report:
 
     @property
     def average_tokens(self) -> float:
-        """Visual tokens an image, averaged over layers and images."""
+        """Visual tokens per image, averaged over layers and images."""
         return sum(image.average for image in self.images) / max(1, len(self.images))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """All fields as plain values, for JSON."""
         images = [vars(image) | {"average": image.average} for image in self.images]
         return vars(self) | {"images": images, "average_tokens": self.average_tokens}
 
     def __str__(self) -> str:
-        lines = [f"{' + '.join(self.reducers)}: {self.average_tokens:.1f} visual tokens a layer and image"]
+        lines = [f"{' + '.join(self.reducers)}: {self.average_tokens:.1f} visual tokens per layer and image"]
         for image in self.images:
             steps = [f"{image.layers[0]}"] + [
                 f"{after} from layer {i}"

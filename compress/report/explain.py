@@ -1,4 +1,4 @@
-"""Which part of a picture each kept token shows."""
+"""The part of a picture that each kept token shows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Explanation:
     """One image in one prompt: `tokens` [n] are the numbers of its kept visual tokens, of `num_tokens` (-1:
     what stayed shows none of them alone, as a sum of many).
 
-    `tile` and `index` [n] say which of the encoder's inputs each shows and the row-major place in it (-1: no
+    `tile` and `index` [n] are the encoder input that each shows and the row-major place in it (-1: no
     patch, as newline vectors), `boxes` [n, 4] the part of the picture as (top, left, bottom, right), each
-    from 0 to 1. They are None where the family does not tell.
+    from 0 to 1. They are None where the layout is not known.
     """
 
     row: int
@@ -48,13 +48,13 @@ class Explanation:
         )
 
     def overlay(self, image: Any) -> Any:
-        """The picture with kept patches lit and the others dimmed, as a PIL image."""
+        """The picture with kept patches bright and the others dimmed, as a PIL image."""
         from PIL import Image as PIL
 
         from ...images import load_image
 
         if self.grid is None:
-            raise ValueError("this family does not tell the layout of its tokens, so they cannot be drawn")
+            raise ValueError("the layout of this family's tokens is not known, so they cannot be drawn")
         picture = load_image(image)
         lit = torch.zeros(picture.height, picture.width, dtype=torch.bool)
         for top, left, bottom, right in self.boxes.nan_to_num(0).tolist():

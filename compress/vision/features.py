@@ -1,5 +1,5 @@
-"""What is remembered while a tower makes features: sizes and grids, and the attention rows reducers asked
-for."""
+"""Records made while a tower makes features: sizes and grids, and the attention rows that reducers
+need."""
 
 import inspect
 import math
@@ -48,8 +48,8 @@ def tower_attentions(tower: nn.Module) -> list[nn.Module]:
 class FeatureRecorder:
     """Wraps `get_image_features` and `get_video_features` of a model's core as instance attributes.
 
-    `layers` maps tower layers to what is wanted: probabilities (True), logits (False) or "joined"
-    probabilities; `states` asks for a layer's keys and the states that are projected, `pixels` for the pixel
+    `layers` maps tower layers to what is recorded: probabilities (True), logits (False) or "joined"
+    probabilities; `states` adds a layer's keys and the states that are projected, `pixels` the pixel
     values in the record's arguments. `done(modality, output, record)` gets what was made.
     """
 
@@ -78,7 +78,7 @@ class FeatureRecorder:
                 )
 
     def attach(self, undo: Undo) -> None:
-        """Put the wrappers in place; what a user may have put there comes back."""
+        """Put the wrappers in place; undoing restores what a user may have put there."""
         for modality in MEDIA:
             name = f"get_{modality}_features"
             stock = getattr(self.host.core, name, None)
@@ -101,7 +101,7 @@ class FeatureRecorder:
             with _encoding(), self._watching() as seen:
                 output = stock(*args, **{**kwargs, "return_dict": True})
             record = self._record(modality, output, arguments, seen)
-            if not self.pixels:  # or the record would keep pictures alive
+            if not self.pixels:  # or the record would keep pictures in memory
                 record.arguments = {k: v for k, v in arguments.items() if not k.startswith("pixel_values")}
             self.done(modality, output, record)
             return output
@@ -165,7 +165,7 @@ class FeatureRecorder:
         tile = (first + grid.tile.clamp_min(0))[:, None]
         groups = torch.cat([tile, record.groups.cpu()[tile, patches]], 1)
         separators = grid.tile < 0
-        groups[separators] = -1 - torch.arange(int(separators.sum()))[:, None]  # none is like another
+        groups[separators] = -1 - torch.arange(int(separators.sum()))[:, None]  # no two are equal
         return groups
 
     def _unknown(self, span: Span) -> None:
@@ -199,7 +199,7 @@ class FeatureRecorder:
         tiles = self._tiles(record)
         for layer, found in rows.items():
             if not self.packed and sum(map(len, found)) != tiles[-1][1]:
-                continue  # frames that are pooled to tokens: which rows are whose is not known
+                continue  # frames that are pooled to tokens: which rows belong to which token is not known
             record.rows[layer] = self._per_item(torch.cat(found, -1 if self.packed else 0), record, tiles)
         chosen = getattr(self.host.config, "vision_feature_layer", None)
         if len(keys) == 1 and isinstance(chosen, int):
@@ -213,7 +213,7 @@ class FeatureRecorder:
             if trace is None:
                 raise TypeError(
                     f"{type(self.merging.reducer).__name__} merges in the {type(self.host.tower).__name__}, "
-                    f"which took no part in the {modality} features of {self.host.name}; use a reducer of "
+                    f"which did not run for the {modality} features of {self.host.name}; use a reducer of "
                     "features, such as divprune"
                 )
             record.groups = trace.patch_groups(first) if first < last else trace.exit_groups()
@@ -232,11 +232,11 @@ class FeatureRecorder:
 
     @property
     def packed(self) -> bool:
-        """Whether the tower sees all images as one sequence."""
+        """Whether the tower gets all images as one sequence."""
         return self.host.family.order != "raster"
 
     def _per_item(self, rows: Tensor, record: Record, tiles: list[tuple[int, int]]) -> list[Tensor]:
-        """Rows over patches, [tiles, H, patches] or [1, H, all patches], as [tiles, H, n] an item over its
+        """Rows over patches, [tiles, H, patches] or [1, H, all patches], as [tiles, H, n] per item over its
         visual tokens: the mean of each token's block of patches."""
         order, pool = self.host.family.order, self.host.pool
         if order == "raster":

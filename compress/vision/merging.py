@@ -1,4 +1,4 @@
-"""Merging tokens inside the blocks of a vision transformer, whatever the host calls their parts.
+"""Merging tokens inside the blocks of a vision transformer of any host.
 
 While installed, each block carries its own `forward` (an instance attribute: no class is touched), which
 merges between attention and MLP or after the block. What a forward merges is kept per thread, so that threads
@@ -43,7 +43,8 @@ class BlockParts:
 
 @dataclass
 class MergeTrace:
-    """What one forward merged: N tokens went in, of which the first `prefix` (class, registers) never merge.
+    """The merges of one forward: N tokens went in, of which the first `prefix` (class, registers) never
+    merge.
 
     `size` [B, M, 1] counts the original tokens in each of the M that are left.
     """
@@ -78,7 +79,8 @@ class MergeTrace:
         return self.groups(blocks)[:, self.prefix :] - self.prefix
 
     def exit_groups(self) -> Tensor:
-        """`patch_groups` as features leave: patches of one group are equal in all that the tower returns."""
+        """`patch_groups` at the tower's output: patches of one group are equal in all that the tower
+        returns."""
         return self.patch_groups()
 
     def unmerge(self, x: Tensor, blocks: int | None = None) -> Tensor:
@@ -88,7 +90,7 @@ class MergeTrace:
 
 
 class VisionMerging:
-    """A vision reducer at work in a model; `remove` takes it out and leaves the model as it was.
+    """A vision reducer attached to a model; `remove` restores the model.
 
     Merging goes on in the first `depth` blocks (all unless given), the last whose output leaves the tower.
     `keep` overrides the reducer's budget: the patches left after them.
@@ -152,7 +154,7 @@ class VisionMerging:
         return getattr(self._local, "running", None)
 
     def reset(self) -> None:
-        """Forget this thread's last forward."""
+        """Delete the trace of this thread's last forward."""
         self._local.trace = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -168,7 +170,7 @@ class VisionMerging:
         )
 
     def remove(self) -> None:
-        """Take everything out again. Doing so twice is harmless."""
+        """Remove everything. A second call does nothing."""
         self.undo.run()
 
     # For hosts ----------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ class VisionMerging:
 
     @contextmanager
     def run(self, trace: MergeTrace | None = None) -> Iterator[MergeTrace]:
-        """Around one forward of the tower."""
+        """Context of one forward of the tower."""
         self._local.trace, outer = None, self.running
         trace = self._local.running = MergeTrace(self.prefix) if trace is None else trace
         try:
@@ -284,8 +286,8 @@ class VisionMerging:
 
 
 def refuse_replaced(module: nn.Module) -> None:
-    """Raises ValueError if `module` carries a `forward` of its own, other than accelerate's, which ours would
-    hide."""
+    """Raises ValueError if `module` carries a `forward` of its own, other than accelerate's, which would be
+    hidden."""
     slot = forward_slot(module)
     own = vars(module).get(slot)
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:

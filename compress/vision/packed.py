@@ -14,7 +14,7 @@ from ..algorithms.merge import Matching
 from ..reducer import VisionReducer
 from .merging import MergeTrace, VisionMerging, log_size
 
-_EXTRA = 4  # channels added to each half of a head: kernels want multiples of eight
+_EXTRA = 4  # channels added to each half of a head: kernels need multiples of eight
 
 
 @dataclass
@@ -23,8 +23,8 @@ class PackedTrace(MergeTrace):
 
     `images` holds the lengths of each image's segments, `shares` the tokens that each segment loses in each
     block, `lengths` what the segments have left, `origin` [M] the places of these tokens among all N. `order`
-    [N] says which patch, as they enter the tower, is at each place of the sequence (None: they are in order),
-    `first_exit` after how many blocks features first leave the tower (None: all). `bias` [M, 1] waits for the
+    [N] is which patch, as they enter the tower, is at each place of the sequence (None: they are in order),
+    `first_exit` after how many blocks features first leave the tower (None: all). `bias` [M, 1] is for the
     attention that adds it.
     """
 
@@ -132,12 +132,12 @@ class PackedMerging(VisionMerging):
 
 
 class PixtralMerging(PackedMerging):
-    """Merging in Pixtral's tower, whose attention takes a mask: one block an image."""
+    """Merging in Pixtral's tower, whose attention takes a mask: one block per image."""
 
     def start(
         self, tower: nn.Module, pixel_values: Tensor, image_sizes: Any = None, **kwargs: Any
     ) -> tuple[PackedTrace, tuple, dict[str, Any]]:
-        """One segment an image."""
+        """One segment per image."""
         sizes = [pixel_values.shape[-2:]] * len(pixel_values) if image_sizes is None else image_sizes
         patch = tower.patch_size
         trace = self.layout([[int(height // patch * (width // patch))] for height, width in sizes])
@@ -161,7 +161,7 @@ class PixtralMerging(PackedMerging):
 class QwenMerging(PackedMerging):
     """Merging in the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, whose attention takes borders and no mask.
 
-    Proportional attention rides on channels of its own: queries get a 1 there and keys log(size), so that any
+    Proportional attention uses channels of its own: queries get a 1 there and keys log(size), so that any
     kernel adds the bias. The channels do not rotate, and they leave before the output projection.
     """
 
@@ -285,7 +285,7 @@ def spread(plan: Sequence[int], lengths: Sequence[int], depth: int | None = None
     for block, (r, total) in enumerate(zip(plan, accumulate(plan), strict=True)):
         room, least = left // 2, np.zeros_like(left)
         if goal is not None:
-            # Later blocks can halve a segment each; what they could not do must be done here.
+            # Later blocks can at most halve a segment each; what they could not merge must be merged here.
             within_reach = goal * 2 ** min(max(depth - 1 - block, 0), 32)
             room, least = np.minimum(room, left - goal), np.maximum(0, left - within_reach)
             r = int(left.sum()) - (int(lengths.sum()) - total)

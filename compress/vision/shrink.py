@@ -49,7 +49,7 @@ def encoder(host: Host, record: Record, span: Span) -> Callable[[Grid], list[Ten
     check(host)
     if span.grid is None:
         raise TypeError(
-            f"this {record.modality} cannot be encoded at a smaller size: {host.name} does not tell the "
+            f"this {record.modality} cannot be encoded at a smaller size: {host.name} does not record the "
             f"layout of its {len(span.places)} tokens"
         )
     if record.groups is not None:
@@ -68,7 +68,7 @@ def encoder(host: Host, record: Record, span: Span) -> Callable[[Grid], list[Ten
 
 @contextmanager
 def _unobserved() -> Iterator[None]:
-    """No attention reports to probes inside: they wait for the picture itself."""
+    """No attention reports to probes inside: those are for the picture itself."""
     before = watch(None)
     try:
         yield
@@ -101,7 +101,7 @@ def _resized(pictures: Tensor, height: int, width: int) -> Tensor:
     return small.clamp(low, high).to(pictures)
 
 
-# Towers that see tiles of one size --------------------------------------------------------------------------
+# Towers that take tiles of one size -------------------------------------------------------------------------
 
 
 def _tiles(host: Host, record: Record, span: Span) -> Tensor:
@@ -171,7 +171,7 @@ def _gemma3(host: Host, states: Tensor, grid: Grid) -> Tensor:
     return (projector.mm_soft_emb_norm(pooled) @ projector.mm_input_projection_weight).type_as(states)
 
 
-# Towers that see pictures of any size -----------------------------------------------------------------------
+# Towers that take pictures of any size ----------------------------------------------------------------------
 
 
 def _mistral3(host: Host, record: Record, span: Span, grid: Grid) -> list[Tensor]:

@@ -27,10 +27,10 @@ PARTS = BlockParts(
 def install(
     model: nn.Module, reducer: VisionReducer, undo: Undo | None = None, *, keep: Budget = None
 ) -> VisionMerging:
-    """Have `model` merge tokens in every forward, until `remove` of what is returned.
+    """Make `model` merge tokens in every forward, until `remove` of what is returned.
 
     Class, distillation and register tokens never merge. `forward_features` returns the tokens that are left,
-    heads that pool over patches see each as often as tokens merged into it, `forward_intermediates` is
+    heads that pool over patches count each as often as tokens merged into it, `forward_intermediates` is
     refused. Raises TypeError for models or blocks of other kinds, ValueError if something is attached.
     """
     if not isinstance(model, VisionTransformer):
@@ -42,7 +42,7 @@ def install(
                 "plain Block, where attention comes before the MLP"
             )
         if type(block.attn).forward is not Attention.forward:
-            raise TypeError(f"attention of class {type(block.attn).__name__} does not tell its keys")
+            raise TypeError(f"attention of class {type(block.attn).__name__} does not expose its keys")
     merging = VisionMerging(reducer, list(model.blocks), PARTS, model.num_prefix_tokens, keep=keep, undo=undo)
 
     def forward_features(model: VisionTransformer, *args: Any, **kwargs: Any) -> Tensor:

@@ -45,7 +45,7 @@ def _qwen(block: str) -> _Tower:
 
 TOWERS = {
     "CLIPVisionModel": _Tower("encoder.layers", "CLIPEncoderLayer", _CLIP, 1),
-    # SigLIP's head pools over patches: it sees each as often as tokens merged into it.
+    # SigLIP's head pools over patches: it counts each as often as tokens merged into it.
     "SiglipVisionModel": _Tower("encoder.layers", "SiglipEncoderLayer", _CLIP, outlets=("head",)),
     "Idefics3VisionTransformer": _Tower("encoder.layers", "Idefics3EncoderLayer", _CLIP),
     "SmolVLMVisionTransformer": _Tower("encoder.layers", "SmolVLMEncoderLayer", _CLIP),
@@ -69,12 +69,12 @@ def install(
     depth: int | None = None,
     unmerge: bool = True,
 ) -> VisionMerging:
-    """Have `tower` merge tokens in every forward, until `remove` of what is returned.
+    """Make `tower` merge tokens in every forward, until `remove` of what is returned.
 
     With `unmerge`, `last_hidden_state` and `hidden_states` leave at full length, each patch with its group's
-    vector, and `merging.trace.patch_groups()` tells who is whose; otherwise merged tokens leave. `depth`
+    vector, and `merging.trace.patch_groups()` returns the groups; otherwise merged tokens leave. `depth`
     is the number of layers up to the one whose output is used (all but one for `vision_feature_layer=-2`).
-    Towers that pack images into one sequence merge as `packed.PackedMerging` says. Raises TypeError for
+    Towers that pack images into one sequence merge as `packed.PackedMerging` does. Raises TypeError for
     towers of other classes.
     """
     kind = supported(tower)
@@ -120,8 +120,8 @@ def supported(tower: nn.Module) -> _Tower:
     name = type(tower).__name__
     kind = TOWERS.get(name)
     if kind is None:
-        raise TypeError(f"cannot merge inside a {name}: merging knows {', '.join(TOWERS)}")
+        raise TypeError(f"cannot merge inside a {name}: merging supports {', '.join(TOWERS)}")
     for layer in tower.get_submodule(kind.blocks):
         if type(layer).__name__ != kind.block:
-            raise TypeError(f"{name} has layers of class {type(layer).__name__}; merging knows {kind.block}")
+            raise TypeError(f"{name} has {type(layer).__name__} layers; merging supports {kind.block}")
     return kind

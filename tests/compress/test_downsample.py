@@ -306,7 +306,7 @@ def test_a_video_without_a_layout_is_refused():
     model, _, inputs = fixture("llava_next_video")
     with (
         compress.attach(model, Downsample(), keep=0.5),
-        pytest.raises(TypeError, match="does not tell the layout"),
+        pytest.raises(TypeError, match="does not record the layout"),
         torch.no_grad(),
     ):
         model(**inputs(videos=(1,)))

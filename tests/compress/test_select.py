@@ -276,7 +276,7 @@ def test_fast_and_plain_paths_pick_the_same():
         ((torch.full((4, 3), torch.nan), 2), {}, "4 tokens hold NaN.*mask.*bfloat16"),
         ((torch.tensor([[1.0, torch.inf], [1, 2]]), 1), {}, "1 tokens hold NaN or infinity"),
         ((torch.tensor([[1e300], [1.0]], dtype=torch.float64), 1), {}, "as torch.float32"),
-        ((torch.ones(4, 3), 5), {}, "5 tokens were asked for; there are 4"),
+        ((torch.ones(4, 3), 5), {}, "5 tokens were requested; there are 4"),
         ((torch.ones(4, 3), -1), {}, "-1 tokens"),
         ((torch.ones(4, 3), 3), {"mask": torch.tensor([True, False, True, False])}, "there are 2"),
         ((torch.ones(4, 3), 3), {"mask": torch.ones(4)}, "bool"),
