@@ -1,5 +1,5 @@
-"""The settings of the evaluations: each field is a configuration's, a command line's and, where it is marked
-so, a record's."""
+"""The settings of the evaluations: each field is part of a configuration, the command line and, where marked,
+a record."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ def baseline_names(text: str) -> tuple[str, ...]:
 
 
 def workers_or_cores(count: int | None) -> int:
-    """Processes that decode images: the number given, or by the cores of this machine."""
+    """Processes that decode images: `count`, or by default one per core, up to eight."""
     from .data.dataset import worker_count
 
     return worker_count(count)
@@ -41,39 +41,52 @@ BASELINES = ("thumbnail", "JPEG", "WebP", "AVIF")
 LOOSE = Setting(loose=True)
 RECORDED = Setting(recorded=True)
 
-Limit = Annotated[int | None, Option("--limit", min=1, help="The first images only.")]
-Split = Annotated[str | None, Option("--split", help="Of a hub dataset.")]
+Limit = Annotated[int | None, Option("--limit", min=1, help="Use only the first images.")]
+Split = Annotated[str | None, Option("--split", help="Split of a hub dataset.")]
 Column = Annotated[
-    str | None, Option("--column", help="Of a hub dataset, manifest or shards, if not the only one.")
+    str | None,
+    Option("--column", help="Image column of a hub dataset, manifest or shards, where there are several."),
 ]
 Weights = Annotated[Path | None, WEIGHTS, LOOSE]
-Steps = Annotated[int | None, Option("--steps", help="Of a stochastic decoder."), RECORDED]
-Guidance = Annotated[float | None, Option("--guidance", help="Of a stochastic decoder."), RECORDED]
-_METRICS = Option("--metrics", help="Comma-separated; all that can be computed otherwise.", metavar="A,B,…")
-Subset = Annotated[int, Option("--kid-subset-size", min=2, help="Images in each of KID's subsets."), LOOSE]
-Seed = Annotated[
-    int, Option("--seed", min=0, max=2**63 - 1, help="Of intervals, KID, Inception score and noise.")
+Steps = Annotated[int | None, Option("--steps", help="Steps of a stochastic decoder."), RECORDED]
+Guidance = Annotated[
+    float | None, Option("--guidance", help="Guidance scale of a stochastic decoder."), RECORDED
 ]
-Batch = Annotated[int, Option("--batch-size", min=1, help="Images at a time.")]
+_METRICS = Option("--metrics", help="Comma-separated; by default all that can be computed.", metavar="A,B,…")
+Subset = Annotated[int, Option("--kid-subset-size", min=2, help="Images per KID subset."), LOOSE]
+Seed = Annotated[
+    int,
+    Option("--seed", min=0, max=2**63 - 1, help="Random seed of intervals, KID, Inception score and noise."),
+]
+Batch = Annotated[int, Option("--batch-size", min=1, help="Images per batch.")]
 Workers = Annotated[
     int,
-    Option("--workers", min=0, max=256, help="Processes that decode images; by the cores otherwise."),
+    Option(
+        "--workers",
+        min=0,
+        max=256,
+        help="Processes that decode images; by default one per core, up to eight.",
+    ),
     Setting(text=int | None, parse=workers_or_cores, default=None, loose=True),
 ]
 Every = Annotated[
     int,
-    Option("--checkpoint-every", min=1, help="Batches between states that a killed run resumes from."),
+    Option(
+        "--checkpoint-every", min=1, help="Batches between saved states, from which a killed run continues."
+    ),
     LOOSE,
 ]
 Inception = Annotated[
     Path | None,
-    Option("--inception-weights", help="File of torch-fidelity's InceptionV3; torch hub's cache otherwise."),
+    Option(
+        "--inception-weights", help="File of torch-fidelity's InceptionV3; by default in torch hub's cache."
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Where the networks behind the metrics are; None for the caches of the packages they belong to."""
+    """Paths of the metrics' networks; None for the caches of the packages they belong to."""
 
     inception: Inception = None
     lpips: Annotated[
@@ -82,7 +95,7 @@ class WeightFiles:
     clip: Annotated[str, Option("--clip-weights", help="File, or a cached pretrained tag of open_clip.")] = (
         "openai"
     )
-    clip_model: Annotated[str, Option("--clip-model", help="open_clip's name.")] = "ViT-B-32"
+    clip_model: Annotated[str, Option("--clip-model", help="Model name in open_clip.")] = "ViT-B-32"
 
 
 @dataclass(frozen=True)
@@ -99,17 +112,17 @@ class ReconConfig:
     column: Column = None
     limit: Limit = None
     tokens: Annotated[
-        int | None, Option("--tokens", help="Tokens per image, for tokenizers with a choice."), RECORDED
+        int | None, Option("--tokens", help="Tokens per image, for tokenizers of variable length."), RECORDED
     ] = None
     steps: Steps = None
     guidance: Guidance = None
     size: Annotated[
-        int | None, Option("--size", min=16, help="Side of the images; the tokenizer's own otherwise.")
+        int | None, Option("--size", min=16, help="Side of the images in pixels; by default the tokenizer's.")
     ] = None
-    crop: Annotated[bool, Option("--crop/--no-crop", help="Centre crop, or the whole picture.")] = True
+    crop: Annotated[bool, Option("--crop/--no-crop", help="Crop the centre, or take the whole image.")] = True
     protocol: Annotated[
         Literal["round", "titok"],
-        Option("--protocol", help="8-bit images for Inception: round, or titok (truncates)."),
+        Option("--protocol", help="How images become 8-bit for Inception: round, or titok (truncates)."),
         Setting(text=str),
     ] = "round"
     metrics: Annotated[
@@ -117,12 +130,13 @@ class ReconConfig:
     ] = None
     files: Annotated[WeightFiles, LOOSE] = field(default_factory=WeightFiles)
     kid_subset_size: Subset = 1000
-    pfid: Annotated[bool, Option("--pfid", help="Also FID after perturbing the tokens.")] = False
+    pfid: Annotated[bool, Option("--pfid", help="Also compute FID after perturbing the tokens.")] = False
     pfid_alpha: Annotated[
-        tuple[float, ...] | None, Option("--pfid-alpha", help="Share of tokens; repeat for a grid.")
+        tuple[float, ...] | None,
+        Option("--pfid-alpha", help="Share of tokens to perturb; repeat for a grid."),
     ] = None
     pfid_delta: Annotated[
-        tuple[int, ...] | None, Option("--pfid-delta", help="Nearest codes; repeat for a grid.")
+        tuple[int, ...] | None, Option("--pfid-delta", help="Number of nearest codes; repeat for a grid.")
     ] = None
     seed: Seed = 0
     batch_size: Batch = 32
@@ -136,7 +150,7 @@ class CurvesConfig:
 
     tokenizers: Annotated[
         tuple[str, ...],
-        Option("--tokenizer", help="Name or weights, vistok-mini otherwise; repeat for several."),
+        Option("--tokenizer", help="Name or weights, by default vistok-mini; repeat for several."),
         Setting(default=["vistok-mini"]),
     ]
     data: Annotated[
@@ -153,7 +167,9 @@ class CurvesConfig:
     limit: Limit = None
     lengths: Annotated[
         tuple[int, ...] | None,
-        Option("--lengths", help="Of ordered tokens; 1, 2, 4, … and all otherwise.", metavar="K,L,…"),
+        Option(
+            "--lengths", help="Lengths of ordered tokens; by default 1, 2, 4, … and all.", metavar="K,L,…"
+        ),
         Setting(text=str | None, parse=numbers),
     ] = None
     targets: Annotated[
@@ -163,11 +179,12 @@ class CurvesConfig:
     steps: Steps = None
     guidance: Guidance = None
     size: Annotated[
-        int | None, Option("--size", min=16, help="Side of the images; the largest of the tokenizers'.")
+        int | None,
+        Option("--size", min=16, help="Side of the images in pixels; by default the tokenizers' largest."),
     ] = None
     baselines: Annotated[
         tuple[str, ...],
-        Option("--baselines", help="Comma-separated; none for none.", metavar="A,B,…"),
+        Option("--baselines", help="Comma-separated; none turns them off.", metavar="A,B,…"),
         Setting(text=str, parse=baseline_names, default=",".join(BASELINES)),
     ] = BASELINES
     metrics: Annotated[tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names)] = None
@@ -185,7 +202,7 @@ class FidConfig:
     judged: Annotated[
         str, Argument(metavar="A", help="Images (folder, shards, manifest) or .npz.", show_default=False)
     ]
-    real: Annotated[str, Argument(metavar="B", help="What A is judged by.", show_default=False)]
+    real: Annotated[str, Argument(metavar="B", help="Reference images or .npz.", show_default=False)]
     metrics: Annotated[tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names)] = None
     limit: Limit = None
     size: Annotated[
@@ -207,5 +224,5 @@ class FidConfig:
 
     @property
     def files(self) -> WeightFiles:
-        """Where the network behind the metrics is."""
+        """Path of the metrics' network."""
         return WeightFiles(inception=self.inception)

@@ -14,27 +14,28 @@ if TYPE_CHECKING:
     from ...quantizers import Quantizer
     from ...tokenizer import Tokenizer
 
-# Of the licences' usual names, so that a row fits on 80 columns; `vistok info` has the whole text.
+# Width of a licence's name, so that a row fits in 80 columns; `vistok info` has the whole text.
 _LICENCE = 14
 
 
 def list_(
-    reducers: Annotated[bool, typer.Option("--reducers", help="Token reducers instead.")] = False,
-    metrics: Annotated[bool, typer.Option("--metrics", help="Metrics of evaluations instead.")] = False,
+    reducers: Annotated[bool, typer.Option("--reducers", help="List token reducers.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="List evaluation metrics.")] = False,
     families: Annotated[
-        bool, typer.Option("--families", help="Vision-language model families instead.")
+        bool, typer.Option("--families", help="List vision-language model families.")
     ] = False,
-    generators: Annotated[bool, typer.Option("--generators", help="Generators instead.")] = False,
+    generators: Annotated[bool, typer.Option("--generators", help="List generators.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tokenizers: tokens, bits, rFID, licence; or reducers, metrics, model families, generators."""
+    """List tokenizers with tokens, bits, rFID and licence; or reducers, metrics, model families,
+    generators."""
     kinds: dict[str, tuple[bool, Callable[[], tuple[str, list[str], list[dict[str, Any]]]]]] = {
         "--reducers": (reducers, _reducers),
         "--metrics": (metrics, _metrics),
         "--families": (families, _families),
         "--generators": (generators, _generators),
     }
-    chosen = [name for name, (wanted, _) in kinds.items() if wanted]
+    chosen = [name for name, (selected, _) in kinds.items() if selected]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} are different lists; give one of them")
     title, columns, rows = (kinds[chosen[0]][1] if chosen else _tokenizers)()
@@ -140,14 +141,14 @@ def _short(licence: str) -> str:
 
 
 def _choice(model: "Tokenizer") -> str:
-    """How many tokens an image has."""
+    """Tokens per image, as text."""
     if model.adaptive:
         return f"up to {model.num_tokens}"
     return f"1–{model.num_tokens}" if model.ordered else str(model.num_tokens)
 
 
 def _bits(model: "Tokenizer") -> str:
-    """Bits of an image at full length; – for continuous tokens."""
+    """Bits per image at full length; – for continuous tokens."""
     quantizer = model.quantizer
     if quantizer.kind == "bits":
         return f"{model.num_tokens * len(quantizer.embed):,}"
@@ -166,7 +167,7 @@ def _codebook(quantizer: "Quantizer") -> str:
 def info(
     name: Annotated[str, typer.Argument(help="Registry name, folder or weights file.", show_default=False)],
 ) -> None:
-    """One tokenizer: configuration, weights, licence, paper; of a file also which of its weights load."""
+    """Show a tokenizer: configuration, weights, licence, paper; of a file also which of its weights load."""
     from ...bounded_build import empty_weights
     from ...files import looks_like_path
     from ...loading import create, load

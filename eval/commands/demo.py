@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 
 def demo(
-    image: Annotated[
-        Path | None, typer.Argument(help="Your own picture; a shipped photograph otherwise.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("vistok-demo.png"),
+    image: Annotated[Path | None, typer.Argument(help="Image file; a shipped photograph by default.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Output picture file.")] = Path("vistok-demo.png"),
     device: Device = "auto",
 ) -> None:
     """Turn a photograph into tokens and back with the shipped tokenizer, offline, and show what it cost."""

@@ -12,7 +12,7 @@ from .shared import check_json_target, write_json
 
 def lengths(
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files or folders; procedural scenes otherwise.")
+        list[Path] | None, typer.Argument(help="Image files or folders; procedural scenes by default.")
     ] = None,
     tokenizer: Name = DEFAULT_TOKENIZER,
     weights: Weights = None,
@@ -20,12 +20,14 @@ def lengths(
         list[float] | None,
         typer.Option(help="Mean absolute error (KARL) or dB (any prefix decodes); repeat for several."),
     ] = None,
-    scenes: Annotated[int, typer.Option(min=2, help="How many procedural scenes.")] = 500,
-    seed: Annotated[int, typer.Option(min=0, help="Of the scenes; recipes train on another.")] = 1,
+    scenes: Annotated[int, typer.Option(min=2, help="Number of procedural scenes.")] = 500,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of the scenes; recipes train on another.")
+    ] = 1,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
     device: Device = "auto",
 ) -> None:
-    """How many tokens an image gets for a quality, and whether images hard for JPEG get more of them."""
+    """Measure tokens per image at a target quality, and whether images with large JPEG files get more."""
     import torch
 
     from ...commands.image_inputs import gather

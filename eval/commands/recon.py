@@ -19,10 +19,10 @@ def recon(
     device: Device = "auto",
     html: Html = True,
 ) -> None:
-    """How well a tokenizer gives images back: PSNR, SSIM, LPIPS, rFID, pFID, KID, codebook use and more.
+    """Measure a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, pFID, KID, codebook use and more.
 
     A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
-    recon …`, with one --out that all see.
+    recon …`, with one --out that all can access.
     """
     from ..engine.record import write
     from ..report import records

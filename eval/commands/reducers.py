@@ -11,12 +11,13 @@ from .shared import check_json_target, write_json
 
 
 def reducers(
-    repeats: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of paired runs.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
 ) -> None:
-    """Speed of token reducers: selection against plain code, prefill against the shortened prompt."""
+    """Measure the speed of token reducers: selection against plain code, prefill against the shortened
+    prompt."""
     from ...compress import DivPrune, UniformGrid
     from ..speed import prefill, selection
 

@@ -1,4 +1,4 @@
-"""What the evaluation commands share: their outputs, and how they show a record."""
+"""Helpers of the evaluation commands: check and write outputs, and print a record."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +28,7 @@ def check_out(out: Path, *names: str, html: bool = False) -> None:
 
 
 def show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> None:
-    """The tables, what was skipped, warnings, and where the files are."""
+    """Print the tables, what was skipped, warnings, and where the files are."""
     from ..report.records import skipped
 
     for shown in tables:
@@ -51,7 +51,7 @@ def show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> None
 
 
 def check_json_target(path: Path) -> None:
-    """Raise OSError unless a record can be written there; only JSON files are written over."""
+    """Raise OSError unless a record can be written there; only JSON files are overwritten."""
     check_target(path)
     if path.exists():
         with path.open("rb") as file:

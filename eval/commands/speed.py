@@ -13,18 +13,18 @@ from .shared import Html, check_out
 def speed(
     tokenizer: Annotated[list[str], typer.Option("--tokenizer", help="Registry name; repeat for several.")],
     batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Images at a time; repeat for several.")
+        list[int] | None, typer.Option("--batch-size", min=1, help="Images per batch; repeat for several.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Paired runs.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of paired runs.")] = 5,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice otherwise.")
+        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
     device: Device = "auto",
     out: Annotated[Path, typer.Option("--out", help="Folder for JSON and report.")] = Path("speed"),
     html: Html = True,
 ) -> None:
-    """Images/s of encoding and decoding, peak memory and parameters, over batch sizes, against a
+    """Measure images/s of encoding and decoding, peak memory and parameters, over batch sizes, against a
     straightforward implementation, paired in one run."""
     import torch
 

@@ -23,8 +23,8 @@ def tokens(
         bool, typer.Option("--html/--no-html", help="Write report.html and rate_distortion.png.")
     ] = True,
 ) -> None:
-    """Quality for bytes: every length of one or several tokenizers, beside thumbnail, JPEG, WebP and AVIF at
-    the same bytes, with rate–FID where Inception's weights are.
+    """Measure quality by bytes: every length of one or several tokenizers, beside thumbnail, JPEG, WebP and
+    AVIF at the same bytes, with rate–FID where Inception's weights are.
 
     A killed run continues when it is started again. Several processes: `accelerate launch -m vistok.cli eval
     tokens …`.

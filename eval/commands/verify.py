@@ -13,7 +13,9 @@ from ...commands.console import device as named_device
 def verify(
     cases: Annotated[list[Path], typer.Argument(help="Parity cases, NAME.json.", show_default=False)],
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16, float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Computation type: float32, float64, bfloat16 or float16.")
+    ] = "float32",
 ) -> None:
     """Compare with recorded outputs of the originals; exit 1 on a miss, 2 on what cannot be built."""
     import torch

@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 NICE = 10
-"""How far workers stand back: one that takes a core from a model on all cores makes every thread wait."""
+"""Scheduling priority (niceness) of workers: one that takes a core from a model on all cores slows every
+thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,8 @@ class Batch:
     """The readable images among consecutive ones of a dataset, and what was wrong with the others.
 
     `indices` int64 [B] are positions in the dataset, `images` uint8 [B, 3, H, W] on the CPU, `names` and
-    `digests` one each an image; equal digests are equal pixels, as evaluated. `bad` has (index, name, reason)
-    of the unreadable images; if all are, B is 0.
+    `digests` have one per image; equal digests are equal pixels, as evaluated. `bad` has (index, name,
+    reason) of the unreadable images; if all are, B is 0.
     """
 
     indices: Tensor
@@ -72,10 +73,10 @@ def batches(
     Batch k holds the images `[k * batch_size, (k + 1) * batch_size)`, fewer if some are unreadable. A rank
     takes batches rank, rank + world_size, …, and skips the first `start` of them unread: which images share a
     batch depends on neither. With `crop=False` the shorter side becomes `size`, both sides are cut to a
-    multiple of `multiple`, and every batch holds one image, whatever `batch_size` says.
+    multiple of `multiple`, and every batch holds one image, whatever `batch_size` is.
 
-    `workers` processes decode ahead (0: this one decodes, when asked); they start at once, and end with the
-    iterator, which `contextlib.closing` ends early. They start afresh and not as forks, so a script needs
+    `workers` processes decode ahead (0: this one decodes, on demand); they start at once, and end with the
+    iterator, which `contextlib.closing` ends early. They are spawned, not forked, so a script needs
     `if __name__ == "__main__":` around what calls this.
 
     Raises:
@@ -138,11 +139,11 @@ def one(dataset: Dataset, number: int, size: int, **options: Any) -> Batch:
     return Batch(torch.tensor([number]), pixels[None], [dataset.names[number]], [], [])
 
 
-def worker_count(given: int | None = None) -> int:
-    """What was given, or as many as this process has cores, at most eight: they stand back behind the
+def worker_count(count: int | None = None) -> int:
+    """`count`, or by default one per core of this process, up to eight: they have a lower priority than the
     model."""
-    if given is not None:
-        return given
+    if count is not None:
+        return count
     return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -160,7 +161,7 @@ _Part = tuple[list[int], Tensor, list[bytes], list[tuple[int, str]]]
 
 @dataclass
 class _Decoded(TorchDataset):
-    """A dataset as torch's loader wants it: the number of a batch → its decoded images."""
+    """A dataset for torch's loader: the number of a batch → its decoded images."""
 
     dataset: Dataset
     size: int
@@ -204,7 +205,7 @@ def _start_worker(max_image_pixels: int | None, number: int) -> None:
         os.nice(NICE)
     worker_started()
     Image.MAX_IMAGE_PIXELS = max_image_pixels
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told as a bad image
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # reported as a bad image
 
 
 # What runs beside the model ---------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def _start_worker(max_image_pixels: int | None, number: int) -> None:
 def _loader(decoded: _Decoded, numbers: range, workers: int) -> Iterator[_Part]:
     options = {}
     if workers:
-        # A fork of this process could inherit a lock that one of its threads holds, and wait for it for ever.
+        # A fork of this process could inherit a lock that one of its threads holds, and wait for it forever.
         method = "forkserver" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
         if method == "forkserver":

@@ -1,4 +1,4 @@
-"""The files that a data set consists of: their sizes and times of change, to notice when one has changed."""
+"""The files of a data set with their sizes and times of change, to notice when one has changed."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ class Inventory:
 
     @classmethod
     def take(cls, names: Sequence[str], root: str = "") -> Self:
-        """Look at these files, relative to `root`."""
+        """Read size and time of change of these files, relative to `root`."""
         return cls({name: _mark(os.path.join(root, name)) for name in names})
 
     @property
     def digest(self) -> str:
-        """Of all names and marks in order: another file, or another order, has another digest."""
+        """Digest of all names and marks in order: another file, or another order, has another digest."""
         digest = hashlib.sha256()
         for name, mark in self.files.items():
             digest.update(f"{json.dumps(name)} {mark}\n".encode())

@@ -49,12 +49,12 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """Of all names in order: other images, or another order, give another one."""
-        joined = "\n".join(self.names).encode(errors="surrogateescape")  # names of files may be no UTF-8
+        """Digest of all names in order: other images, or another order, give another one."""
+        joined = "\n".join(self.names).encode(errors="surrogateescape")  # names of files may not be UTF-8
         return hashlib.sha256(joined).hexdigest()[:16]
 
     def left_out_summary(self) -> list[dict[str, Any]]:
-        """What was left out, for records: for each reason how many, and the first names."""
+        """The files left out, for records: for each reason how many, and the first names."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left_out:
             reasons.setdefault(reason, []).append(name)
@@ -68,7 +68,7 @@ class Dataset:
         raise NotImplementedError
 
     def read(self, index: int) -> bytes:
-        """The encoded image at that position. OSError or ValueError if it cannot be had."""
+        """The encoded image at that position. OSError or ValueError if it cannot be read."""
         raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ def open_dataset(
     """Find the images of a source without decoding any; `limit` keeps the first of them.
 
     A folder gives every image in it and its subfolders, by name; shards (uncompressed webdataset tar files,
-    braces and wildcards welcome) theirs in stored order; a manifest is JSON lines with the path of an image
+    with braces and wildcards) theirs in stored order; a manifest is JSON lines with the path of an image
     under "image", relative to the manifest. A hub dataset, `hf://owner/name` or `hf://owner/name:configuration`
     (without the prefix where it does not look like a path here), is downloaded to the hub's cache, one split
     of it; a folder of parquet files is read as one without the hub.
@@ -132,13 +132,13 @@ def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
 
 
 def _told(given: list[str]) -> str:
-    """What titles and messages call a list."""
+    """Name of a list of sources for titles and messages."""
     return ", ".join(given) if len(given) <= 4 else f"{', '.join(given[:3])} and {len(given) - 3} more"
 
 
 def _files(given: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """One element of a list: a file, the images of a folder, or what a pattern stands for; and what of a
-    folder was left out."""
+    """One element of a list: a file, the images of a folder, or the files of a pattern; and the files of a
+    folder that were left out."""
     if os.path.isdir(given):
         found = pictures(given)
         return [str(path) for path in found.images], _reasons(found)
@@ -159,7 +159,7 @@ def _is_tar(path: str) -> bool:
 
 
 def _refuse(kind: str, **options: str | None) -> None:
-    """An option that would be ignored is an error."""
+    """Raise ValueError for an option that would be ignored."""
     for name, value in options.items():
         if value is not None:
             homes = {"split": "hub datasets", "column": "manifests, tar shards and hub datasets"}
@@ -293,7 +293,7 @@ class Rows(Dataset):
 
 
 def _hub(source: str, split: str | None, column: str | None) -> Dataset:
-    """A dataset of the hub, after one quick question whether the hub has it: `datasets` retries for long."""
+    """A dataset of the hub, after one quick request whether the hub has it: `datasets` retries for long."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -346,7 +346,7 @@ def _rows(
 
 
 def _choose(what: str, given: str | None, fitting: list[str], there: list[str], source: str) -> str:
-    """The one that was asked for, or the only one that fits."""
+    """The requested one, or the only one that fits."""
     if given in there:
         return given
     if given is None and len(fitting) == 1:

@@ -1,5 +1,5 @@
-"""How an evaluation decodes: reproducibly, whatever batch an image is in, to finite images; and what of that
-a protocol says."""
+"""Decoding for evaluations: reproducible, independent of the batch, to finite images; and the texts that
+protocols state about it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,21 +43,21 @@ def decode_images(
 
 
 def to_levels(images: Tensor, *, truncate: bool = False) -> Tensor:
-    """Floats in [0, 1] → uint8 of the same shape, rounded unless told to truncate."""
+    """Floats in [0, 1] → uint8 of the same shape, rounded, or truncated."""
     levels = images * 255
     return (levels if truncate else levels.round()).to(torch.uint8)
 
 
 def resizing(size: int, *, crop: bool = True) -> str:
-    """What a protocol says of images that `data.decode` gave."""
+    """The protocol's text on images from `data.decode`."""
     return f"shorter side to {size}, bicubic with antialias, {'centre crop' if crop else 'whole'}"
 
 
 ICC_PROFILES = {"icc_profiles": "ignored"}
-"""What every protocol says of colours: images are compared in the numbers of their files."""
+"""The protocol's text on colours: images are compared in the numbers of their files."""
 
 
 def captions(*models: Tokenizer) -> dict[str, str]:
-    """What a protocol says where a decoder takes text: it is given none here."""
+    """The protocol's text where a decoder takes text: evaluations pass none."""
     takers = [model.label for model in models if "text" in model.conditions]
     return {"captions": f"empty ({', '.join(takers)})"} if takers else {}

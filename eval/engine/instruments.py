@@ -1,4 +1,4 @@
-"""The networks and functions that an evaluation measures with: what was asked for, and what of it is here."""
+"""The networks and functions that an evaluation measures with, and which requested ones are missing."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from ..metrics.weights import WeightsMissing
 from ..options import WeightFiles
 
 SETS = ("fid", "is", "kid", "pr")
-"""Metrics of sets of images, by their Inception features."""
+"""Metrics of sets of images, from their Inception features."""
 
 
 def choose(wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The wanted metrics in their usual order, all if None; ValueError for none or unknown ones."""
+    """The requested metrics in their usual order, all if None; ValueError for none or unknown ones."""
     if wanted is not None and not wanted:
         raise ValueError(f"no metric was named; there are {', '.join(known)}")
     if unknown := sorted(set(wanted or ()) - set(known)):
@@ -27,11 +27,11 @@ def choose(wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
 
 
 class Instruments:
-    """What was wanted and could be loaded.
+    """The requested metrics that could be loaded.
 
     `pairs` by name compare images with references, both float [B, 3, H, W] in [0, 1], to [B]; `inception` is
     None unless one of `sets` needs it. `skipped` has one line for each metric whose weights are absent;
-    FileNotFoundError for a path that was given and is not there.
+    FileNotFoundError for an explicit path that does not exist.
     """
 
     def __init__(self, wanted: Sequence[str], files: WeightFiles, device: torch.device) -> None:

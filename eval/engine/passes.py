@@ -1,4 +1,4 @@
-"""One pass over a dataset, by one process or several, that a kill does not undo."""
+"""One pass over a dataset, by one process or several, that continues after a kill."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 LAST = "last: "
-"""How the names of stages begin that come after the pass."""
+"""Prefix of the names of stages that come after the pass."""
 
 
 def join(device: torch.device) -> tuple["PartialState", torch.device]:
-    """This process's place among those of `accelerate launch` or `torchrun`, and the device it works on.
+    """This process's rank among those of `accelerate launch` or `torchrun`, and its device.
 
     Alone it is the only process, on `device`; one of several takes the accelerator of its number where
     `device` is of that type.
@@ -54,9 +54,10 @@ def run(
     checkpoint_every: int = 50,
     title: str = "evaluate",
 ) -> bool:
-    """Give this process's batches to `measure`, from where `state` stands, and merge; True in the first.
+    """Call `measure` with this process's batches, from the position in `state` on, and merge; True in the
+    first.
 
-    `measure` sees readable images only; the others are noted in the state. Raises ValueError when no image at
+    `measure` gets readable images only; the others are noted in the state. Raises ValueError when no image at
     all could be read.
     """
     process = state.process

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: the numbers, and all that is needed to read and repeat them."""
+"""The record of a measurement: the numbers, and all that is needed to read and repeat them."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def as_json(record: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold."""
+    """The value as JSON can hold it."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""What a pass over images leaves on disk while it runs: resumable to the bit, mergeable across processes.
+"""The state of a pass over images on disk: resumable to the bit, mergeable across processes.
 
-Values of single images go to memory-mapped tables, at the row of their image: whoever writes them, however
-often, the table is the same. Sums (statistics, histograms) are kept by each process and written aside now and
+Values of single images go to memory-mapped tables, at the row of their image, so the table does not depend on
+which process writes it or how often. Sums (statistics, histograms) are kept by each process and saved now and
 then, with the number of batches they cover; a killed run continues after that batch.
 """
 
@@ -38,10 +38,10 @@ class Accumulator(Protocol):
     """Sums over images that are saved, restored and added up."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain values."""
+        """The sums, as tensors and plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what was saved, exactly."""
+        """Restore the state returned by `state_dict`."""
 
     def merge(self, other: Self) -> None:
         """Add the sums of other images."""
@@ -57,7 +57,7 @@ class State:
     """The tables, sums and position of one pass over `count` images, in a folder that all processes share.
 
     `settings` is what two runs must have in common to be the same run, `inventory` the files of the images.
-    Tables and sums are declared first; `open` then makes them or takes up what a killed run left.
+    Tables and sums are declared first; `open` then makes them or continues from those of a killed run.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class State:
             raise
 
     def close(self) -> None:
-        """Let another process continue here; what was not saved is not kept."""
+        """Release the folder for another process; what was not saved is lost."""
         self._lock.release()
 
     def _open(self) -> None:
@@ -115,7 +115,7 @@ class State:
             self._refuse_foreign()
             self._lock.acquire()
         self._refuse_another_run()
-        self.process.wait_for_everyone()  # nobody writes before everybody has looked
+        self.process.wait_for_everyone()  # no process writes before all have checked
         if self.process.is_main_process:
             self._create()
         self.process.wait_for_everyone()
@@ -167,7 +167,7 @@ class State:
         return {**self.settings, "processes": self.process.num_processes, "versions": versions}
 
     def _refuse_foreign(self) -> None:
-        """Raise ValueError if the folder holds what no run has put there: it is deleted at the end."""
+        """Raise ValueError if the folder holds other files than a state's: it is deleted at the end."""
         if foreign := sorted(path.name for path in self.folder.iterdir() if not _is_own(path)):
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise ValueError(
@@ -255,7 +255,7 @@ class State:
         self._tables["digests"][[number for number, _, _ in bad]] = 0
 
     def save(self) -> None:
-        """Write everything up to now, so that a later run continues here."""
+        """Save everything up to now, so that a later run continues here."""
         for table in self._tables.values():
             table.flush()
         with atomic_write(self._sums(self.process.process_index)) as aside:
@@ -304,14 +304,14 @@ class State:
         return [{"index": index, "name": name, "reason": reason} for index, name, reason in self.bad]
 
     def duplicates(self, names: Sequence[str]) -> list[list[str]]:
-        """Names of images whose pixels are equal, a group each."""
+        """Names of images whose pixels are equal, one list per group."""
         groups: dict[bytes, list[str]] = {}
         for number in self.measured().tolist():
             groups.setdefault(self._tables["digests"][number].tobytes(), []).append(names[number])
         return [group for group in groups.values() if len(group) > 1]
 
     def remove(self) -> None:
-        """Delete the folder, unless something else was put there: the results are written."""
+        """Delete the folder once the results are written; other files in it stay."""
         self._tables.clear()
         self.close()
         for path in self.folder.iterdir():

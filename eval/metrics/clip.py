@@ -20,7 +20,7 @@ OPTION = "--clip-weights"
 class ClipSimilarity:
     """Cosine between CLIP's embeddings of images and references, both float [B, 3, H, W] in [0, 1] -> [B].
 
-    Images are resized and cropped as the model's own preprocessing does it. In [-1, 1], 1 where both are
+    Images are resized and cropped as in the model's own preprocessing. In [-1, 1], 1 where both are
     equal. Raises ValueError for other shapes or ranges, TypeError for integer images.
     "Learning Transferable Visual Models From Natural Language Supervision" (2021, arXiv 2103.00020).
     """
@@ -38,7 +38,7 @@ class ClipSimilarity:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, references: Tensor) -> Tensor:
-        """One cosine an image."""
+        """One cosine per image."""
         check_pair(images, references)
         if images.shape[1] != 3:
             raise ValueError(f"images are {list(images.shape)}; CLIP takes [B, 3, H, W]")
@@ -53,7 +53,7 @@ class ClipSimilarity:
         images = images.to(self.device).float()
         for step in self.resize_and_crop:
             images = step(images)
-        return self.normalize(images.clamp(0, 1))  # bicubic oversteps what 8-bit pictures can hold
+        return self.normalize(images.clamp(0, 1))  # bicubic leaves the range of 8-bit pictures
 
 
 def load_clip(
@@ -68,7 +68,7 @@ def load_clip(
         import open_clip
 
     if name not in open_clip.list_models():
-        raise ValueError(f"open_clip knows no model {name!r}; open_clip.list_models() names them")
+        raise ValueError(f"open_clip has no model {name!r}; open_clip.list_models() returns their names")
     config = open_clip.get_pretrained_cfg(name, str(weights))
     path = _cached(name, str(weights), config) if config else _file(name, Path(weights).expanduser())
     training = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}

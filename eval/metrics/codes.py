@@ -14,10 +14,10 @@ LARGEST_CODEBOOK = 2**24
 
 @dataclass(frozen=True)
 class CodeUsage:
-    """What the tokens of `images` images cost and use; what a kind of token does not have is None.
+    """Cost and code usage of the tokens of `images` images; None where a kind of token has no such figure.
 
-    Of indices, one number a codebook: `usage`, the share of entries that occur, and `perplexity` exp(H), from
-    1 to the codebook's size. Of bits: `bit_entropy`, the mean over token positions and channels of the
+    Of indices, one number per codebook: `usage`, the share of entries that occur, and `perplexity` exp(H),
+    from 1 to the codebook's size. Of bits: `bit_entropy`, the mean over token positions and channels of the
     entropy of that bit over the images (0..1), `lowest_bit_entropy`, the least of them, and
     `bit_correlation`, the mean absolute correlation between two different channels over all tokens (0..1;
     channels that never change are left out).
@@ -71,15 +71,15 @@ class CodeStatistics:
         self._add(sums)
 
     def merge(self, other: "CodeStatistics") -> None:
-        """Add the images that `other` saw. ValueError when it saw tokens of another kind."""
+        """Add the images of `other`. ValueError when its tokens are of another kind."""
         self._add(other._sums)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Integer tensors that hold everything; none but the totals before the first image."""
+        """The counts as integer tensors; only the totals before the first image."""
         return dict(self._sums)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state."""
+        """Restore the state returned by `state_dict`."""
         self._sums = {name: value.clone() for name, value in state.items()}
 
     def result(self) -> CodeUsage:
@@ -142,7 +142,8 @@ def _count_indices(tokens: Tokens, valid: Tensor) -> dict[str, Tensor]:
 
 
 def _count_bits(bits: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """How often each bit is set by position [K, D], two channels together [D, D], each position seen [K]."""
+    """How often each bit is set by position [K, D], two channels together [D, D], and how often each position
+    occurs [K]."""
     flat = bits[valid].double()  # padding is not counted; sums of 0 and 1 are exact in double
     return {
         "ones": (bits & valid[..., None]).sum(0),

@@ -1,4 +1,4 @@
-"""Metrics of two sets of Inception features beside FID: KID, Inception score, precision and recall.
+"""Metrics of two sets of Inception features other than FID: KID, Inception score, precision and recall.
 
 They need every feature vector at once; give memory-mapped arrays where those do not fit. All three call
 torch-fidelity's own functions, so their digits are that tool's.
@@ -50,7 +50,7 @@ def kernel_distance(
     """KID between features [N, D] and [M, D]: cubic kernel (x·y/D + 1)³, unbiased, in float64.
 
     Features are read subset by subset. ValueError when a set is smaller than `subset_size`, and for shapes
-    and values that are no features. "Demystifying MMD GANs" (2018, arXiv 1801.01401), section 4.
+    and values that are not features. "Demystifying MMD GANs" (2018, arXiv 1801.01401), section 4.
     """
     with needs("torch-fidelity", "eval", "KID"):
         from torch_fidelity.metric_kid import kernel_mmd
@@ -68,7 +68,7 @@ def kernel_distance(
         chosen = torch.from_numpy(random.choice(len(features), subset_size, replace=False))
         return features[chosen.to(features.device)].double().cpu().numpy()
 
-    # In float32 a small distance would drown in the rounding of kernels near 1.
+    # In float32 a small distance would be lost in the rounding of kernels near 1.
     distances = [kernel_mmd(subset(features_1), subset(features_2)) for _ in range(subsets)]
     return KernelDistance(float(np.mean(distances)), float(np.std(distances)), subsets, subset_size)
 
@@ -76,7 +76,7 @@ def kernel_distance(
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> InceptionScore:
     """Inception score exp(E KL(p(y|x) ‖ p(y))) of logits [N, classes], over splits of the shuffled images.
 
-    ValueError for fewer images than splits, and for shapes and values that are no logits.
+    ValueError for fewer images than splits, and for shapes and values that are not logits.
     "Improved Techniques for Training GANs" (2016, arXiv 1606.03498), section 4.
     """
     with needs("torch-fidelity", "eval", "the Inception score"):
@@ -89,7 +89,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> In
         )
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits))).to(logits.device)
     bounds = [split * len(logits) // splits for split in range(splits + 1)]
-    # One split a call: the package's double copies then do not grow with the whole set.
+    # One split per call: the package's double copies then do not grow with the whole set.
     scores = [
         isc_features_to_metric(logits[order[first:last]].cpu(), splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
         for first, last in pairwise(bounds)
@@ -100,9 +100,9 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> In
 def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int = 3) -> PrecisionRecall:
     """Share of generated features [N, D] inside the real ones' manifold [M, D], and of real in generated.
 
-    A manifold is the union of balls that reach each point's k-th neighbour. Take Inception's features, as
-    ADM's evaluation does, and say so: torch-fidelity itself takes VGG16's unless told otherwise. ValueError
-    for sets of k images or fewer, and for shapes and values that are no features. "Improved Precision and
+    A manifold is the union of balls that reach each point's k-th neighbour. Use Inception's features, as
+    ADM's evaluation does, and state so: torch-fidelity itself takes VGG16's by default. ValueError
+    for sets of k images or fewer, and for shapes and values that are not features. "Improved Precision and
     Recall Metric for Assessing Generative Models" (2019, arXiv 1904.06991), section 3.
     """
     with needs("torch-fidelity", "eval", "precision and recall"):
@@ -111,7 +111,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int = 3) 
     _check(generated, real)
     if min(len(generated), len(real)) <= neighborhood:
         raise ValueError(
-            f"precision and recall look at neighbour {neighborhood} of each image, so each set needs more "
+            f"precision and recall take neighbour {neighborhood} of each image, so each set needs more "
             f"than {neighborhood} images; got {len(generated)} and {len(real)}"
         )
     # The package's default holds every pairwise distance; parts of 1000 rows hold 1000 rows of them.

@@ -1,4 +1,4 @@
-"""Sets of images by their Inception features, and how far two of them are apart."""
+"""Inception features of sets of images, and distances between two sets."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +14,15 @@ from .metric import Metric
 from .statistics import FeatureStatistics, Gaussian, frechet_distance
 
 FEW = 10_000
-"""Under this many images FID says more about their number than about them."""
+"""With fewer images than this, FID depends more on their number than on their content."""
 PARTS = {"pr": ("precision", "recall")}
-"""Metrics that are asked for by one name and told by several."""
+"""Metrics that are selected by one name and recorded under several."""
 
 
 class FeatureSet:
-    """The features of one set of images: statistics as they come, and the rows that some metrics need.
+    """The features of one set of images: running statistics, and the rows that some metrics need.
 
-    `sets` are the metrics that this set is for: KID and precision/recall look at all features at once, the
+    `sets` are the metrics that this set is for: KID and precision/recall take all features at once, the
     Inception score at all logits of the judged set. Those rows are kept on disk, in tables of `state`.
     """
 
@@ -64,7 +64,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """One metric of `SETS`: FID, Inception score (of the judged set), KID, or precision and recall.
 
-    What statistics alone, or so few images, do not give is {"skipped": why}.
+    A metric that needs more than statistics, or more images, is {"skipped": why}.
     """
     makers: dict[str, Callable[[], dict[str, dict[str, Any]]]] = {
         "fid": lambda: {"fid": {"value": frechet_distance(_gaussian(judged), _gaussian(real))}},
@@ -79,7 +79,7 @@ def compare(
 
 
 def warn_of_few(metrics: dict[str, dict[str, Any]], n: int) -> list[str]:
-    """What to say of a Fréchet distance between few images."""
+    """Warning for a Fréchet distance between few images."""
     if n >= FEW or "value" not in metrics.get("fid", {}):
         return []
     few = f"FID of {n:,} images is biased: compare it with FID of the same number only ({FEW:,} or more)"
@@ -89,7 +89,7 @@ def warn_of_few(metrics: dict[str, dict[str, Any]], n: int) -> list[str]:
 
 
 def skipped(name: str, reason: str) -> dict[str, dict[str, Any]]:
-    """What a record says of a metric that was not computed."""
+    """The entry of a record for a metric that was not computed."""
     return {part: {"skipped": reason} for part in PARTS.get(name, (name,))}
 
 
@@ -99,7 +99,7 @@ def _gaussian(side: FeatureSet | Gaussian) -> Gaussian:
 
 def _rows(side: FeatureSet | Gaussian, kept: str) -> Tensor:
     if isinstance(side, Gaussian):
-        raise ValueError("this metric looks at single images, and a .npz of statistics has none")
+        raise ValueError("this metric needs single images, and a .npz of statistics has none")
     return side.rows(kept)
 
 

@@ -33,11 +33,11 @@ def ssim(images: Tensor, references: Tensor, border: Literal["crop", "reflect"] 
 
     Both [B, C, H, W], float in [0, 1], H and W at least 11 -> [B], float64 (float32 on MPS).
     Gaussian window of 11 with sigma 1.5, population covariance, data range 1; the map is averaged over
-    channels and pixels. The field's tools treat the border differently, which small images feel: "crop"
-    averages only the windows wholly inside the image, as scikit-image does in `structural_similarity(
+    channels and pixels. The field's tools treat the border differently, which matters for small images:
+    "crop" averages only the windows wholly inside the image, as scikit-image does in `structural_similarity(
     gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)`; "reflect" mirrors the image
-    by 5 pixels and averages every pixel, as torchmetrics does.
-    Raises ValueError for other shapes, ranges or borders, TypeError for integer images.
+    by 5 pixels and averages every pixel, as torchmetrics does. Raises ValueError for other shapes, ranges or
+    borders, TypeError for integer images.
 
     "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004), equation 13.
     """

@@ -12,7 +12,7 @@ from .precision import full_precision
 from .weights import find, hub_folder
 
 FEATURES, CLASSES = 2048, 1008
-# One file under two names: torch-fidelity's own download, and the one that pytorch-fid made known.
+# One file under two names: torch-fidelity's own download, and the one that pytorch-fid uses.
 NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + NAMES[0]
 OPTION = "--inception-weights"
@@ -22,15 +22,15 @@ class Inception:
     """Images uint8 [B, 3, H, W] -> features float32 [B, 2048] and logits float32 [B, 1008], on its device.
 
     The logits are without the last layer's bias, as the Inception score takes them. The images are resized to
-    299 x 299 as TensorFlow 1 does it, so give them at the size they are judged at. Raises TypeError for other
-    dtypes and ValueError for other shapes.
+    299 x 299 as in TensorFlow 1, so give them at the size at which they are evaluated. Raises TypeError for
+    other dtypes and ValueError for other shapes.
     """
 
     def __init__(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
         with needs("torch-fidelity", "eval", "Inception"):
             from torch_fidelity import FeatureExtractorInceptionV3
 
-        # The package unpickles whatever its path names, and downloads without one; a buffer does neither.
+        # The package unpickles any path, and downloads without one; a buffer avoids both.
         file = io.BytesIO()
         torch.save(state, file)
         file.seek(0)

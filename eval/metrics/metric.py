@@ -1,4 +1,4 @@
-"""What a metric declares, so that commands, tables and pages need no list of metrics."""
+"""The declaration of a metric, so that commands, tables and pages need no list of metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ class Metric:
 
     Args:
         name: its key in records.
-        label: what tables call it.
+        label: its name in tables.
         unit: such as "dB"; empty without one.
         style: how its numbers are written, a format specification.
         better: whether higher or lower is better; None where neither is.
         needs: what it is computed by beside the images, for `vistok list --metrics`.
         option: the name that `--metrics` takes for it, where that is not its own.
-        make: for a metric of an image and its reference, a function of the files that were given and the
+        make: for a metric of an image and its reference, a function of the weight files and the
             device that returns the comparison: two float tensors [B, 3, H, W] in [0, 1] → [B]. It raises
             `WeightsMissing` where a network is not on this machine.
-        card: whether a report shows it large.
-        rank: its place in tables; metrics of other packages stand behind all of vistok's.
+        card: whether a report shows it as a large figure.
+        rank: its place in tables; metrics of other packages come after all of vistok's.
     """
 
     name: str
@@ -67,5 +67,5 @@ def pair_metrics() -> dict[str, Metric]:
 
 
 def described(name: str) -> Metric:
-    """The metric of that name; one called after itself where a record holds a metric that is not known."""
+    """The metric of that name; for unknown metrics of a record, one whose label is the name."""
     return metrics().get(name) or Metric(name, name, style=".4g")

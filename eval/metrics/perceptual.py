@@ -36,7 +36,7 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, references: Tensor) -> Tensor:
-        """One distance an image, 0 where both are equal."""
+        """One distance per image, 0 where both are equal."""
         check_pair(images, references)
         if images.shape[1] != 3 or min(images.shape[-2:]) < self.smallest:
             raise ValueError(
@@ -55,11 +55,11 @@ def load_lpips(
 ) -> Lpips:
     """LPIPS on torchvision's AlexNet or VGG16, from a file, a folder that holds it, or torch hub's cache.
 
-    The package brings its linear layers; the backbone is a file of torchvision's. Raises WeightsMissing,
+    The package contains its linear layers; the backbone is a file of torchvision's. Raises WeightsMissing,
     without any download, where that is absent, and ValueError for another `net` or other weights.
     """
     if net not in BACKBONES:
-        raise ValueError(f"LPIPS knows the networks {' and '.join(BACKBONES)}; got {net!r}")
+        raise ValueError(f"LPIPS has the networks {' and '.join(BACKBONES)}; got {net!r}")
     url, smallest = BACKBONES[net]
     name = url.rsplit("/", 1)[1]
     path = find(weights, [name], hub_folder(), metric=f"LPIPS ({net})", url=url, option=OPTION)
@@ -70,13 +70,13 @@ def load_lpips(
 
 
 def _file(path: Path | None, net: str) -> Path | None:
-    """What `--lpips-weights` means for one network: a folder is for both, a file for the one in its name."""
+    """The path of `--lpips-weights` for one network: a folder is for both, a file for the one in its name."""
     if path is None or not path.is_file():
         return path
     named = [each for each in ("alex", "vgg") if path.name.startswith(each)]
     if not named:
         raise ValueError(
-            f"{path} does not say whether it is alexnet or vgg16: keep the file's published name, or give "
+            f"{path} is not known to be alexnet or vgg16: keep the file's published name, or give "
             "the folder that holds both"
         )
     return path if net in named else None

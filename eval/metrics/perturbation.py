@@ -2,8 +2,8 @@
 
 "Robust Latent Matters: Boosting Image Generation with Sampling Error Synthesis" (2025, arXiv 2503.08354): a
 token becomes, with probability alpha, one of its delta nearest codes (the first of which is its own). Nearest
-is meant of the code that the token has, so that tokens alone are enough: Euclidean between codebook rows or
-between the decoded points of a level grid, Hamming between bits. Every codebook of a token is perturbed on
+is measured from the code that the token has, so that tokens alone are enough: Euclidean between codebook rows
+or between the decoded points of a level grid, Hamming between bits. Every codebook of a token is perturbed on
 its own.
 """
 
@@ -34,7 +34,7 @@ from .metric import Metric
 
 ALPHAS = (0.9, 0.8, 0.7, 0.6, 0.5)
 DELTAS = (200, 280, 360)
-LARGEST_TABLE = 2**20  # codes of a level grid whose neighbours are remembered
+LARGEST_TABLE = 2**20  # codes of a level grid whose neighbours are cached
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ def grid(alphas: Sequence[float] = ALPHAS, deltas: Sequence[int] = DELTAS) -> li
         if not values:
             raise ValueError(f"the grid of pFID has no {name}: give at least one")
     if wrong := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
-        raise ValueError(f"pFID alpha {wrong[0]} is no probability; give numbers from 0 to 1")
+        raise ValueError(f"pFID alpha {wrong[0]} is not a probability; give numbers from 0 to 1")
     if wrong := [delta for delta in deltas if delta < 1]:
-        raise ValueError(f"pFID delta {wrong[0]} is no number of codes; give 1 (the code itself) or more")
+        raise ValueError(f"pFID delta {wrong[0]} is not a number of codes; give 1 (the code itself) or more")
     pairs = [(float(alpha), int(delta)) for alpha in alphas for delta in deltas]
     return [Cell(index, alpha, delta) for index, (alpha, delta) in enumerate(pairs)]
 
 
 @dataclass(frozen=True)
 class Perturbed:
-    """Tokens after the perturbation, how many of their codes are others, and of how many."""
+    """Tokens after the perturbation, the number of changed codes, and the number of codes."""
 
     tokens: Tokens
     changed: int
@@ -69,7 +69,7 @@ class Perturbed:
 
 
 class Perturbation:
-    """Perturbs the tokens of one quantizer, whose neighbours are found once, when this is made.
+    """Perturbs the tokens of one quantizer, whose neighbours are computed once, at construction.
 
     Raises ValueError for continuous codes and for neighbourhoods larger than a codebook.
     """
@@ -104,7 +104,7 @@ class Perturbation:
 
 
 class ChangedCodes:
-    """Counts over cells: how many codes became others, and how many there were."""
+    """Counts over cells: how many codes changed, and how many there were."""
 
     def __init__(self, cells: int) -> None:
         self.counts = torch.zeros(cells, 2, dtype=torch.int64)
@@ -123,7 +123,7 @@ class ChangedCodes:
         return {"counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state."""
+        """Restore the state returned by `state_dict`."""
         self.counts.copy_(state["counts"])
 
     def merge(self, other: "ChangedCodes") -> None:
@@ -159,12 +159,12 @@ class Neighbours(Protocol):
 def neighbours(quantizer: Quantizer, count: int) -> Neighbours:
     """The `count` nearest codes of every code of a quantizer, itself first.
 
-    Raises ValueError for continuous codes, quantizers that are none of this library's, and counts larger than
+    Raises ValueError for continuous codes, quantizers that are not this library's, and counts larger than
     a codebook.
     """
     if quantizer.kind == "latents":
         raise ValueError("pFID replaces codes by codes near them; this tokenizer's latents are continuous")
-    raise ValueError(f"pFID does not know which codes of a {type(quantizer).__name__} are near one another")
+    raise ValueError(f"pFID has no distance between the codes of a {type(quantizer).__name__}")
 
 
 @neighbours.register
@@ -295,7 +295,7 @@ def nearest_rows(rows: Tensor, count: int, chunk: int = 1024) -> Tensor:
         part = rows[start : start + chunk]
         distances = torch.addmm(
             norms, part, rows.T, alpha=-2.0
-        )  # less the part's own norm, which ranks nothing
+        )  # without the part's own norm, which does not affect the ranking
         own = torch.arange(start, start + len(part), device=rows.device)
         distances.scatter_(1, own[:, None], -math.inf)
         found.append(distances.sort(stable=True).indices[:, :count])
@@ -330,7 +330,7 @@ def _nearest_levels(codes: Tensor, levels: Sequence[int], steps: Sequence[int], 
         distance = (distance[:, :, None] + away[:, None]).flatten(1)
         found = (found[:, :, None] + digits * radix).flatten(1)
         radix *= level
-        # One number a candidate, no two alike: the order does not depend on how ties are broken.
+        # One number per candidate, no two equal: the order does not depend on how ties are broken.
         keys, order = (distance * radix + found).topk(min(count, found.shape[1]), largest=False)
         distance, found = keys // radix, found.gather(1, order)
     return found
@@ -351,7 +351,9 @@ def nearest_flips(num_bits: int, count: int) -> Tensor:
 
 def _check(count: int, size: int) -> None:
     if count > size:
-        raise ValueError(f"pFID delta {count} is more than the {size} codes there are; give {size} or less")
+        raise ValueError(
+            f"pFID delta {count} is more than the {size} codes of the tokenizer; give {size} or less"
+        )
 
 
 METRICS = (

@@ -26,9 +26,10 @@ PANEL = 256
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What FID knows of a set of images: `mean` [D] and `covariance` [D, D] (n-1), float64 on the CPU.
+    """The statistics of a set of images for FID: `mean` [D] and `covariance` [D, D] (n-1), float64 on the
+    CPU.
 
-    `count` is the number of images, None where a file does not tell.
+    `count` is the number of images, None where a file does not record it.
     """
 
     mean: Tensor
@@ -37,7 +38,7 @@ class Gaussian:
 
     @property
     def digest(self) -> str:
-        """Of mean, covariance and count: other statistics have another digest."""
+        """Digest of mean, covariance and count: other statistics have another digest."""
         digest = hashlib.sha256(str(self.count).encode())
         for values in (self.mean, self.covariance):
             digest.update(values.contiguous().numpy().data)
@@ -47,8 +48,8 @@ class Gaussian:
     def load(cls, path: str | Path) -> Self:
         """Read a .npz with `mu` and `sigma` (and `count`), as ADM, pytorch-fid and `save` write them.
 
-        Other arrays of the file are not read. Raises FileNotFoundError, and ValueError for what is no .npz,
-        has no mu and sigma, or holds numbers that are no mean and covariance.
+        Other arrays of the file are not read. Raises FileNotFoundError, and ValueError for what is not a
+        .npz, has no mu and sigma, or holds numbers that are not a mean and covariance.
         """
         path = Path(path)
         if not path.exists():
@@ -93,7 +94,8 @@ class Gaussian:
                 raise ValueError(f"sigma has the eigenvalue {least:.3g}, so it is not a covariance")
 
     def save(self, path: str | Path) -> None:
-        """Write mu and sigma (and count, where it is known) to a .npz, aside first and then renamed."""
+        """Write mu and sigma (and count, where it is known) to a .npz, as a temporary file that is then
+        renamed."""
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         if self.count is not None:
             arrays["count"] = np.array(self.count)
@@ -122,7 +124,7 @@ def _read_arrays(path: Path) -> tuple[Tensor, Tensor, int | None]:
 
 
 def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> np.ndarray:
-    """An array of numbers, if it has the bytes that its header says."""
+    """An array of numbers, if it has the bytes that its header states."""
     content = archive.read(f"{name}.npy")
     file = io.BytesIO(content)
     try:
@@ -136,7 +138,7 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> np.ndarray:
         if dtype.kind not in "fiu":
             raise ValueError(f"it is of {dtype}")
         if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
-            raise ValueError("its header says another size")
+            raise ValueError("its header states another size")
         file.seek(0)
         return np.load(file)
     except (ValueError, TypeError, OverflowError) as error:
@@ -183,7 +185,7 @@ class FeatureStatistics:
             return
         features = features.detach().to(self._mean.device).double()
         mean = features.mean(0)
-        if not mean.isfinite().all():  # one bad number makes its column's mean bad
+        if not mean.isfinite().all():  # one value that is not finite makes its column's mean not finite
             rows = (~features.isfinite().all(1)).nonzero().flatten().tolist()
             raise ValueError(
                 f"features of rows {rows[:10]} of the batch are not finite: look at these images, or run the "
@@ -192,7 +194,7 @@ class FeatureStatistics:
         self._combine(mean, features - mean, len(features))
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Add the images that `other` saw. ValueError when the dimensions differ."""
+        """Add the images of `other`. ValueError when the dimensions differ."""
         if other.dim != self.dim:
             raise ValueError(f"cannot merge statistics of {other.dim} features into those of {self.dim}")
         if other.count:
@@ -234,11 +236,11 @@ class FeatureStatistics:
         self.gaussian().save(path)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Three tensors that hold everything, not copied: `count`, `mean` [D], `scatter` [D, D]."""
+        """The state as three tensors, not copied: `count`, `mean` [D], `scatter` [D, D]."""
         return {"count": torch.tensor(self.count), "mean": self._mean, "scatter": self._scatter}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state; ValueError if it is not one of statistics of this dimension."""
+        """Restore the state returned by `state_dict`; ValueError for statistics of another dimension."""
         shapes = {"count": [], "mean": [self.dim], "scatter": [self.dim, self.dim]}
         found = {name: list(value.shape) for name, value in state.items()}
         if found != shapes:
@@ -277,7 +279,7 @@ def frechet_distance(a: Gaussian | FeatureStatistics, b: Gaussian | FeatureStati
         )
     shift = a.mean - b.mean
     traces = a.covariance.trace() + b.covariance.trace()
-    # Rounding of a trace or two can leave a distance of nothing a little below zero.
+    # Rounding of the traces can make a distance of zero slightly negative.
     return max(0.0, float(shift @ shift + traces) - 2 * _root_trace(a, b))
 
 

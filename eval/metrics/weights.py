@@ -1,4 +1,4 @@
-"""Where the published networks behind the metrics are looked for, and what to say when they are absent."""
+"""The places of the metrics' published networks, and the error when they are absent."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A parity case: recorded outputs of an original implementation, and how to rebuild what made them.
+"""A parity case: recorded outputs of an original implementation, and how to rebuild its model and inputs.
 
 A case stores no weights. Every tensor of the checkpoint is a function of its key, its shape and a seed
 (`fill`), so `<case>.json` with `<case>.safetensors` pins a model of any published size in a small file.
@@ -135,7 +135,7 @@ class Case:
         self.check_stated(name, value, self.data["config"].get(name, value))
 
     def records(self, *patterns: str) -> bool:
-        """Whether a tensor is recorded whose whole name one of the regular expressions matches."""
+        """Whether one of the regular expressions matches the whole name of a recorded tensor."""
         return any(re.fullmatch(pattern, name) for pattern in patterns for name in self.tensors)
 
     # Weights ------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Case:
         return any(part in key for part in keep)
 
     def filled(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of `state` with every floating tensor filled, scaled and overridden as the case says."""
+        """A copy of `state` with every floating tensor filled, scaled and overridden as the case states."""
         scale, overrides, seed = self.data.get("scale", {}), self.data.get("overrides", {}), self.seed
 
         def one(item: tuple[str, Tensor]) -> Tensor:
@@ -310,8 +310,8 @@ class Case:
     # Descriptions -------------------------------------------------------------------------------------------
 
     def description(self, name: str) -> str:
-        """What the json says of a recorded tensor, by its name or the longest pattern ("enc.*", "dec.upN")
-        for it."""
+        """The json's description of a recorded tensor, by its name or the longest pattern ("enc.*",
+        "dec.upN") for it."""
         table = self.data["tensors"]
         if name in table:
             return table[name]

@@ -1,4 +1,4 @@
-"""What the fields of a parity case's json may hold, checked before anything is built from them."""
+"""Checks of the fields of a parity case's json, before anything is built from them."""
 
 import math
 import re
@@ -14,7 +14,7 @@ LARGEST_ARRAY = 2**26
 
 
 class CannotBuild(ValueError):
-    """The case asks for something this version does not have; the message says what."""
+    """The case needs something this version does not have; the message states what."""
 
 
 def check_fields(name: str, data: Any) -> None:

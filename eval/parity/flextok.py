@@ -34,7 +34,7 @@ def run(case: Case) -> Outputs:
             "tokenizers"
         )
     else:
-        raise case.refusal("it holds neither weights of a FlexTok nor components that this version knows")
+        raise case.refusal("it holds neither weights of a FlexTok nor components that this version has")
 
 
 # Tokenizers -------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ class _Tokenizer:
             yield name, case.subsample(name, blocks[depth], ROWS)
         yield "latents", case.subsample("latents", latents)
         if self.has_levels:
-            # Where half precision lets a latent cross a boundary, all after it differs: go on as recorded.
+            # Where half precision lets a latent cross a boundary, all after it differs: continue as recorded.
             recorded = latents if case.dtype.itemsize >= 4 else case.recorded("latents")
             yield "quantized", model.quantizer(recorded).latents
             yield "indices", model.quantizer.encode(latents)
@@ -316,7 +316,7 @@ class _Tokenizer:
         for name in names:
             found = re.fullmatch(r"decode_(plain|cfg|apg)([\d.]*)_T(\d+)(?:_(\d+))?", name)
             if not found:
-                raise case.refusal(f"cannot tell guidance and steps from the name {name!r}")
+                raise case.refusal(f"cannot read guidance and steps from the name {name!r}")
             kind, scale, steps, image = found.groups()
             if int(steps) > MOST_STEPS:
                 raise case.refusal(f"{name} takes {steps} steps; this version runs up to {MOST_STEPS}")

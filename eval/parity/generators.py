@@ -63,7 +63,7 @@ def run(case: Case) -> Outputs:
 
 
 def _logits(case: Case, name: str, logits: Tensor, slices: str) -> Outputs:
-    """What is recorded of logits [B, rows, V]: a part of them, their normaliser, and the likeliest code."""
+    """The recorded parts of logits [B, rows, V]: a slice, their normaliser, and the likeliest code."""
     yield f"logits_{name}", case.subsample(f"logits_{name}", logits, slices)
     yield f"lse_{name}", logits.logsumexp(-1)
     yield f"argmax_{name}", logits.argmax(-1)

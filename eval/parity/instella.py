@@ -50,7 +50,7 @@ def _part(key: str) -> str:
 
 
 def _tag(name: str) -> str:
-    """What a name begins with: a variant (s1024, snone), rope…, q, or nothing where there is one variant."""
+    """The prefix of a name: a variant (s1024, snone), rope…, q, or nothing where there is one variant."""
     first, _, rest = name.partition(".")
     return first if rest and (VARIANT.fullmatch(first) or first == "q" or first.startswith("rope")) else ""
 
@@ -117,10 +117,10 @@ def _tokenizer(case: Case, model: Instella, prefix: str) -> Outputs:
 
 
 def _summed(case: Case, model: Instella, prefix: str, bits: Tensor | None, quantizer: bool) -> Tensor:
-    """What the decoder takes: the sum of the embeddings of the bits, or where they have no weights z_q."""
+    """The decoder's input: the sum of the embeddings of the bits, or where they have no weights z_q."""
     if not quantizer:
         return case.recorded(f"{prefix}z_q" if f"{prefix}z_q" in case.tensors else "z_q")
-    # Where a logit is near zero a bit may differ in half precision: go on from the recorded ones.
+    # Where a logit is near zero a bit may differ in half precision: continue from the recorded ones.
     if f"{prefix}bits" in case.tensors or bits is None:
         bits = case.recorded(f"{prefix}bits" if f"{prefix}bits" in case.tensors else "bits").bool()
     return model.quantizer.decode(bits).to(case.dtype)
@@ -140,7 +140,7 @@ def _drawn_size(case: Case, model: Instella, prefix: str) -> tuple[int, int]:
 
 
 class _Trunk:
-    """Records what the blocks and resizing layers of one side, and the side itself, put out."""
+    """Records the outputs of the blocks and resizing layers of one side, and of the side itself."""
 
     def __init__(self, side: nn.Module, prefix: str, kind: str) -> None:
         self.prefix, self.seen, self.last_call = prefix, {}, ()

@@ -20,7 +20,7 @@ from .fields import check_size, whole
 FAMILIES = ("karl",)
 
 STAGE1 = "latent_distillation_pretrain"
-# What a recorded loss is called → what ours is called, the first that fits.
+# Name of a recorded loss → name of vistok's loss, the first that fits.
 LOSSES = (("halt_loss", "halted"), ("active_loss", "active"), ("nll", "nll"), ("code_loss", "code"))
 
 
@@ -70,7 +70,7 @@ def _part(key: str) -> str:
 
 
 def _images(case: Case) -> list[Tensor]:
-    """The pictures of the recipe, each a batch of one: uniform noise, or uniform blocks."""
+    """The pictures of the recipe, one per batch: uniform noise, or uniform blocks."""
     recipe = case.input("images")
     random, images = case.draw(recipe), []
     for text in re.findall(r"img\d+=([^;]+)", recipe):
@@ -125,7 +125,7 @@ class _Run:
         return tuple(self.images().shape[2:])
 
     def outputs(self) -> Outputs:
-        """What is recorded of the encoder, then of the decoder on recorded codes."""
+        """The outputs of the encoder, then of the decoder on recorded codes."""
         analysis = None
         if "encoder" in {_part(key) for key in self.case.keys}:
             analysis = yield from self._encoded(self.images())

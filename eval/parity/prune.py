@@ -124,7 +124,7 @@ def _margins(case: Case, sub: Subcase, features: Array, order: Tensor) -> Tensor
 
 
 def _with_repeats(case: Case, sub: Subcase, order: Tensor) -> Tensor:
-    """What the reference made of duplicates: once distinct rows are exhausted, place 0 again and again."""
+    """The reference's picks with duplicates: once distinct rows are exhausted, place 0 repeatedly."""
     unique = sub["unique"]
     rest = sorted(set(range(sub["n"])) - set(order[:unique].tolist()))
     lowest = torch.tensor(rest[: len(order) - unique], device=order.device)
@@ -275,7 +275,7 @@ def _mixture(
     return centres[random.randint(0, k, (batch, n))] + noise * random.standard_normal((batch, n, d))
 
 
-# What a case states beside its tensors ----------------------------------------------------------------------
+# Other values that a case states ---------------------------------------------------------------------------
 
 
 def _anyres(pinpoints: list[list[int]], size: list[int], side: int) -> Grid:

@@ -100,7 +100,7 @@ def _selected(
     image: Image,
     budget: float | int | None,
 ) -> Outputs:
-    """What each method decided, where that was recorded."""
+    """The decisions of each method, where they were recorded."""
     if isinstance(reducer, DivPrune):
         count = reducer.retained_count(image.num_tokens, budget)
         yield f"{name}.order", farthest_first(image.features, count)
@@ -122,7 +122,7 @@ def _selected(
 
 @contextmanager
 def _entering(model: Any) -> Iterator[list[Tensor]]:
-    """Collects the embeddings that the first layer of the language model is given, call by call."""
+    """Collects the embeddings that enter the first layer of the language model, call by call."""
     entered: list[Tensor] = []
     layer = model.model.language_model.layers[0]
     hook = layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
@@ -164,7 +164,7 @@ def _inputs(case: Case, model: Any) -> tuple[dict[str, Any], Tensor]:
     config = case.data["config"]
     vision, crops, sizes = config["vision_config"], config["ncrops"], config.get("image_sizes_hw")
     if sizes is not None and len(sizes) != 1:
-        raise CannotBuild(f"{case.path.name}: {len(sizes)} pictures; this version takes one a case")
+        raise CannotBuild(f"{case.path.name}: {len(sizes)} pictures; this version takes one per case")
     pixels, patch = vision["image_size"], vision["patch_size"]
     side = pixels // patch
     random = np.random.RandomState(config["in_seed"])

@@ -32,7 +32,7 @@ WIDTHS = {"deit-s": 384, "vit-l": 1024}
 
 
 def run(case: Case) -> Outputs:
-    """Every recorded tensor of a `reduce` case, recomputed. Raises CannotBuild naming a method not known."""
+    """Every recorded tensor of a `reduce` case, recomputed. Raises CannotBuild naming an unknown method."""
     config = case.data["config"]
     if isinstance(config, list):
         first = config[0]
@@ -135,7 +135,7 @@ def _pitome_matching(case: Case, entry: dict[str, Any]) -> Outputs:
     free = metric.shape[1] - protected
     r = merged_count(metric.shape[1] if rule == "bsm" else free, entry["ratio"])
     if r != entry["r"]:
-        raise CannotBuild(f"{case.path.name}: case {entry['case']} merges {entry['r']} tokens, ours {r}")
+        raise CannotBuild(f"{case.path.name}: case {entry['case']} merges {entry['r']} tokens, vistok {r}")
     margin, alpha = entry["margin"], entry["alpha"]
     matching = pitome_matching(metric, r, margin, protected=protected, alpha=alpha, rule=rule)
     if rule != "bsm":
@@ -204,7 +204,7 @@ def _vision_transformer(case: Case) -> nn.Module:
 
     sizes, keys = dict(case.data["config"]["vit"]), case.keys
     eps, pool = sizes.pop("norm_eps"), sizes.pop("pool")
-    sizes.pop("distilled", None)  # the weights say so, too
+    sizes.pop("distilled", None)  # the weights show that, too
     sizes.pop("fc_norm", None)
     norm = {"norm_layer": lambda dim, **kw: nn.LayerNorm(dim, eps=eps, **kw)}
     if "dist_token" in keys:

@@ -18,7 +18,7 @@ from ...compress.reducer import LayerReducer
 from ...compress.session import Session
 from .case import CannotBuild, Case, Outputs
 
-# What the case calls the score parts and TransPrune's trace does too.
+# Names of the score parts, both in the case and in TransPrune's trace.
 PARTS = ("acc_raw", "iga_raw", "acc", "iga")
 MODULES = {"attention": "ttv_attn", "mlp": "ttv_ffn"}
 
@@ -142,7 +142,7 @@ def _lengths(cache: Any) -> list[int]:
 
 
 def _scores(case: Case, session: Session, cuts: dict[int, float]) -> Outputs:
-    """What the session traced, under the case's names: modules by their layer, the rest by stage."""
+    """The session's trace, under the case's names: modules by their layer, the rest by stage."""
     trace = session.trace
     for name, values in trace.items():
         module, layer = name.rsplit(".", 1)

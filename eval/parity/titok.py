@@ -175,9 +175,9 @@ def _quantized(model: TiTok, latents: Tensor) -> Outputs:
 
 
 def _decoder_input(case: Case, model: TiTok, parts: set[str]) -> Tensor:
-    """What the decoder takes, [B, K, C], of the recorded indices or, without a codebook, as recorded."""
+    """The decoder's input, [B, K, C], of the recorded indices or, without a codebook, as recorded."""
     if model.config.quantize_mode == "vq" and "quantize" in parts and "indices" in case.tensors:
-        # Where a margin let an index differ, everything after would: go on from the recorded ones.
+        # Where a margin lets an index differ, everything after it would: continue from the recorded ones.
         return model.quantize.decode(case.recorded("indices").long().squeeze(1)).to(case.dtype)
     return _rows(case.recorded("sample" if "sample" in case.tensors else "z_q"))
 
@@ -300,7 +300,7 @@ def _text(case: Case) -> Outputs:
 
 
 def _TextModel(config: dict, activation: str) -> nn.Module:
-    """The bare open_clip module, whose keys are the published ones, remembering the encoder around it."""
+    """The bare open_clip module, whose keys are the published ones; it stores the encoder around it."""
     encoder = CLIPTextEncoder(**config, activation=activation)
     encoder.model.owner = (encoder,)
     return encoder.model

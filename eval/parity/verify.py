@@ -49,7 +49,7 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
 
     A tensor that the json names and the recording lacks is a row that did not pass. Raises FileNotFoundError
     for missing files and CannotBuild, in one line, for a family, configuration or recorded tensor that this
-    version does not know.
+    version does not have.
     """
     case = Case.open(path, device, dtype)
     family = case.data["family"]
@@ -69,9 +69,7 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
                     rows[name] = _lacks(case, name)
     except CannotBuild:
         raise
-    except (
-        Exception
-    ) as error:  # whatever a case makes a model or an adapter do, it is the case that is refused
+    except Exception as error:  # whatever error a model or an adapter raises, the case is refused
         raise case.refusal(f"it cannot be run: {_reason(case, error)}") from error
     if unknown := sorted(set(case.tensors) - set(rows) - case.read):
         raise case.refusal(f"recorded tensors that this version does not compute: {', '.join(unknown)}")
@@ -95,7 +93,7 @@ def _lacking(case: Case) -> list[Row]:
     for name, entry in case.data.get("shapes", {}).items():
         shape = entry[1] if entry and isinstance(entry[1], list) else entry
         if name in case.tensors and list(case.tensors[name].shape) != shape:
-            recorded = f"recorded {list(case.tensors[name].shape)}, the json says {shape}"
+            recorded = f"recorded {list(case.tensors[name].shape)}, the json states {shape}"
             rows.append(_missed(name, case.tensors[name].numel(), recorded))
     return rows
 

@@ -1,6 +1,6 @@
-"""Drawings of measurements: curves over a cost, and how single images spread.
+"""Charts of measurements: curves over a cost, and histograms of single images.
 
-They need matplotlib (`pip install "vistok[eval]"`), which `require` tells before any long work.
+They need matplotlib (`pip install "vistok[eval]"`), which `require` checks before any long work.
 """
 
 import base64
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 BINS = 24
-# Told apart by readers with any colour vision; Okabe and Ito, "Color Universal Design" (2008).
+# Distinct for readers with any colour vision; Okabe and Ito, "Color Universal Design" (2008).
 COLOURS = ("#0072b2", "#000000", "#56b4e9", "#e69f00")
 BASELINES = ("#8a93a3", "#d55e00", "#009e73", "#cc79a7")
 STYLE = {
@@ -48,7 +48,7 @@ STYLE = {
 class Series:
     """One line: `y` over `x`, both [n], and the ends of intervals around `y` where there are some.
 
-    What the chart is about has `baseline` False and is drawn stronger than what it is compared with.
+    The chart's subject has `baseline` False and a stronger line than the baselines.
     """
 
     label: str
@@ -90,7 +90,7 @@ def require() -> None:
 
 
 def _styled(draw: Callable[P, "Chart"]) -> Callable[P, "Chart"]:
-    """Draw in our style, whatever the program's own is."""
+    """Draw in vistok's style, whatever matplotlib settings the program uses."""
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> "Chart":
@@ -138,7 +138,7 @@ def curves(
 
 @_styled
 def histogram(title: str, label: str, values: Sequence[float] | np.ndarray) -> Chart:
-    """How finite values [n] spread, in equal bins from the least to the most, with their mean."""
+    """A histogram of finite values [n] in equal bins from the least to the most, with their mean."""
     values = np.asarray(values, np.float64)
     figure, axes = _empty(height=2.6)
     least, most = values.min(), values.max()
@@ -164,7 +164,7 @@ def histogram(title: str, label: str, values: Sequence[float] | np.ndarray) -> C
 
 @_styled
 def bars(title: str, label: str, values: dict[str, float]) -> Chart:
-    """One bar a name, the longest above, each with its number."""
+    """One bar per name, the longest on top, each with its number."""
     names = sorted(values, key=lambda name: values[name])
     figure, axes = _empty(height=0.7 + 0.28 * len(names))
     drawn = axes.barh(names, [values[name] for name in names], color=COLOURS[0], height=0.7)

@@ -1,4 +1,4 @@
-"""What `vistok eval tokens` shows: tables of every setting and at matched bytes, curves, and pictures."""
+"""The report of `vistok eval tokens`: tables of every setting and at matched bytes, curves, and pictures."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from .charts import Chart, Series, curves
 from .page import Card, Gallery, Report, Strip, Table, write_html
 from .records import circumstances, lead, skipped
 
-GALLERY_NOTE = "Each picture as it was given, then as it comes back; bytes are those of this picture."
+GALLERY_NOTE = "Each picture, then its reconstructions; bytes are those of this picture."
 
 
 def tables(record: CurvesRecord) -> list[Table]:
@@ -29,7 +29,7 @@ def matched_table(record: CurvesRecord) -> Table:
         own = [f"{point.codec}, {point.setting}", f"{point.bytes:,.1f}", psnr_text(point.metrics["psnr"])]
         rows.append([*own, *others])
     header = ["", "bytes", "PSNR dB", *(f"{name} dB (bytes)" for name in baselines)]
-    note = "Of each baseline the setting of the least squared error that takes no more bytes; – for none."
+    note = "For each baseline, the setting with the least squared error at no more bytes; – for none."
     return Table(f"PSNR at matched bytes, n = {record.n:,}", header, rows, note if baselines else "")
 
 
@@ -54,7 +54,7 @@ def charts(record: CurvesRecord) -> list[Chart]:
 
 
 def chart(record: CurvesRecord, metric: str) -> Chart:
-    """A metric over bytes per image, a line for each tokenizer and codec."""
+    """A metric over bytes per image, one line per tokenizer and codec."""
     series = []
     for codec in dict.fromkeys(point.codec for point in record.points):
         points = [point for point in record.points if point.codec == codec]

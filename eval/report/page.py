@@ -27,7 +27,7 @@ NARROW = 3
 
 @dataclass(frozen=True)
 class Card:
-    """One figure that a reader looks for first, and what is to be known of it."""
+    """One main figure of a report, with its label and a note."""
 
     label: str
     value: str
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Strip:
-    """Images uint8 [3, H, W] side by side, with what each is."""
+    """Images uint8 [3, H, W] side by side, each with its name."""
 
     pictures: list[tuple[str, Tensor]]
     caption: str
@@ -54,7 +54,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Strips under one title; `note` says how to read them."""
+    """Strips under one title; `note` explains how to read them."""
 
     title: str
     strips: list[Strip]
@@ -68,7 +68,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows, from the top."""
+    """The content of a page, from the top."""
 
     title: str
     lead: str
@@ -77,7 +77,7 @@ class Report:
 
 
 def write_html(path: Path, report: Report) -> None:
-    """Write the page, aside first and then renamed. Raises ModuleNotFoundError without jinja2."""
+    """Write the page as a temporary file that is then renamed. Raises ModuleNotFoundError without jinja2."""
     with needs("jinja2", "eval", "an HTML report"):
         from jinja2 import Environment, PackageLoader
 

@@ -1,4 +1,4 @@
-"""What `vistok eval recon` and `vistok eval fid` show of a record: the table, and the report around it."""
+"""The tables and reports of `vistok eval recon` and `vistok eval fid`."""
 
 import math
 import shlex
@@ -38,7 +38,7 @@ def _row(name: str, metric: dict[str, Any], record: Record) -> list[str]:
 
 
 def _remark(name: str, metric: dict[str, Any], style: str) -> str:
-    """What a number is of."""
+    """The basis of a number: interval, splits or subsets."""
     if name == "pfid":
         return f"mean of {len(metric['cells'])} settings"
     if name == "is":
@@ -46,7 +46,7 @@ def _remark(name: str, metric: dict[str, Any], style: str) -> str:
     if name == "kid":
         return f"± {metric['std']:{style}} over {metric['subsets']} subsets of {metric['subset_size']}"
     if "exact" in metric and math.isfinite(metric["value"]):
-        return f"without {metric['exact']} that came back exactly"
+        return f"without {metric['exact']} exact reconstructions"
     if len(books := metric.get("codebooks", [])) > 1:
         return ", ".join(f"{each:{style}}" for each in books)
     return ""
@@ -73,14 +73,14 @@ def write_fid(path: Path, record: Record) -> None:
 
 
 def title(record: Record) -> str:
-    """What was measured on what."""
+    """The title: tokenizer and data, or both sets of images."""
     if record.tokenizer is not None:
         return f"{record.tokenizer} on {record.data['source']}"
     return f"{record.data['a']['source']} against {record.data['b']['source']}"
 
 
 def images(record: Record) -> str:
-    """How many there are, on both sides where there are two of different numbers."""
+    """The number of images, on both sides where they differ."""
     sides = {side: record.data.get(side, {}).get("n", record.n) for side in "ab"}
     known = {each for each in sides.values() if each is not None}
     if len(known) == 2:
@@ -89,7 +89,7 @@ def images(record: Record) -> str:
 
 
 def lead(record: Record) -> str:
-    """How many images, and how they were taken."""
+    """The number of images, and how they were selected."""
     bad = f"{len(record.bad_images):,} unreadable" if record.bad_images else ""
     twice = f"{len(record.duplicates):,} images more than once" if record.duplicates else ""
     others = sum(row["count"] for row in record.left_out)
@@ -130,7 +130,7 @@ def tables(record: Record) -> list[Table]:
 
 
 def skipped(record: Record) -> list[Table]:
-    """What was not computed and why, one row per reason; nothing if all was."""
+    """Metrics that were not computed and why, one row per reason; empty if all were."""
     reasons: dict[str, list[str]] = {}
     for name, reason in record.skipped.items():
         reasons.setdefault(reason, []).append(described(name).label)
@@ -139,7 +139,7 @@ def skipped(record: Record) -> list[Table]:
 
 
 def circumstances(record: Record) -> list[Table | Chart]:
-    """Where the time went, which images were bad, and what is needed to repeat the numbers."""
+    """Tables of the time per stage, of unreadable images, and of what is needed to repeat the numbers."""
     parts: list[Table | Chart] = []
     if record.bad_images:
         bad = [[row["name"], row["reason"]] for row in record.bad_images]
@@ -157,7 +157,7 @@ def circumstances(record: Record) -> list[Table | Chart]:
 
 
 def _facts(record: Record) -> dict[str, str]:
-    """What is needed to read and repeat the numbers."""
+    """The information to read and repeat the numbers."""
     facts = {"images": images(record), "seed": str(record.seed)}
     facts |= {f"protocol: {name}".replace("_", " "): str(value) for name, value in record.protocol.items()}
     if record.rate:
@@ -166,14 +166,14 @@ def _facts(record: Record) -> dict[str, str]:
 
 
 def facts_of_run() -> dict[str, str]:
-    """The command, and what it ran on."""
+    """The command, and the versions it ran on."""
     made = environment()
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     return {"command": shlex.join(made["command"]), "versions": versions, "threads": str(made["threads"])}
 
 
 def _examples(result: "Result") -> list[Gallery]:
-    """The best and the worst by PSNR, no image twice."""
+    """The best and the worst by PSNR, each image at most once."""
     if "psnr" not in result.values:
         return []
     order = result.values["psnr"].argsort(kind="stable")

@@ -9,7 +9,7 @@ from .charts import Chart, Series, bars, curves
 from .page import Card, Report, Table, write_html
 from .records import facts_of_run
 
-NOTE = "Medians of paired runs, with the least and the most; peak memory is above that of the model."
+NOTE = "Medians of paired runs, with minimum and maximum; peak memory does not include the model."
 MEASURES: dict[str, tuple[str, Callable[[Variant], float | None]]] = {
     "encoding": ("images/s", lambda variant: _median(variant.encode_rates)),
     "decoding": ("images/s", lambda variant: _median(variant.decode_rates)),

@@ -1,4 +1,4 @@
-"""How fast FID's statistics are: `python -m vistok.eval.speed.fid_statistics`.
+"""Speed of FID's statistics: `python -m vistok.eval.speed.fid_statistics`.
 
 Two ratios, each taken in one run: accumulation against adding the outer product of every image to a sum, as
 TiTok's evaluator does it, and the Fréchet distance of two sets against torch-fidelity's.
@@ -33,7 +33,7 @@ def accumulation(dim: int, batch_size: int, repeats: int) -> None:
 
 
 def distance(dim: int, decay: float, repeats: int) -> None:
-    """Print seconds of torch-fidelity's distance and of ours, their ratios, and how far they agree.
+    """Print seconds of torch-fidelity's distance and of ours, their ratios, and their relative difference.
 
     The k-th largest variance of the features is k^-decay.
     """
@@ -92,7 +92,7 @@ def _print_ratios(slow: list[Took], fast: list[Took]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run both comparisons and print them."""
     parser = argparse.ArgumentParser(prog="vistok.eval.speed.fid_statistics", description=__doc__)
-    parser.add_argument("--dim", type=int, default=FEATURES, help="features of an image")
+    parser.add_argument("--dim", type=int, default=FEATURES, help="features per image")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="of the accumulation")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Time several ways of doing one thing in turn, so that their ratios are of one run of the program."""
+"""Time several implementations in turn, so that their ratios come from one run of the program."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,19 +9,19 @@ import torch
 
 
 class Took(NamedTuple):
-    """What one run took: seconds by the clock, and seconds of computation in this process (all its threads),
-    which other programs do not lengthen."""
+    """The time of one run: seconds by the clock, and seconds of computation in this process (all its
+    threads), which other programs do not lengthen."""
 
     seconds: float
     cpu_seconds: float
 
     def per(self, count: int) -> "Took":
-        """The time of each of `count` things that the run did."""
+        """The time per item of a run over `count` items."""
         return Took(self.seconds / count, self.cpu_seconds / count)
 
 
 def timed(work: Callable[[], Any], device: torch.device | None = None) -> tuple[Any, Took]:
-    """The result of `work` and what it took, after everything that was queued on the device (of all CUDA and
+    """The result of `work` and its time, after everything that was queued on the device (of all CUDA and
     MPS devices unless one is given)."""
     _synchronise(device)
     start, computed = time.perf_counter(), time.process_time()
@@ -40,7 +40,7 @@ def in_turn(
 ) -> dict[str, list[Took]]:
     """Run all of `works` one after another, `repeats` times after `warm_ups` rounds that are not counted.
 
-    `check` is given the results of every round by name, and raises an error when they must not differ.
+    `check` gets the results of every round by name, and raises an error where they must be equal and differ.
     """
     took: dict[str, list[Took]] = {name: [] for name in works}
     for number in range(-warm_ups, repeats):
@@ -60,7 +60,7 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
 
 
 def seconds(runs: Sequence[Took]) -> list[float]:
-    """The clock's part of several runs."""
+    """The seconds by the clock of several runs."""
     return [run.seconds for run in runs]
 
 

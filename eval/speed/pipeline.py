@@ -1,4 +1,4 @@
-"""How much of the bare model's speed is left when images are read and decoded beside it:
+"""The share of the bare model's speed that is left when images are read and decoded beside it:
 `python -m vistok.eval.speed.pipeline`."""
 
 import json
@@ -122,7 +122,7 @@ def measure(
 
 
 def _pass(model: Tokenizer, images: Iterable[Tensor]) -> None:
-    """Reconstruct batches of uint8 images; the results come back, so a GPU has finished."""
+    """Reconstruct batches of uint8 images; the results are copied to the CPU, so a GPU has finished."""
     for batch in images:
         if len(batch):
             model.reconstruct(batch.to(model.device).float() / 255).cpu()
@@ -151,22 +151,24 @@ def _generated(count: int, width: int) -> Iterator[Path]:
 def main(
     tokenizer: Annotated[str, typer.Option("--tokenizer", help="Registry name or weights.")] = "vistok-mini",
     data: Annotated[
-        str | None, typer.Option("--data", help="Images; JPEGs are made for the run otherwise.")
+        str | None, typer.Option("--data", help="Images; by default JPEGs that are made for the run.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 512,
-    width: Annotated[int, typer.Option(min=16, help="Of the JPEGs that are made, 4:3, in pixels.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")] = 32,
+    width: Annotated[
+        int, typer.Option(min=16, help="Width in pixels of the JPEGs that are made, 4:3.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")] = 32,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode; by the cores otherwise.")
+        int | None, typer.Option(min=0, help="Processes that decode; by default one per core, up to eight.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Paired passes.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of paired passes.")] = 5,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice otherwise.")
+        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, …")] = "cpu",
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
 ) -> None:
-    """Images/s of encode + decode from files against preloaded tensors, paired in one run."""
+    """Measure images/s of encode + decode from files against preloaded tensors, paired in one run."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""FlexTok written straightforwardly, on a tokenizer's own weights: the yardstick of its speed.
+"""A straightforward FlexTok on a tokenizer's own weights: the baseline of its speed.
 
 Images go one by one, every block computes every row under a materialised mask, all registers take part in
 every step, and each call projects the registers and computes the modulations anew. It gives the same numbers
@@ -177,5 +177,5 @@ def variants(model: FlexTok, images: Tensor) -> list[Variant]:
         return model.decode(tokens, **options | {"noise": shared})
 
     told = f"vistok, prefixes of {', '.join(map(str, lengths))}"
-    base = Variant(f"{told}, a call each", copies, decode=alone)
+    base = Variant(f"{told}, one call per prefix", copies, decode=alone)
     return [*variants, base, Variant(f"{told}, one batch", copies, decode=together, baseline=base)]

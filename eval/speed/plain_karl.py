@@ -1,4 +1,4 @@
-"""KARL written straightforwardly, on a tokenizer's own weights: the yardstick of its speed.
+"""A straightforward KARL on a tokenizer's own weights: the baseline of its speed.
 
 One image at a time and every token to the end, as the original runs: halted ones stay in the sequence and a
 materialised mask keeps them from the others, whose cost is then that of all. It gives the same numbers as

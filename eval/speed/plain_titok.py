@@ -1,7 +1,7 @@
-"""TiTok written straightforwardly, on a tokenizer's own weights: the yardstick of its speed.
+"""A straightforward TiTok on a tokenizer's own weights: the baseline of its speed.
 
 Sequence-first attention modules with a transpose around them, every row of every block computed, convolutions
-and normalisations op by op in the layout they come in. This is how the original research code runs; it gives
+and normalisations op by op in their input's layout. This is how the original research code runs; it gives
 the same numbers as `vistok.models.titok`, slower.
 """
 

@@ -1,4 +1,4 @@
-"""How much of the time that fewer visual tokens could save an attached reducer does save, in one run.
+"""The share of the possible prefill speed-up that an attached reducer reaches, measured in one run.
 
 A random LLaVA-shaped model reads one prompt with a picture. Compared are the stock model on the whole prompt,
 the stock model on the shortened prompt (what no reducer can beat), and the stock model with the reducer
@@ -62,7 +62,7 @@ class Prefill:
 
     @property
     def overhead(self) -> float:
-        """Seconds a decode step takes longer with the reducer attached."""
+        """Extra seconds per decode step with the reducer attached."""
         return median(self.extra_step)
 
 
@@ -77,7 +77,7 @@ class PrefillSpeed:
 
     @property
     def title(self) -> str:
-        """What was measured, on what."""
+        """The title: what was measured, and on which hardware."""
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         return f"prefill of {self.parameters / 1e6:.1f}M parameters, {self.tokens} visual tokens, {threads}"
 
@@ -148,8 +148,8 @@ def run(
 ) -> PrefillSpeed:
     """Time every reducer at every budget `repeats` times, full, short and attached in turn, after a warm-up.
 
-    Sets the number of threads of torch for the run only. Reducers of features only: the shortened prompt is
-    theirs.
+    Sets the number of threads of torch for the run only. Reducers of features only, because the prompt is
+    shortened as they do it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -201,7 +201,7 @@ def _measure(
 def _extra_steps(
     model: hf.LlavaForConditionalGeneration, one: Prefill, ours: hf.Cache, plain: hf.Cache, steps: int
 ) -> list[float]:
-    """Seconds that decode steps take longer attached than on the shortened prompt's cache, step by step in
+    """Extra seconds per decode step, attached against the shortened prompt's cache, step by step in
     turn."""
     token = torch.full((1, 1), 7, device=model.device)
     found = []

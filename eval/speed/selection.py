@@ -1,4 +1,4 @@
-"""How fast tokens are selected, as a ratio against straightforward implementations in the same run."""
+"""Speed of token selection, as a ratio against straightforward implementations in the same run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 @dataclass
 class Comparison:
-    """Two ways to select the same tokens, run in turn. `bar` is the ratio that ours has to reach."""
+    """Two ways to select the same tokens, run in turn. `bar` is the ratio that vistok has to reach."""
 
     name: str
     plain: Callable[[], Tensor]
@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Plain time over ours, pair by pair."""
+        """Plain time over vistok's, pair by pair."""
         return ratios(self.plain_seconds, self.our_seconds)
 
     @property
@@ -61,7 +61,7 @@ class SelectionSpeed:
 
     @property
     def title(self) -> str:
-        """What was measured, on what."""
+        """The title: what was measured, and on which hardware."""
         return f"selection on the CPU, {self.threads} thread{'s' * (self.threads > 1)}"
 
     def table(self) -> list[list[str]]:
@@ -93,7 +93,7 @@ class SelectionSpeed:
 
 @torch.no_grad()
 def run(repeats: int = 7, threads: int = 1) -> SelectionSpeed:
-    """Time every comparison `repeats` times after a warm-up, plain and ours in turn.
+    """Time every comparison `repeats` times after a warm-up, plain and vistok in turn.
 
     Sets the number of threads of torch for the run only.
     """

@@ -1,4 +1,4 @@
-"""How fast a tokenizer encodes and decodes, as a ratio against a straightforward implementation in the same
+"""Speed of encoding and decoding, as a ratio against a straightforward implementation in the same
 run."""
 
 import gc
@@ -38,7 +38,7 @@ class Speed:
 
     @property
     def title(self) -> str:
-        """What was measured, on what."""
+        """The title: what was measured, and on which hardware."""
         size = f"{self.parameters / 1e6:.1f} M parameters, batch {self.batch_size} at {self.image_size}²"
         runs = f"n = {len(self.variants[0].seconds)} paired runs"
         missing = "" if self.has_baseline else "; no straightforward implementation of this family"
@@ -46,7 +46,7 @@ class Speed:
 
     @property
     def place(self) -> str:
-        """The device and what there is of it."""
+        """The device, with its name or its number of threads."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({torch.get_num_threads()} threads)"
@@ -94,7 +94,7 @@ def measure(
     """Time every variant in turn on one batch, `repeats` times after a warm-up, so that runs are paired.
 
     The baseline of a family is the file `plain_<family>.py` in this folder; families without one are compared
-    with their own float32, and the title says so. Weights are fresh: speed does not depend on them.
+    with their own float32, and the title states so. Weights are fresh: speed does not depend on them.
     `compiled` adds torch.compile (its compilation is not timed); ValueError for FlexTok and KARL. `config`
     changes the tokenizer's configuration.
     """
@@ -107,7 +107,7 @@ def measure(
     if special and compiled:
         raise ValueError(f"{name} is not timed with --compile; leave that out")
     variants = special(model, images) if special else _whole(model, images, plain, compiled)
-    gc.collect()  # whatever is freed later would hide peaks
+    gc.collect()  # memory that is freed later would hide peaks
     for variant in variants:
         variant.warm_up()
     for _ in range(repeats):
@@ -117,7 +117,7 @@ def measure(
     return Speed(name, parameters, batch_size, device, model.image_size, variants, plain is not None)
 
 
-# What is compared -------------------------------------------------------------------------------------------
+# Variants ---------------------------------------------------------------------------------------------------
 
 
 def _baseline(family: str) -> ModuleType | None:

@@ -16,7 +16,7 @@ from .paired import ratios, timed
 
 @dataclass
 class Variant:
-    """One way to encode, to decode, or to do both in turn, and what was measured of it.
+    """One way to encode, to decode, or to do both in turn, and its measurements.
 
     It starts from `given`, images or codes, and is compared with its `baseline`, or with nothing.
     """
@@ -44,7 +44,7 @@ class Variant:
             self.decode_seconds.append(took.seconds)
 
     def warm_up(self) -> None:
-        """One unmeasured pass, which takes the peak memory above what was held before it."""
+        """One untimed pass, which records the peak memory above what was in use before it."""
         before = _start_peak(self.given.device)
         value = self.encode(self.given) if self.encode else self.given
         if self.decode:
@@ -53,23 +53,23 @@ class Variant:
 
     @property
     def seconds(self) -> list[float]:
-        """All that it does, a run."""
+        """Seconds of encoding and decoding, one per run."""
         parts = [part for part in (self.encode_seconds, self.decode_seconds) if part]
         return [sum(run) for run in zip(*parts, strict=True)]
 
     @property
     def encode_rates(self) -> list[float]:
-        """Images/s of encoding, a run; none if it does not encode."""
+        """Images/s of encoding, one per run; empty if it does not encode."""
         return [len(self.given) / seconds for seconds in self.encode_seconds]
 
     @property
     def decode_rates(self) -> list[float]:
-        """Images/s of decoding, a run; none if it does not decode."""
+        """Images/s of decoding, one per run; empty if it does not decode."""
         return [len(self.given) / seconds for seconds in self.decode_seconds]
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as fast as the baseline, a run."""
+        """How many times as fast as the baseline, one per run."""
         base = self.baseline or self
         return ratios(base.seconds, self.seconds)
 
@@ -110,7 +110,7 @@ class Variant:
 
 
 def _start_peak(device: torch.device) -> int:
-    """Forget earlier peaks; bytes in use now (of the device's allocator, or resident on Linux)."""
+    """Reset earlier peaks; return the bytes in use now (of the device's allocator, or resident on Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)

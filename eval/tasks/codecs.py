@@ -1,4 +1,4 @@
-"""What a picture costs without a tokenizer: JPEG, WebP and AVIF files, and thumbnails, at given bytes."""
+"""Compression without a tokenizer: JPEG, WebP and AVIF files, and thumbnails, at given bytes."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -85,7 +85,7 @@ def best_within(codec: str, pictures: Sequence[Image.Image], budgets: Sequence[f
 
 def apply(setting: Setting, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
     """What comes back of every picture, float32 [B, 3, H, W] in [0, 1], and its bytes, int64 [B]."""
-    with ThreadPoolExecutor(worker_count()) as pool:  # encoders let go of Python's lock
+    with ThreadPoolExecutor(worker_count()) as pool:  # encoders release Python's lock
         decoded, sizes = zip(*pool.map(setting, pictures), strict=True)
     return torch.cat([to_tensor(picture, None) for picture in decoded]), torch.tensor(sizes)
 

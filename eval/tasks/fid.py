@@ -1,6 +1,6 @@
-"""How far two sets of images are apart: FID, Inception score, KID, precision and recall of A against B.
+"""Compare two sets of images: FID, Inception score, KID, precision and recall of A against B.
 
-Each side is images, or a .npz of statistics (ADM's reference files are such). Images are taken at their own
+Each side is images, or a .npz of statistics (such as ADM's reference files). Images are taken at their own
 size, which must be one for all, or resized and cropped to a given one.
 """
 
@@ -125,7 +125,7 @@ def _size(dataset: Dataset, number: int) -> tuple[int, int] | None:
 
 
 def _header(dataset: Dataset, number: int) -> Path | BytesIO:
-    """What Pillow reads an image's header from: of files only the beginning is read."""
+    """The stream for reading an image's header: of files only the beginning is read."""
     if isinstance(dataset, Files):
         return check_source(Path(dataset.root, dataset.names[number]), limit=MAX_FILE_BYTES)
     return BytesIO(dataset.read(number))
@@ -167,7 +167,7 @@ class _Side:
         self.clock = Clock(self.state.seconds, instruments.device)
 
     def run(self) -> bool:
-        """Go over the images; whether this is the first process, which has them all."""
+        """Pass over the images; return whether this is the first process, which has the results of all."""
         config, short = self.config, min(self.size)
         return passes.run(
             self.state,

@@ -1,4 +1,4 @@
-"""How many tokens a tokenizer spends on which image: lengths against how hard the images are to compress."""
+"""Tokens per image of a tokenizer, against the size of the image's JPEG file."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from ..metrics.image import psnr
 from ..metrics.summary import interval, psnr_text
 
 HEADER = [
-    *("asked for", "tokens (mean, min–max)", "got: mean error", "PSNR dB"),
+    *("target", "tokens (mean, min–max)", "mean error", "PSNR dB"),
     "rank correlation with JPEG size",
 ]
 JPEG_QUALITY = 50
@@ -23,8 +23,8 @@ JPEG_QUALITY = 50
 
 @dataclass(frozen=True)
 class Lengths:
-    """What one target gave: `asked`, tokens of every image int64 [N], mean absolute error [N], PSNR in dB [N]
-    and Spearman's rank correlation of tokens with JPEG sizes (NaN where all lengths are equal)."""
+    """The results at one target: `asked`, tokens of every image int64 [N], mean absolute error [N], PSNR in
+    dB [N] and Spearman's rank correlation of tokens with JPEG sizes (NaN where all lengths are equal)."""
 
     asked: str
     lengths: Tensor

@@ -1,4 +1,4 @@
-"""What quality a tokenizer gives for how many bytes, at every length it has, beside codecs at the same bytes.
+"""Quality of a tokenizer by bytes, at every length it has, beside codecs at the same bytes.
 
 Images are read, compared and, for FID, made 8-bit as in `vistok.eval.tasks.reconstruction`. The settings of
 codecs are chosen on the first images of the data and then measured on all.
@@ -45,7 +45,7 @@ class Point:
     """One setting of a tokenizer or codec: bytes per image, mean squared error, and every metric.
 
     A metric is {"value": …} with "low" and "high" for means over images, or {"skipped": why}; PSNR has
-    "exact", the number of images that came back exactly and are not in its mean.
+    "exact", the number of exact reconstructions, which are not in its mean.
     """
 
     codec: str
@@ -75,7 +75,7 @@ class CurvesRecord(Record):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image uint8 [3, H, W], and what some settings make of it: caption and image each."""
+    """An image uint8 [3, H, W], and its reconstructions at some settings, each with a caption."""
 
     name: str
     original: Tensor
@@ -158,7 +158,7 @@ class _Curves:
         there = images.to(self.device)
         sizes = [size for sweep in self.sweeps for size in sweep.choose(there)]
         alone = replace(first, indices=first.indices[:1], images=first.images[:1], names=first.names[:1])
-        for sweep in self.sweeps:  # what cannot decode or be compared is told now
+        for sweep in self.sweeps:  # errors of decoding and comparing are raised now
             decoded, _ = next(sweep(there[:1], alone))
             for instrument in self.instruments.pairs.values():
                 instrument(decoded, there[:1])
@@ -169,7 +169,7 @@ class _Curves:
         """The baselines, each with its best settings around these bytes and up to the end of the range."""
         pictures, most = to_pil(images), max(LEAST_RANGE, 4 * max(sizes))
         steps = [2 ** (step / 2) for step in range(int(2 * math.log2(most)) + 1)]
-        # All images may take a little more than the first: something smaller is at hand then.
+        # All images may take a little more than the first: then there is a smaller setting.
         around = [share * size for size in sizes for share in (0.9, 1)]
         found = []
         for name in (name for name in codecs.NAMES if name in self.config.baselines):
@@ -180,7 +180,7 @@ class _Curves:
                 if chosen := codecs.best_within(name, pictures, within):
                     found.append(CodecSweep(name, chosen))
                 else:
-                    self.skipped[name] = f"nothing of it fits {max(within):,.0f} bytes per image"
+                    self.skipped[name] = f"none of its settings fits {max(within):,.0f} bytes per image"
         return found
 
     def _declare(self, folder: Path, process: "PartialState", models: list[Tokenizer]) -> None:
@@ -202,7 +202,7 @@ class _Curves:
     # The pass -----------------------------------------------------------------------------------------------
 
     def run(self) -> Result | None:
-        """Go over the images and, on the first process, sum up."""
+        """Pass over the images and, on the first process, compute the results."""
         config = self.config
         first = passes.run(
             self.state,
@@ -285,7 +285,7 @@ class _Curves:
         return Result(record, lambda: self._pictures(kept.tolist(), record), state)
 
     def _lengths_left_out(self) -> list[str]:
-        """One line per tokenizer that has fewer tokens than lengths that were asked for."""
+        """One line per tokenizer that has fewer tokens than some requested lengths."""
         sweeps = [sweep for sweep in self.sweeps if isinstance(sweep, TokenizerSweep) and sweep.too_long]
         return [
             f"{sweep.name} has {sweep.model.num_tokens} tokens: without --lengths "
@@ -334,7 +334,7 @@ class _Curves:
 
 
 def _names(models: list[Tokenizer], config: CurvesConfig) -> list[str]:
-    """What tables call the tokenizers: by their labels, or as they were given where two have the same."""
+    """Names of the tokenizers in tables: their labels, or the arguments where two labels are the same."""
     labels = [model.label for model in models]
     if not labels:
         raise ValueError("no tokenizer was named: give --tokenizer NAME, once or more")
@@ -350,11 +350,11 @@ def _refuse_twice(names: Sequence[str]) -> None:
 
 
 def _check_choices(labels: list[str], models: list[Tokenizer], config: CurvesConfig) -> None:
-    """ValueError for choices that nothing takes, before any work."""
+    """Raise ValueError for options that no tokenizer takes, before any work."""
     if config.lengths and min(config.lengths) < 1:
         raise ValueError(f"--lengths {min(config.lengths)}: an image has one token at least")
     if config.lengths and not any(model.ordered for model in models):
-        raise ValueError(f"--lengths is for tokenizers with a choice; {', '.join(labels)} has none")
+        raise ValueError(f"--lengths is for tokenizers of variable length; {', '.join(labels)} has none")
     if config.targets and not any(model.adaptive for model in models):
         raise ValueError(f"--target is for adaptive tokenizers (KARL); {', '.join(labels)} is not one")
     drawn = config.steps is not None or config.guidance is not None
@@ -363,7 +363,7 @@ def _check_choices(labels: list[str], models: list[Tokenizer], config: CurvesCon
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly, with the first and the last."""
+    """At most `count` of the values, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]

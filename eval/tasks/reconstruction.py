@@ -1,6 +1,6 @@
-"""How well a tokenizer gives images back: every metric in one pass over a dataset.
+"""Quality of a tokenizer's reconstructions: every metric in one pass over a dataset.
 
-Images are resized and cropped as `vistok.to_tensor` does it. A reconstruction is clamped to [0, 1], compared
+Images are resized and cropped as in `vistok.to_tensor`. A reconstruction is clamped to [0, 1], compared
 with its original as it is, and becomes 8-bit before Inception sees it: by rounding, or truncated as TiTok's
 evaluator does ("An Image is Worth 32 Tokens for Reconstruction and Generation", 2024, arXiv 2406.07550).
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def available() -> list[str]:
-    """What `--metrics` takes."""
+    """The names that `--metrics` takes."""
     return [*pair_metrics(), *SETS, "codes"]
 
 
@@ -53,7 +53,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Result:
-    """The record, and what a report shows beside it.
+    """The record, and further data for a report.
 
     `values` by name are of single images, [n] each; `picture` reconstructs one of those [n] once more. Delete
     the `state` when all is written.
@@ -79,7 +79,7 @@ def run(
 
 
 class _Reconstruction:
-    """One evaluation: what it measures with, and its state."""
+    """One evaluation: its model, data, instruments and state."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class _Reconstruction:
 
     @torch.no_grad()
     def _try(self) -> None:
-        """One image, so that what cannot decode or be compared is told now."""
+        """Evaluate one image, so that errors of decoding and comparing are raised now."""
         options = {"crop": self.config.crop, "multiple": self.multiple}
         first = first_readable(self.dataset, self.size, **options)
         if first is not None:
@@ -146,7 +146,7 @@ class _Reconstruction:
     # The pass -----------------------------------------------------------------------------------------------
 
     def run(self) -> Result | None:
-        """Go over the images and, on the first process, sum up."""
+        """Pass over the images and, on the first process, compute the results."""
         config = self.config
         first = passes.run(
             self.state,
@@ -270,7 +270,7 @@ class _Reconstruction:
         return {"pfid": {"value": mean, "cells": cells}}
 
     def _codes(self, values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-        """What tokens cost, with intervals where images differ, and how much of the code space they use."""
+        """Bits and tokens per image, with intervals where images differ, and the use of the code space."""
         found = {f"{name}-per-image": interval(values[name], self.config.seed) for name in ("bits", "tokens")}
         if self.usage is None:
             return found | skipped("codebook", f"codebooks above {LARGEST_CODEBOOK} entries are not counted")
@@ -298,7 +298,7 @@ class _Reconstruction:
         }
 
     def _picture(self, number: int) -> Picture:
-        """Once more through the tokenizer: pictures of all images are not kept."""
+        """Reconstruct an image again: not all reconstructions are kept."""
         options = {"crop": self.config.crop, "multiple": self.multiple}
         batch = one(self.dataset, number, self.size, **options)
         images = batch.images.to(self.device).float() / 255
@@ -308,13 +308,14 @@ class _Reconstruction:
 
 
 def _in_order(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Metrics that were asked for by name first, in their usual order; then what they bring along."""
+    """Metrics that were requested by name, in their usual order; then those computed with them."""
     order = [part for name in available() for part in PARTS.get(name, (name,))]
     return dict(sorted(metrics.items(), key=lambda item: order.index(item[0]) if item[0] in order else 99))
 
 
 def _multiple(model: Tokenizer) -> int:
-    """What sides of whole, not square images must be a multiple of; ValueError where only squares decode."""
+    """The number that sides of uncropped images must be a multiple of; ValueError where only squares
+    decode."""
     if model.size_multiple is None:
         raise ValueError(
             f"{model.label} takes {model.image_size}×{model.image_size} only: leave --no-crop out"

@@ -1,4 +1,4 @@
-"""The settings at which a tokenizer or a codec is measured, and what images become at each."""
+"""The settings at which a tokenizer or a codec is measured, and the reconstructions at each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from ..engine.decoding import decode_images
 from . import codecs
 
 TARGETS = (0.03, 0.05, 0.07, 0.1, 0.14)
-"""Mean absolute errors that adaptive tokenizers are asked for, unless others are given."""
+"""Default targets of adaptive tokenizers, as mean absolute errors."""
 
 
 @dataclass
 class TokenizerSweep:
-    """The settings of one tokenizer on images of `size`; others than its own are resized for it, and back.
+    """The settings of one tokenizer on images of `size`, which are resized to its own size and back.
 
     `lengths` are for ordered tokenizers (1, 2, 4, … and all otherwise), `targets` for adaptive ones, `steps`
     and `guidance` for stochastic ones.
@@ -43,7 +43,7 @@ class TokenizerSweep:
         except ValueError:
             self.own = self.model.image_size
         self.resized = self.own != self.size
-        self.too_long: list[int] = []  # lengths that were asked for, beyond those of the tokenizer
+        self.too_long: list[int] = []  # requested lengths above the tokenizer's
 
     def choose(self, images: Tensor) -> list[float]:
         """Decide on lengths with the first images [B, 3, S, S]; bytes per image of each."""

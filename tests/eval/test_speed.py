@@ -63,8 +63,8 @@ def test_flextok_is_compared_with_the_plain_one_and_its_prefixes_with_the_whole(
         "vistok, 16 tokens, " + steps: "straightforward, 16 tokens, " + steps,
         "straightforward, 2 tokens, " + steps: None,
         "vistok, 2 tokens, " + steps: "straightforward, 2 tokens, " + steps,
-        "vistok, prefixes of 4, 16, a call each": None,
-        "vistok, prefixes of 4, 16, one batch": "vistok, prefixes of 4, 16, a call each",
+        "vistok, prefixes of 4, 16, one call per prefix": None,
+        "vistok, prefixes of 4, 16, one batch": "vistok, prefixes of 4, 16, one call per prefix",
     }
     speed = measure("flextok", 2, 2, **FLEXTOK)
     check(speed, encoding | decoding, 2)
