@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from . import configuration
 from .adaptive import AdaptiveTokens, encode_to_quality
+from .bounded_build import empty_weights
 from .pretrained_model import PretrainedModel
 from .quantizers import Quantizer
 from .registry import TOKENIZERS
@@ -46,13 +47,13 @@ class Tokenizer(PretrainedModel):
     stochastic: ClassVar[bool] = False
     """Whether pictures are drawn from noise, in `steps`, with `guidance`."""
     conditions: ClassVar[tuple[str, ...]] = ()
-    """What `decode` accepts beside tokens as its `condition`, such as ("text",) or ("class",)."""
+    """The conditions that `decode` accepts beside tokens, such as ("text",) or ("class",)."""
     sized: ClassVar[bool] = False
     """Whether `decode` takes the `size` of the images, which tokens do not hold."""
     features: ClassVar[bool] = False
     """Whether the model also gives features for understanding."""
     modality: ClassVar[str] = "image"
-    """What is tokenized: "image", "video" or "shape"."""
+    """Kind of data: "image", "video" or "shape"."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -91,6 +92,13 @@ class Tokenizer(PretrainedModel):
                 f"{', '.join(sorted(fields))}"
             )
         return cls(configuration.build(cls.config_class, config, cls.family))
+
+    @classmethod
+    def outline(cls, **config: Any) -> Self:
+        """Build without memory for weights, to ask for tokens, codes and sizes; families leave out parts that
+        need packages which do not come with vistok."""
+        with empty_weights():
+            return cls.create(**config)
 
     # What a user calls --------------------------------------------------------------------------------------
 

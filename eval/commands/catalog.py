@@ -47,14 +47,11 @@ def list_(
 
 
 def _tokenizers() -> tuple[str, list[str], list[dict[str, Any]]]:
-    from ...bounded_build import empty_weights
-    from ...loading import create
-    from ...registry import entries
+    from ...registry import entries, families
 
     rows = []
     for entry in entries().values():
-        with empty_weights():
-            model = create(entry.name)
+        model = families()[entry.family].outline(**entry.config)
         rows.append(
             asdict(entry)
             | {

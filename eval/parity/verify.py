@@ -8,14 +8,14 @@ tensor's largest value, and 9 of 10 indices must agree.
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ...plugins import modules_of
 from .case import CannotBuild, Case
 from .fields import exact_names
 
@@ -23,11 +23,25 @@ MOST_AROUND_ZERO = 1e-2
 """The largest absolute tolerance of a tensor that is zero everywhere."""
 
 
-@cache
-def adapters() -> dict[str, ModuleType]:
-    """The name of a family in a case → the module of this folder that runs it and has it in `FAMILIES`."""
-    modules = modules_of(__package__)
-    return {family: module for module in modules for family in getattr(module, "FAMILIES", ())}
+def adapter(family: str, case: Case) -> ModuleType:
+    """The module of this folder that runs cases of a family, which it has in its `FAMILIES`.
+
+    Raises CannotBuild for a family that no module has, and ModuleNotFoundError when one that could not be
+    imported may have it.
+    """
+    known, absent = [], None
+    for info in iter_modules(import_module(__package__).__path__):
+        try:
+            module = import_module(f".{info.name}", __package__)
+        except ModuleNotFoundError as error:  # an extra that this family may not need
+            absent = absent or error
+            continue
+        if family in (families := getattr(module, "FAMILIES", ())):
+            return module
+        known += families
+    if absent is not None:
+        raise absent
+    raise case.refusal(f"family is {family!r}; this version verifies {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -53,18 +67,16 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     """
     case = Case.open(path, device, dtype)
     family = case.data["family"]
-    known = adapters()
-    if family not in known:
-        raise case.refusal(f"family is {family!r}; this version verifies {', '.join(known)}")
+    module = adapter(family, case)
     case.check()
     if lacking := _lacking(case):
         return lacking
     rows = {}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for name, ours in known[family].run(case):
+            for name, output in module.run(case):
                 if name in case.tensors:
-                    rows[name] = compare(case, name, ours)
+                    rows[name] = compare(case, name, output)
                 elif case.is_named(name):
                     rows[name] = _lacks(case, name)
     except CannotBuild:
@@ -80,8 +92,8 @@ def verify(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
 
 def _reason(case: Case, error: Exception) -> str:
     """Why an adapter stopped, in one line."""
-    said = str(error) or "no reason was given"
-    reason = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+    message = str(error) or "no reason was given"
+    reason = message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
     if isinstance(error, AttributeError) and case.unnamed:
         reason += f"; its state_dict names no weights of {', '.join(sorted(case.unnamed))}"
     return reason
@@ -106,15 +118,15 @@ def _missed(name: str, count: int, reason: str) -> Row:
     return Row(name, count, False, float("inf"), float("inf"), reason, False)
 
 
-def compare(case: Case, name: str, ours: Tensor) -> Row:
+def compare(case: Case, name: str, output: Tensor) -> Row:
     """Our tensor against the recorded one, by the case's tolerances."""
     recorded = case.tensors[name]
-    ours = ours.detach().cpu()
-    if ours.shape != recorded.shape:
-        shapes = f"shape {list(ours.shape)}, recorded {list(recorded.shape)}"
+    output = output.detach().cpu()
+    if output.shape != recorded.shape:
+        shapes = f"shape {list(output.shape)}, recorded {list(recorded.shape)}"
         return _missed(name, recorded.numel(), shapes)
     if name in case.data.get("tensor_exact", ()) or not recorded.is_floating_point():
-        return _compare_exactly(case, name, ours)
+        return _compare_exactly(case, name, output)
     largest = float(recorded.abs().max()) if recorded.numel() else 0.0
     if case.dtype.itemsize < 4:
         atol, rtol = 16 * torch.finfo(case.dtype).eps * largest, 0.0
@@ -125,7 +137,7 @@ def compare(case: Case, name: str, ours: Tensor) -> Row:
                 f"the tolerance {atol:g} of {name} is not below its largest value {largest:g}, so that "
                 "anything would pass"
             )
-    difference = (ours.double() - recorded.double()).abs()
+    difference = (output.double() - recorded.double()).abs()
     limit = atol + rtol * recorded.double().abs()
     error = float(difference.max()) if difference.numel() else 0.0
     excess = torch.where(difference == 0, 0.0, difference / limit)
@@ -134,9 +146,9 @@ def compare(case: Case, name: str, ours: Tensor) -> Row:
     return Row(name, recorded.numel(), False, error, worst, f"{atol:.1e} + {rtol:.1e}·|x|", passed)
 
 
-def _compare_exactly(case: Case, name: str, ours: Tensor) -> Row:
+def _compare_exactly(case: Case, name: str, output: Tensor) -> Row:
     recorded, half = case.tensors[name], case.dtype.itemsize < 4
-    unequal = ours.to(torch.int64) != recorded.to(torch.int64)
+    unequal = output.to(torch.int64) != recorded.to(torch.int64)
     wrong = int((unequal & _decided(case, name)).sum())
     quota = recorded.numel() // 10 if half else 0
     rules = case.data.get("exact_where", {})
@@ -158,13 +170,13 @@ def _decided(case: Case, name: str) -> Tensor:
     rule = case.data.get("exact_where", {}).get(name)
     if rule is None:
         return torch.ones_like(recorded, dtype=torch.bool)
-    found = re.fullmatch(r"\s*(\S+)\s*>\s*([-+.eE\d]+)\s*", rule)
-    if not found or found[1] not in case.tensors:
+    match = re.fullmatch(r"\s*(\S+)\s*>\s*([-+.eE\d]+)\s*", rule)
+    if not match or match[1] not in case.tensors:
         raise case.refusal(f"cannot read the rule {rule!r} for {name}")
-    margin = case.tensors[found[1]]
+    margin = case.tensors[match[1]]
     if margin.numel() != recorded.numel():
-        raise case.refusal(f"{found[1]} has {margin.numel()} entries and {name} {recorded.numel()}")
-    decided = (margin > float(found[2])).reshape(recorded.shape)
+        raise case.refusal(f"{match[1]} has {margin.numel()} entries and {name} {recorded.numel()}")
+    decided = (margin > float(match[2])).reshape(recorded.shape)
     if 2 * int(decided.sum()) < decided.numel():
         raise case.refusal(f"the rule {rule!r} leaves more than half of {name} uncompared")
     return decided

@@ -19,6 +19,7 @@ IMPORT_NAMES = {
     "accelerate": "accelerate",
     "datasets": "datasets",
     "diffusers": "diffusers",
+    "jinja2": "jinja2",
     "lpips": "lpips",
     "matplotlib": "matplotlib",
     "open_clip_torch": "open_clip",
@@ -69,7 +70,7 @@ def declared(extra):
 
 
 def test_every_package_of_the_corners_is_blocked_by_these_tests():
-    corners = set(PROJECT["optional-dependencies"]) - {"all", "test"}
+    corners = set(PROJECT["optional-dependencies"]) - {"all", "docs", "test"}
     assert set(IMPORT_NAMES) == {package for extra in corners for package in declared(extra)}
     assert set(re.findall(r"\w+", declared("all")["vistok"].partition("[")[2])) == corners
 
@@ -125,8 +126,6 @@ run("verify", case)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "demo.png").is_file() and any((tmp_path / "decoded").iterdir())
     assert "flextok-d12-d12-in1k" in done.stdout
-    hint = 'FlexTok\'s VAE needs diffusers, which is not installed: pip install "vistok[diffusers]"'
-    assert done.stderr.count(hint) == 1
 
 
 def test_a_command_that_lacks_an_extra_ends_in_one_line(tmp_path):

@@ -326,11 +326,13 @@ def test_the_suggested_conversion_is_accepted(model):
 @pytest.mark.parametrize("case", FIXED_LENGTH)
 def test_fixed_length_tokenizers_refuse_another_count(case, models):
     model = models(case)
-    assert model.encode(pictures(1), num_tokens=6).num_tokens == 6
-    with pytest.raises(ValueError, match=r"exactly 6 tokens.*3 was asked"):
-        model.encode(pictures(1), num_tokens=3)
-    with pytest.raises(ValueError, match=r"exactly 6 tokens.*3 was asked"):
-        decode(model, case, model.encode(pictures(1)).prefix(3))
+    count = model.num_tokens
+    assert model.encode(pictures(1), num_tokens=count).num_tokens == count
+    message = f"exactly {count} tokens.*{count - 1} was asked"
+    with pytest.raises(ValueError, match=message):
+        model.encode(pictures(1), num_tokens=count - 1)
+    with pytest.raises(ValueError, match=message):
+        decode(model, case, model.encode(pictures(1)).prefix(count - 1))
 
 
 def test_fixed_length_tokenizers_refuse_ragged_tokens(models):
@@ -924,7 +926,7 @@ def test_oblong_grids_are_refused_at_decoding_without_their_sides(models):
     model = models("maskgit-vqgan")
     with pytest.raises(ValueError, match="12 is not a square"):
         model.decode(torch.zeros(1, 12, dtype=torch.int64))
-    with pytest.raises(ValueError, match="4 tokens each; 9"):
+    with pytest.raises(ValueError, match="4 tokens per image; 9"):
         model.encode(pictures(1), num_tokens=9)
 
 

@@ -1,9 +1,9 @@
 """FlexTok: a 256×256 image as 1 to 256 ordered tokens of 64,000 codes, decoded by a rectified flow.
 
 Bachmann et al., "FlexTok: Resampling Images into 1D Token Sequences of Flexible Length", 2025, arXiv
-2502.13967. A transformer reads the latents of a VAE into registers, of which each sees only those before it;
-finite scalar quantization makes each an index. Another transformer draws VAE latents from noise, given any
-prefix of the tokens: few tokens fix the content of the picture, many its details.
+2502.13967. A transformer reads the latents of a VAE into registers, of which each attends only to those
+before it; finite scalar quantization makes each an index. Another transformer draws VAE latents from noise,
+given any prefix of the tokens: few tokens fix the content of the picture, many its details.
 
     tokens = tokenizer.encode(images)                        # 256 each; num_tokens=32 costs less
     sweep = Tokens.cat([tokens.prefix(k) for k in (1, 16, 256)])
@@ -144,6 +144,11 @@ class FlexTok(Tokenizer):
         if entry is not None:
             warnings.warn(f"{entry.name}: {entry.license}", stacklevel=2)
         return super().from_pretrained(source, **options)
+
+    @classmethod
+    def outline(cls, **config: Any) -> Self:
+        """Without the VAE, which needs diffusers."""
+        return super().outline(**{**config, "vae": False})
 
     def attach_vae(self, source: nn.Module | str | Path, scaling_factor: float | None = None) -> None:
         """Attach a VAE to weights without one: an AutoencoderKL, its name (flextok-vae-c16), repository or
@@ -456,7 +461,7 @@ class FlexTok(Tokenizer):
         """One step of flow matching with nested dropout; `lengths` [B] fixes how many tokens each image
         keeps.
 
-        Times, noise, lengths and hidden conditions are drawn as the configuration says. `losses["flow"]` is
+        Times, noise, lengths and hidden conditions are drawn as the configuration states. `losses["flow"]` is
         the mean squared error of the velocity, and the whole objective. With encoder and decoder frozen the
         VAE is trained instead, as an autoencoder.
         """
