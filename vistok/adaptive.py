@@ -105,7 +105,7 @@ class _Search:
         self.reached = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def pending(self) -> Tensor:
-        """Which images have a length to try, bool [B]."""
+        """Mask of the images that have a length to try, bool [B]."""
         return torch.where(self.reached, self.length - self.low > 1, self.low < self.longest)
 
     def trial(self) -> Tensor:

@@ -81,7 +81,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def describe(kind: Any) -> str:
-    """What a type hint accepts, in words."""
+    """Describe what a type hint accepts."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return " or ".join(map(repr, arguments))

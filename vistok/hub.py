@@ -25,7 +25,7 @@ def get_file(repo: str, name: str, *, local_files_only: bool = False, **options:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    cached = try_to_load_from_cache(repo, name, **options)  # hf_hub_download asks the hub even for these
+    cached = try_to_load_from_cache(repo, name, **options)  # hf_hub_download contacts the hub even for these
     if isinstance(cached, str):
         return Path(cached)
     if cached is not None:

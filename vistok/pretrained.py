@@ -81,7 +81,7 @@ def as_device(device: torch.device | str | int | None) -> torch.device | int | N
 
 
 def as_target(target: Any) -> Any:
-    """What `Module.to` takes, with names of dtypes as dtypes; ValueError for text that names nothing."""
+    """The argument of `Module.to`, names of dtypes as dtypes; ValueError for text that names neither kind."""
     if not isinstance(target, str):
         return target
     if target.removeprefix("torch.") in _DTYPES:

@@ -167,7 +167,7 @@ class Tokens:
         return torch.full((len(self),), self.num_tokens, device=self.device)
 
     def _signature(self) -> dict[str, object]:
-        """What two Tokens must share to be joined or equal."""
+        """The properties that two Tokens must share to be joined or equal."""
         return {
             "kind": self._kind,
             "dtype": self._data.dtype,
@@ -469,7 +469,7 @@ def _unpack_names(reader: Reader, batch: int) -> tuple[str, ...]:
 def _batch_index(
     index: int | slice | list[int] | list[bool] | Tensor | np.ndarray, size: int
 ) -> slice | Tensor:
-    """What picks rows of a batch of `size`, for torch, keeping the batch axis."""
+    """The index of rows of a batch of `size` for torch, keeping the batch axis."""
     if isinstance(index, slice):
         rows = range(size)[index]
         return index if rows.step > 0 else torch.tensor(list(rows), dtype=torch.int64)

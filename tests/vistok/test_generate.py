@@ -379,7 +379,7 @@ def test_a_generator_fits_the_tokenizer_that_its_row_names():
 
 def test_a_grid_is_refused_by_a_tokenizer_of_one_size():
     one_size = tiny_tokenizers.build("titok-vq")
-    with pytest.raises(ValueError, match=r"rar writes a grid of \(2, 3\) tokens; titok decodes no grids"):
+    with pytest.raises(ValueError, match=r"a grid of \(2, 3\) tokens; titok does not decode grids"):
         build("rar-grid").check_tokenizer(one_size)
 
 

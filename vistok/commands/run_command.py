@@ -16,7 +16,7 @@ _USAGE, _INTERRUPTED, _TERMINATED = 2, 130, 143
 
 
 class _Stop:
-    """Which signal asked the process to end, if any."""
+    """The signal that asked the process to end, if any."""
 
     def __init__(self) -> None:
         self.status: int | None = None
@@ -120,7 +120,7 @@ def _usage(error: Any) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    """What an error means for a user; those that no input should cause name the way to their traceback."""
+    """An error as a sentence for the user; unexpected ones name the option that shows the traceback."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.strerror:
         return f"no room on the disk{f' of {error.filename}' * bool(error.filename)}; free some space"
     if isinstance(error, OSError) and error.strerror and error.filename:

@@ -52,8 +52,8 @@ def encode(
         coded.save(output)
         lengths = [record["tokens"] for record in records]
         least, most, mean = min(lengths), max(lengths), sum(lengths) / len(lengths)
-        each = f"{most} tokens each" if least == most else f"{least} to {most} tokens, {mean:.1f} on average"
-        say(f"{output}: {count_images(len(coded))}, {each}")
+        span = str(most) if least == most else f"{least} to {most} (mean {mean:.1f})"
+        say(f"{output}: {count_images(len(coded))}, {span} tokens per image")
         payload = int(coded.bits_per_image.sum()) / 8
         print(f"{output.stat().st_size} bytes, {payload:g} of them tokens")
         for index, record in enumerate(records):

@@ -28,7 +28,7 @@ class Generator(PretrainedModel):
 
     catalog = GENERATORS
     conditions: ClassVar[tuple[str, ...]] = ()
-    """What `sample` takes as its condition, such as ("class",); see `check_condition`."""
+    """The conditions that `sample` takes, such as ("class",); see `check_condition`."""
     settings: ClassVar[Mapping[str, str]] = {}
     """Arguments of `sample` → the fields of the configuration with their published values. An argument that
     is not among them does not apply to the family."""
@@ -42,7 +42,7 @@ class Generator(PretrainedModel):
     # What a family provides ---------------------------------------------------------------------------------
 
     def check_condition(self, condition: Any) -> Any:
-        """What `write` takes for the condition of `sample`, one per image and on this model's device.
+        """Convert the condition of `sample` to the input of `write`, one per image, on this model's device.
 
         Raises ValueError, with what is accepted, for anything else.
         """
@@ -162,7 +162,7 @@ class Generator(PretrainedModel):
             )
         if self.grid is not None and tokenizer.size_multiple is None:
             raise ValueError(
-                f"{self.label} writes a grid of {self.grid} tokens; {tokenizer.label} decodes no grids"
+                f"{self.label} writes a grid of {self.grid} tokens; {tokenizer.label} does not decode grids"
             )
         if self.grid is None and tokenizer.num_tokens != self.num_tokens:
             raise ValueError(

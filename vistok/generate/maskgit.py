@@ -91,7 +91,7 @@ class MaskGIT(ClassGenerator):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> MaskGITConfig:
-        """From field names, or from the original's nested configuration, whose other keys are ignored."""
+        """Read field names, or the original's nested configuration, whose other keys are ignored."""
         if "model" not in values:
             return build(MaskGITConfig, values, cls.family)
         fields = generator_fields(MaskGITConfig, values)

@@ -10,7 +10,7 @@ _SMALLEST = 1e-20  # below which no logarithm is taken
 
 
 class Noise(Protocol):
-    """Where a sampler gets its random numbers; a recorded stream has the same method."""
+    """The random numbers of a sampler; a recorded stream has the same method."""
 
     def gumbel(self, *shape: int) -> Tensor:
         """The next standard Gumbel draws of every image, float32 [B, *shape]."""

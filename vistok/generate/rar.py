@@ -180,7 +180,7 @@ class RAR(ClassGenerator):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RARConfig:
-        """From field names, or from the original's nested configuration, whose other keys are ignored."""
+        """Read field names, or the original's nested configuration, whose other keys are ignored."""
         if "model" not in values:
             return build(RARConfig, values, cls.family)
         return build(RARConfig, generator_fields(RARConfig, values), "the configuration's generator")

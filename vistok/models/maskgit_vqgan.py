@@ -239,10 +239,12 @@ class MaskGITVQGAN(Tokenizer):
 
     @torch.no_grad()
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
-        """Images [B, 3, H, W] in [0, 1], sides divisible by 16 → H/16 · W/16 tokens each."""
+        """Images [B, 3, H, W] in [0, 1], sides divisible by 16 → H/16 · W/16 tokens per image."""
         codes = self.quantize.encode(self.check_latents(self.latents(self.check_images(images))))
         if num_tokens not in (None, codes.shape[1]):
-            raise ValueError(f"these images have {codes.shape[1]} tokens each; {num_tokens} was asked for")
+            raise ValueError(
+                f"these images have {codes.shape[1]} tokens per image; {num_tokens} was asked for"
+            )
         sides = images.shape[2] // self.factor, images.shape[3] // self.factor
         return dataclasses.replace(self.as_tokens(codes), grid=sides)
 

@@ -84,7 +84,7 @@ class TiTokConfig:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "TiTokConfig":
-        """From field names, or from the original's nested configuration, whose other keys are ignored."""
+        """Read field names, or the original's nested configuration, whose other keys are ignored."""
         if "model" not in values:
             return build(cls, values, "titok")
         model = section(values, "model").get("vq_model")

@@ -10,7 +10,7 @@ from .usage import bit_entropy, codebook_usage, perplexity
 
 @dataclass
 class Quantized:
-    """What a training forward returns.
+    """Result of a training forward.
 
     `latents` [B, K, D] carry the gradient back to the encoder, `codes` are what `encode` would give, and
     `losses` are scalars by name, weights included: training minimises their sum.

@@ -40,7 +40,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     @property
     def used(self) -> Tensor:
-        """Which channels have more than one level: bool [D] or [K, D]."""
+        """Mask of the channels with more than one level: bool [D] or [K, D]."""
         return self._levels > 1
 
     def _rows(self, table: Tensor, count: int) -> Tensor:

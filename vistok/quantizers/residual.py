@@ -22,7 +22,7 @@ class ResidualQuantizer(CompositeQuantizer):
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents [B, K, D] → indices int64 [B, K, Q]."""
-        residual, codes = _wide(latents.detach()), []
+        residual, codes = _at_least_float32(latents.detach()), []
         with torch.autocast(latents.device.type, enabled=False):
             for part in self.parts:
                 codes.append(part.encode(residual))
@@ -39,7 +39,7 @@ class ResidualQuantizer(CompositeQuantizer):
         """Straight-through sum of all parts, their codes, and their losses summed by name."""
         codes: list[Tensor] = []
         losses: dict[str, Tensor] = {}
-        wide = _wide(latents)
+        wide = _at_least_float32(latents)
         total = torch.zeros_like(wide)
         with torch.autocast(latents.device.type, enabled=False):
             for part in self.parts:
@@ -52,6 +52,6 @@ class ResidualQuantizer(CompositeQuantizer):
         return Quantized(passed.to(latents.dtype), self.join(codes), losses)
 
 
-def _wide(latents: Tensor) -> Tensor:
-    """In float32 or better: in half precision the later residuals are rounding errors."""
+def _at_least_float32(latents: Tensor) -> Tensor:
+    """Latents in float32 or better: in half precision the later residuals are rounding errors."""
     return latents.float() if latents.dtype.itemsize < 4 else latents

@@ -10,7 +10,7 @@ def bit_entropy(bits: Tensor) -> Tensor:
     """Entropy of each bit over the batch: bool [B, …] → float [...] in 0..1 bits.
 
     A bit that is the same in every image has 0, one that is set in half of them 1. Over B images the estimate
-    is about 0.72 / B too low; it takes 32 images or more to tell 0.9 and 1 apart.
+    is about 0.72 / B too low; 32 images or more separate 0.9 from 1.
     """
     share = bits.float().mean(0)
     return (torch.special.entr(share) + torch.special.entr(1 - share)) / torch.log(share.new_tensor(2.0))

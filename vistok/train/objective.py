@@ -57,7 +57,7 @@ class Objective:
         raise NotImplementedError
 
     def adversary_loss(self, batch: Any) -> Tensor:
-        """What the adversary minimises on the batch of the last `loss`, a scalar."""
+        """The loss of the adversary on the batch of the last `loss`, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} has an adversary and no adversary_loss")
 
     def extra_figures(self, batch: Any) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class Objective:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside model and optimisers."""
+        """The state that a checkpoint must hold beside model and optimisers."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -139,11 +139,11 @@ def _textures(rng: np.random.Generator, size: int) -> list[np.ndarray]:
 
 def _blur(canvas: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur of float [H, W, 3]; `radius` is the standard deviation in pixels."""
-    blurred = Image.fromarray(_bytes(canvas)).filter(ImageFilter.GaussianBlur(radius))
+    blurred = Image.fromarray(_to_uint8(canvas)).filter(ImageFilter.GaussianBlur(radius))
     return np.asarray(blurred, dtype=np.float32) / 255
 
 
-def _bytes(canvas: np.ndarray) -> np.ndarray:
+def _to_uint8(canvas: np.ndarray) -> np.ndarray:
     """Float in [0, 1] to uint8, rounded and clipped."""
     return np.clip(canvas * 255 + 0.5, 0, 255).astype(np.uint8)
 
@@ -151,7 +151,7 @@ def _bytes(canvas: np.ndarray) -> np.ndarray:
 def _backdrop(
     rng: np.random.Generator, size: int, palette: np.ndarray, textures: list[np.ndarray]
 ) -> np.ndarray:
-    """What lies behind everything, a gradient with clouds, grain or land: float32 [size, size, 3]."""
+    """A gradient with clouds, grain or land, behind everything: float32 [size, size, 3]."""
     x, y, _ = _grid(size)
     first, second, third = _pick(rng, palette, 3).astype(np.float32)
     angle = rng.normal(0, 0.3) if rng.random() < 0.6 else rng.uniform(0, 2 * math.pi)
@@ -187,7 +187,7 @@ class _Layer:
     def fills(self, colours: np.ndarray) -> list[tuple[int, ...]]:
         """Colours [N, 3] in [0, 1] as opaque fills."""
         opaque = np.concatenate([colours, np.ones((len(colours), 1))], axis=1)
-        return [tuple(row) for row in _bytes(opaque).tolist()]
+        return [tuple(row) for row in _to_uint8(opaque).tolist()]
 
     def textures(self, rng: np.random.Generator, count: int) -> list[tuple[int, ...]]:
         """How strongly each of `count` shapes takes the picture's four textures; most take few."""
@@ -232,7 +232,7 @@ def _composite(
     if shadow and rng.random() < 0.45:
         reach = layer.size * rng.uniform(0.01, 0.06)
         offset = rng.normal(0, reach, size=2).round().astype(int)
-        mask = Image.fromarray(_bytes(cover[..., 0])).filter(ImageFilter.GaussianBlur(reach))
+        mask = Image.fromarray(_to_uint8(cover[..., 0])).filter(ImageFilter.GaussianBlur(reach))
         dark = np.asarray(mask, dtype=np.float32) * (rng.uniform(0.3, 0.9) / 255)
         canvas = canvas * (1 - np.roll(dark, offset, axis=(0, 1)))[..., None]
     return np.clip(ink, 0, cover) + canvas * (1 - cover)
@@ -306,7 +306,7 @@ def _ball() -> tuple[Image.Image, Image.Image]:
     inside = np.clip((1 - np.hypot(x, y)) * 40, 0, 1)
     normal = np.sqrt(np.clip(1 - x * x - y * y, 0, 1))
     dark = np.clip(1 - (0.65 * normal - 0.5 * x - 0.55 * y), 0, 1)
-    return Image.fromarray(_bytes(inside)), Image.fromarray(_bytes(dark * inside))
+    return Image.fromarray(_to_uint8(inside)), Image.fromarray(_to_uint8(dark * inside))
 
 
 def _balls(rng: np.random.Generator, layer: _Layer, palette: np.ndarray, radii: np.ndarray) -> None:
@@ -441,4 +441,4 @@ def _expose(rng: np.random.Generator, canvas: np.ndarray, textures: list[np.ndar
     if rng.random() < 0.3:
         grain = rng.standard_normal(canvas.shape[: 2 + int(rng.integers(2))], dtype=np.float32)
         canvas = canvas + grain.reshape(size, size, -1) * np.float32(rng.exponential(0.02))
-    return _bytes(canvas)
+    return _to_uint8(canvas)

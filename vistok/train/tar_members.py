@@ -109,6 +109,6 @@ def left_out_line(names: list[str], shards: int) -> str | None:
 
 
 def _sample(name: str) -> str:
-    """What the members of one sample share: the path up to the first dot of the file's name."""
+    """The name that the members of one sample share: the path up to the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]

@@ -108,7 +108,7 @@ class FlexTokConfig:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, whole: bool = True) -> "FlexTokConfig":
-        """From field names, or from the original's graph of modules (`vae`, `encoder`, `decoder`, …).
+        """Read field names, or the original's graph of modules (`vae`, `encoder`, `decoder`, …).
 
         Without `whole` a graph may be of some modules only, and what it does not state has the fields'
         defaults. ValueError names every module, class or argument of a graph that is not the published

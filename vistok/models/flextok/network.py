@@ -229,7 +229,7 @@ class FlexTokEncoder(nn.Module):
 
 
 def register_mask(patches: int, registers: int, device: torch.device | None = None) -> Tensor:
-    """Which patches and registers each register attends to, bool [n, P + n]."""
+    """Mask of the patches and registers that each register attends to, bool [n, P + n]."""
     return torch.ones(registers, patches + registers, dtype=torch.bool, device=device).tril(patches)
 
 
@@ -256,13 +256,13 @@ class Modulations(NamedTuple):
     head: Tensor
 
     def at(self, index: int) -> "Modulations":
-        """Those of one time, shared by all images: M = 1."""
+        """The modulations of one time, shared by all images: M = 1."""
         rows = slice(index, index + 1)
         return Modulations([block[rows] for block in self.blocks], self.head[rows])
 
 
 class Layout(NamedTuple):
-    """Where sequences lie in flat rows [1, T, D]: for each number of registers, B images of patches and
+    """Places of sequences in flat rows [1, T, D]: for each number of registers, B images of patches and
     registers.
 
     Sequences of several lengths go through a layer as one matrix; only attention separates them.

@@ -60,7 +60,7 @@ class FlexTokVAE(nn.Module):
         self.vae, self._scaling_factor, self.source = autoencoder, scaling_factor, source
         for half in (autoencoder.encoder, autoencoder.decoder):
             half.conv_act.inplace = True  # of normalised features, which are used nowhere else
-            half.conv_norm_out = _exact(half.conv_norm_out)
+            half.conv_norm_out = _exact_norm(half.conv_norm_out)
             blocks = half.down_blocks if half is autoencoder.encoder else half.up_blocks
             for level in (*blocks, half.mid_block):
                 level.resnets = nn.ModuleList(ResidualBlock(block) for block in level.resnets)
@@ -124,7 +124,7 @@ class FlexTokVAE(nn.Module):
             return in_chunks(run, x, x.shape[2] * x.shape[3] * pixels_per_cell).contiguous()
 
 
-def _exact(norm: nn.GroupNorm) -> ExactGroupNorm:
+def _exact_norm(norm: nn.GroupNorm) -> ExactGroupNorm:
     exact = ExactGroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
     exact.weight, exact.bias = norm.weight, norm.bias
     return exact

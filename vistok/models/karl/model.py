@@ -7,7 +7,7 @@ absolute error; the number of the others estimates the complexity of the image. 
 tokens only.
 
     tokens = tokenizer.encode(images, target=0.05)  # mean absolute error of a pixel value, images in [0, 1]
-    tokens.lengths                                  # tokens each image got
+    tokens.lengths                                  # tokens per image
     images = tokenizer.decode(tokens)
 
 Any subset of the T tokens can be active, so a token is its code and its place among the T. Quantized models
@@ -195,7 +195,7 @@ class Karl(Tokenizer):
         generator: torch.Generator | None = None,
         target_psnr: None = None,
     ) -> Tokens:
-        """Images [B, 3, H, W] in [0, 1] → tokens; `tokens.lengths` [B] says how many each image needs.
+        """Images [B, 3, H, W] in [0, 1] → tokens; `tokens.lengths` [B] holds the number per image.
 
         `target` is the mean absolute error of a pixel value to aim at, 0 to 1, one number or one per image:
         the smallest level of `TARGETS` that is not below it is used (the last for more). 0.05 is the
@@ -532,7 +532,7 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
 
 
 def _base_of(shapes: Mapping[str, torch.Size]) -> str | None:
-    """Which base tokenizer a file of its own holds."""
+    """The kind of base tokenizer in a weights file of its own, or None."""
     if "encoder.conv_in.weight" not in shapes:
         return None
     if "post_quant_conv.weight" in shapes and "quantize.embedding.weight" not in shapes:

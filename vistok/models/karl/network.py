@@ -75,7 +75,7 @@ class Analysis:
 
     @property
     def active(self) -> Tensor:
-        """Which tokens are kept, bool [B, T]."""
+        """Mask of the kept tokens, bool [B, T]."""
         return self.halt_logits.sigmoid() <= HALTED
 
 
