@@ -47,14 +47,14 @@ def reconstruct(
     pictures = dict(zip(inputs, picture_paths(out, stems, replace_own=True), strict=True))
     check_json_target(out / "reconstructions.json")
     model, bad, records = load_named(tokenizer, device, weights), Skipped(), []
-    for batch, pixels, coded, found in encoded(model, inputs, tokens, quality, batch_size, bad):
+    for batch, pixels, coded, batch_records in encoded(model, inputs, tokens, quality, batch_size, bad):
         decoded = model.decode(coded).cpu()
         measured = {"bytes": (coded.bits_per_image / 8).tolist()}
         measured |= {"psnr": psnr(decoded, pixels).tolist(), "ssim": ssim(decoded, pixels).tolist()}
         if target is not None:
             errors = (decoded.float() - pixels).abs().mean((1, 2, 3))
             measured |= {"error": errors.tolist(), "reached": (errors <= target).tolist()}
-        for index, record in enumerate(found):
+        for index, record in enumerate(batch_records):
             record |= {name: values[index] for name, values in measured.items()}
             picture = pictures[batch[index]]
             pair = [to_pil(pixels[index])[0], to_pil(decoded[index])[0]]
@@ -80,8 +80,8 @@ _FIGURES = {
 
 
 def _tabulate(title: str, records: list[dict[str, Any]]) -> dict[str, float]:
-    """Print one row per image and one of means, and return the means: of PSNR without the images that came
-    back exactly, which are counted as "exact"."""
+    """Print one row per image and one of means, and return the means: of PSNR without exact reconstructions,
+    which are counted as "exact"."""
     from ..metrics.summary import interval, psnr_text
 
     columns = [name for name in _FIGURES if name in records[0]]

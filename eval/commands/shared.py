@@ -31,9 +31,9 @@ def show(record: "Record", tables: "list[Table]", out: Path, html: bool) -> None
     """Print the tables, what was skipped, warnings, and where the files are."""
     from ..report.records import skipped
 
-    for shown in tables:
-        table(shown.title, shown.header, shown.rows)
-    for names, reason in (row for shown in skipped(record) for row in shown.rows):
+    for each in tables:
+        table(each.title, each.header, each.rows)
+    for names, reason in (row for each in skipped(record) for row in each.rows):
         note(f"skipped {names}: {reason}")
     for warning in record.warnings:
         note(warning)

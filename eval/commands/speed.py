@@ -38,13 +38,13 @@ def speed(
         raise ValueError(unknown_name(unknown[0]))
     if threads:
         torch.set_num_threads(threads)
-    found = []
+    speeds = []
     for name in tokenizer:
         for size in sorted(set(batch_size or [8])):
-            found.append(measure(name, size, repeats, named_device(device), compiled=compile_))
-            table(found[-1].title, HEADER, found[-1].table())
+            speeds.append(measure(name, size, repeats, named_device(device), compiled=compile_))
+            table(speeds[-1].title, HEADER, speeds[-1].table())
             measured = {"protocol": {"repeats": repeats, "weights": "fresh"}, "n": repeats, "seed": 0}
-            write(out / "speed.json", {**measured, "results": [each.record() for each in found]})
+            write(out / "speed.json", {**measured, "results": [each.record() for each in speeds]})
     if html:
-        write_speed(out / "report.html", found, repeats)
+        write_speed(out / "report.html", speeds, repeats)
     say(f"{out}: {'JSON and report.html' if html else 'JSON'}")

@@ -190,7 +190,7 @@ class _Decoded(TorchDataset):
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """What is wrong with an image in one line, the same in every run."""
+    """The reason why an image cannot be read, in one line, the same in every run."""
     cause = error.__cause__ or error
     if isinstance(cause, UnidentifiedImageError):
         return "no image in a format that Pillow reads"
@@ -235,5 +235,5 @@ def _loader(decoded: _Decoded, numbers: range, workers: int) -> Iterator[_Part]:
 def _named(dataset: Dataset, parts: Iterable[_Part]) -> Iterator[Batch]:
     for indices, images, digests, bad in parts:
         names = [dataset.names[index] for index in indices]
-        told = [(index, dataset.names[index], reason) for index, reason in bad]
-        yield Batch(torch.tensor(indices, dtype=torch.int64), images, names, digests, told)
+        unreadable = [(index, dataset.names[index], reason) for index, reason in bad]
+        yield Batch(torch.tensor(indices, dtype=torch.int64), images, names, digests, unreadable)

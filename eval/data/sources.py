@@ -64,7 +64,7 @@ class Dataset:
         ]
 
     def inventory(self) -> Inventory:
-        """The files that hold the images, as they are now."""
+        """The files of the images, with their current sizes and times of change."""
         raise NotImplementedError
 
     def read(self, index: int) -> bytes:
@@ -97,18 +97,18 @@ def open_dataset(
             needs a split or column, an option that does not apply, a limit below 1.
         ImportError, ConnectionError: a hub dataset without the package datasets, or offline.
     """
-    given = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    if not given:
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    if not sources:
         raise ValueError(f"no images were given: give {_ACCEPTED}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: give the number of images to take, 1 or more")
-    dataset = _open([os.path.expanduser(os.fspath(each)) for each in given], split, column)
+    dataset = _open([os.path.expanduser(os.fspath(each)) for each in sources], split, column)
     return dataset if limit is None else replace(dataset, names=dataset.names[:limit])
 
 
-def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
-    if len(given) == 1:
-        (source,) = given
+def _open(sources: list[str], split: str | None, column: str | None) -> Dataset:
+    if len(sources) == 1:
+        (source,) = sources
         if os.path.isdir(source):
             return _folder(source, split, column)
         if Path(source).suffix.lower() == ".jsonl":
@@ -118,40 +118,42 @@ def _open(given: list[str], split: str | None, column: str | None) -> Dataset:
             return _hub(source.removeprefix(hub.PREFIX), split, column)
         if _HUB_NAME.fullmatch(source) and not looks_like_path(source):
             return _hub(source, split, column)
-    listed = [_files(each) for each in given]
+    listed = [_files(each) for each in sources]
     files = list(dict.fromkeys(file for each, _ in listed for file in each))
     tars = [file for file in files if _is_tar(file)]
     if len(tars) == len(files):
         _refuse("tar shards", split=split)
-        return _shards(_told(given), files, column)
+        return _shards(_label(sources), files, column)
     if tars:
-        raise ValueError(f"{_told(given)} mixes images and tar files ({tars[0]}): give one kind")
+        raise ValueError(f"{_label(sources)} mixes images and tar files ({tars[0]}): give one kind")
     _refuse("image files", split=split, column=column)
     left_out = [row for _, rows in listed for row in rows]
-    return Files(_told(given), "files", files, root="", left_out=left_out)
+    return Files(_label(sources), "files", files, root="", left_out=left_out)
 
 
-def _told(given: list[str]) -> str:
+def _label(sources: list[str]) -> str:
     """Name of a list of sources for titles and messages."""
-    return ", ".join(given) if len(given) <= 4 else f"{', '.join(given[:3])} and {len(given) - 3} more"
+    return (
+        ", ".join(sources) if len(sources) <= 4 else f"{', '.join(sources[:3])} and {len(sources) - 3} more"
+    )
 
 
-def _files(given: str) -> tuple[list[str], list[tuple[str, str]]]:
+def _files(pattern: str) -> tuple[list[str], list[tuple[str, str]]]:
     """One element of a list: a file, the images of a folder, or the files of a pattern; and the files of a
     folder that were left out."""
-    if os.path.isdir(given):
-        found = pictures(given)
-        return [str(path) for path in found.images], _reasons(found)
-    if os.path.lexists(given):
-        check_source(given)
-        return [given], []
-    if any(character in given for character in "{*?["):
-        return expand(given), []
-    raise FileNotFoundError(f"there is no file or folder {given}: give {_ACCEPTED}")
+    if os.path.isdir(pattern):
+        folder = pictures(pattern)
+        return [str(path) for path in folder.images], _reasons(folder)
+    if os.path.lexists(pattern):
+        check_source(pattern)
+        return [pattern], []
+    if any(character in pattern for character in "{*?["):
+        return expand(pattern), []
+    raise FileNotFoundError(f"there is no file or folder {pattern}: give {_ACCEPTED}")
 
 
-def _reasons(found: ImageFolder) -> list[tuple[str, str]]:
-    return [(str(path), reason) for path, reason in found.left_out]
+def _reasons(folder: ImageFolder) -> list[tuple[str, str]]:
+    return [(str(path), reason) for path, reason in folder.left_out]
 
 
 def _is_tar(path: str) -> bool:
@@ -186,7 +188,7 @@ class Files(Dataset):
 
 def _folder(root: str, split: str | None, column: str | None) -> Dataset:
     try:
-        found = pictures(root)
+        folder = pictures(root)
     except FileNotFoundError as error:
         if next(Path(root).rglob("*.parquet"), None):
             return _rows(root, root, None, split, column)
@@ -194,8 +196,8 @@ def _folder(root: str, split: str | None, column: str | None) -> Dataset:
             raise FileNotFoundError(f"{error}; it holds tar files: give '{Path(root, '*.tar')}'") from None
         raise
     _refuse("a folder of images", split=split, column=column)
-    names = [path.relative_to(root).as_posix() for path in found.images]
-    return Files(root, "folder", names, root, left_out=_reasons(found))
+    names = [path.relative_to(root).as_posix() for path in folder.images]
+    return Files(root, "folder", names, root, left_out=_reasons(folder))
 
 
 def _manifest(path: str, key: str) -> Dataset:
@@ -255,15 +257,17 @@ class Shards(Dataset):
 
 def _shards(source: str, files: list[str], extension: str | None) -> Dataset:
     names, places, left_out = [], [], []
-    for shard, (file, found) in enumerate(zip(files, shard_pictures(files), strict=True)):
-        left_out += [(f"{file}:{name}", "a member of a sample without a picture") for name in found.left_out]
-        for name, *place in found.pictures:
+    for shard, (file, members) in enumerate(zip(files, shard_pictures(files), strict=True)):
+        left_out += [
+            (f"{file}:{name}", "a member of a sample without a picture") for name in members.left_out
+        ]
+        for name, *place in members.pictures:
             if extension is None or name.endswith("." + extension.removeprefix(".")):
                 names.append(f"{file}:{name}")
                 places.append((shard, *place))
     if not names:
-        wanted = "png, jpg, webp, …" if extension is None else f"column {extension!r}"
-        raise FileNotFoundError(f"no image ({wanted}) in {source}")
+        accepted = "png, jpg, webp, …" if extension is None else f"column {extension!r}"
+        raise FileNotFoundError(f"no image ({accepted}) in {source}")
     return Shards(source, "shards", names, files, np.array(places, dtype=np.int64), left_out=left_out)
 
 
@@ -345,12 +349,12 @@ def _rows(
     return Rows(source, "hub", [f"{source}:{split}:{row}" for row in range(len(table))], table, column)
 
 
-def _choose(what: str, given: str | None, fitting: list[str], there: list[str], source: str) -> str:
+def _choose(what: str, name: str | None, fitting: list[str], there: list[str], source: str) -> str:
     """The requested one, or the only one that fits."""
-    if given in there:
-        return given
-    if given is None and len(fitting) == 1:
+    if name in there:
+        return name
+    if name is None and len(fitting) == 1:
         return fitting[0]
     listed = ", ".join(there) or "none"
-    problem = f"has no {what} {given!r}" if given else f"has {len(fitting)} {what}s that may hold the images"
+    problem = f"has no {what} {name!r}" if name else f"has {len(fitting)} {what}s that may hold the images"
     raise ValueError(f"{source} {problem}: name the {what}, one of {listed}")

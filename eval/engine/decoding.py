@@ -34,10 +34,10 @@ def decode_images(
     generators = [torch.Generator().manual_seed(each) for each in seeds]
     decoded = model.decode(tokens, generator=generators, **options).float()
     if bad := (~decoded.isfinite().all(dim=(1, 2, 3))).nonzero()[:, 0].tolist():
-        told = ", ".join(names[row] for row in bad[:3])
+        examples = ", ".join(names[row] for row in bad[:3])
         raise FloatingPointError(
-            f"{model.label} gives values that are not finite for {len(bad)} of {len(names)} images ({told}): "
-            "check its weights, or look at these images with `vistok reconstruct`"
+            f"{model.label} gives values that are not finite for {len(bad)} of {len(names)} images "
+            f"({examples}): check its weights, or look at these images with `vistok reconstruct`"
         )
     return decoded
 

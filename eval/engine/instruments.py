@@ -17,13 +17,13 @@ SETS = ("fid", "is", "kid", "pr")
 """Metrics of sets of images, from their Inception features."""
 
 
-def choose(wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+def choose(requested: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     """The requested metrics in their usual order, all if None; ValueError for none or unknown ones."""
-    if wanted is not None and not wanted:
+    if requested is not None and not requested:
         raise ValueError(f"no metric was named; there are {', '.join(known)}")
-    if unknown := sorted(set(wanted or ()) - set(known)):
+    if unknown := sorted(set(requested or ()) - set(known)):
         raise ValueError(f"there is no metric {', '.join(unknown)} here; there are {', '.join(known)}")
-    return [name for name in known if wanted is None or name in wanted]
+    return [name for name in known if requested is None or name in requested]
 
 
 class Instruments:
@@ -34,7 +34,7 @@ class Instruments:
     FileNotFoundError for an explicit path that does not exist.
     """
 
-    def __init__(self, wanted: Sequence[str], files: WeightFiles, device: torch.device) -> None:
+    def __init__(self, requested: Sequence[str], files: WeightFiles, device: torch.device) -> None:
         self.device = device
         self.skipped: dict[str, str] = {}
         for option, path in (("--inception-weights", files.inception), ("--lpips-weights", files.lpips)):
@@ -42,9 +42,9 @@ class Instruments:
                 raise FileNotFoundError(f"{option} {path}: there is no such file or folder")
         self.pairs = {}
         for name, metric in pair_metrics().items():
-            if name in wanted and (instrument := self._load([name], partial(metric.make, files, device))):
+            if name in requested and (instrument := self._load([name], partial(metric.make, files, device))):
                 self.pairs[name] = instrument
-        self.sets = [name for name in SETS if name in wanted]
+        self.sets = [name for name in SETS if name in requested]
         self.inception: Inception | None = None
         if self.sets:
             self.inception = self._load(self.sets, lambda: load_inception(files.inception, device))

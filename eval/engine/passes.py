@@ -64,8 +64,8 @@ def run(
     share = {"rank": process.process_index, "world_size": process.num_processes}
     count = -(-len(dataset) // (batch_size if crop else 1))
     own = len(range(share["rank"], count, share["world_size"]))
-    shown = process.is_main_process and sys.stderr.isatty()
-    bar = tqdm(desc=title, total=own, initial=state.done, delay=1.0, leave=False, disable=not shown)
+    visible = process.is_main_process and sys.stderr.isatty()
+    bar = tqdm(desc=title, total=own, initial=state.done, delay=1.0, leave=False, disable=not visible)
     read = batches(
         dataset,
         size,

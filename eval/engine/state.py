@@ -139,7 +139,7 @@ class State:
             self._damaged(f"{name}.npy: {error}")
 
     def _saved(self, path: Path) -> dict[str, Any]:
-        """What a process has saved, checked."""
+        """The saved state of this process, checked."""
         try:
             saved = read_state(path)
         except ValueError as error:
@@ -246,8 +246,8 @@ class State:
 
     def mark(self, images: Tensor, digests: Sequence[bytes]) -> None:
         """Note that these images were measured, and what they are."""
-        found = b"".join(digest[:DIGEST] for digest in digests)
-        self._tables["digests"][images.numpy()] = np.frombuffer(found, np.uint8).reshape(-1, DIGEST)
+        content = b"".join(digest[:DIGEST] for digest in digests)
+        self._tables["digests"][images.numpy()] = np.frombuffer(content, np.uint8).reshape(-1, DIGEST)
 
     def refuse(self, bad: Sequence[tuple[int, str, str]]) -> None:
         """Note images that could not be read: number, name, reason."""

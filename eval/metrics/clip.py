@@ -99,8 +99,8 @@ def _cached(name: str, tag: str, config: Mapping[str, Any]) -> Path:
         return find(None, [url.rsplit("/", 1)[1]], folder, metric=metric, url=url, option=OPTION)
     files = [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME] if file in ("", HF_WEIGHTS_NAME) else [file]
     for candidate in files:
-        if isinstance(found := try_to_load_from_cache(repo, candidate), str):
-            return Path(found)
+        if isinstance(path := try_to_load_from_cache(repo, candidate), str):
+            return Path(path)
     raise WeightsMissing(
         f"{metric} needs {files[0]} of {repo}, which is not in the hub's cache: fetch "
         f"https://huggingface.co/{repo}/resolve/main/{files[0]} and give its path with {OPTION}"

@@ -1,4 +1,4 @@
-"""How much of a code space the tokens of a set of images use: streamed, mergeable, in exact integers."""
+"""The share of a code space that the tokens of images use: streamed, mergeable, in exact integers."""
 
 from dataclasses import dataclass
 
@@ -89,36 +89,36 @@ class CodeStatistics:
         )
         if not images:
             raise ValueError("no tokens were counted: look at which images were read")
-        found = {}
+        figures = {}
         codebooks = [self._sums[name].double() for name in sorted(self._sums) if name.startswith("codebook")]
         if codebooks:
-            found["usage"] = tuple(float((counts > 0).double().mean()) for counts in codebooks)
-            found["perplexity"] = tuple(
+            figures["usage"] = tuple(float((counts > 0).double().mean()) for counts in codebooks)
+            figures["perplexity"] = tuple(
                 float(torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp())
                 for counts in codebooks
             )
         if "ones" in self._sums:
-            found |= self._of_bits()
-        return CodeUsage(images, tokens / images, bits / images, bits / pixels, **found)
+            figures |= self._of_bits()
+        return CodeUsage(images, tokens / images, bits / images, bits / pixels, **figures)
 
     def _of_bits(self) -> dict[str, float]:
         """Entropies [K, D] over images, correlations [D, D] over tokens."""
-        seen = self._sums["seen"].double()
-        share = (self._sums["ones"] / seen.clamp(min=1)[:, None])[seen > 0]  # [K, D]
+        occurrences = self._sums["seen"].double()
+        share = (self._sums["ones"] / occurrences.clamp(min=1)[:, None])[occurrences > 0]  # [K, D]
         entropy = (torch.special.entr(share) + torch.special.entr(1 - share)) / torch.log(share.new_tensor(2))
-        tokens = seen.sum().clamp(min=1)
+        tokens = occurrences.sum().clamp(min=1)
         means = self._sums["ones"].sum(0) / tokens  # [D]
         covariance = self._sums["pairs"] / tokens - means * means[:, None]
         deviation = covariance.diagonal().clamp(min=0).sqrt()
-        alive = deviation > 0
-        correlation = (covariance / (deviation * deviation[:, None]))[alive][:, alive].abs()
+        varying = deviation > 0
+        correlation = (covariance / (deviation * deviation[:, None]))[varying][:, varying].abs()
         others = ~torch.eye(len(correlation), dtype=torch.bool)
-        found = {}
+        figures = {}
         if entropy.numel():
-            found |= {"bit_entropy": float(entropy.mean()), "lowest_bit_entropy": float(entropy.min())}
+            figures |= {"bit_entropy": float(entropy.mean()), "lowest_bit_entropy": float(entropy.min())}
         if others.any():
-            found["bit_correlation"] = float(correlation[others].mean())
-        return found
+            figures["bit_correlation"] = float(correlation[others].mean())
+        return figures
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         if not int(sums["images"]):

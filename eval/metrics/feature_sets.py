@@ -45,9 +45,9 @@ class FeatureSet:
             features, logits = self.network(images)
         with clock("statistics"):
             self.statistics.update(features)
-            found = {"features": features, "logits": logits}
+            values = {"features": features, "logits": logits}
             for kept in self.kept:
-                self.state.write(f"{self.name}-{kept}", numbers, found[kept])
+                self.state.write(f"{self.name}-{kept}", numbers, values[kept])
 
     def rows(self, kept: str) -> Tensor:
         """All features [n, 2048] or logits [n, 1008], on disk."""
@@ -104,8 +104,8 @@ def _rows(side: FeatureSet | Gaussian, kept: str) -> Tensor:
 
 
 def _score(judged: FeatureSet | Gaussian, seed: int) -> dict[str, dict[str, Any]]:
-    found = inception_score(_rows(judged, "logits"), seed=seed)
-    return {"is": {"value": found.mean, "std": found.std, "splits": found.splits}}
+    score = inception_score(_rows(judged, "logits"), seed=seed)
+    return {"is": {"value": score.mean, "std": score.std, "splits": score.splits}}
 
 
 def _kernel(
@@ -116,14 +116,14 @@ def _kernel(
         raise ValueError(
             f"KID takes subsets of {size} images and there are {smaller}: give --kid-subset-size"
         )
-    found = kernel_distance(*rows, subset_size=size, seed=seed)
-    settings = {"subsets": found.subsets, "subset_size": found.subset_size}
-    return {"kid": {"value": found.mean, "std": found.std, **settings}}
+    distance = kernel_distance(*rows, subset_size=size, seed=seed)
+    settings = {"subsets": distance.subsets, "subset_size": distance.subset_size}
+    return {"kid": {"value": distance.mean, "std": distance.std, **settings}}
 
 
 def _manifold(judged: FeatureSet | Gaussian, real: FeatureSet | Gaussian) -> dict[str, dict[str, Any]]:
-    found = precision_recall(_rows(judged, "features"), _rows(real, "features"))
-    return {"precision": {"value": found.precision}, "recall": {"value": found.recall}}
+    shares = precision_recall(_rows(judged, "features"), _rows(real, "features"))
+    return {"precision": {"value": shares.precision}, "recall": {"value": shares.recall}}
 
 
 _NETWORK = "torch-fidelity's InceptionV3"

@@ -86,10 +86,10 @@ class Perturbation:
         codes = getattr(tokens, self.kind)  # [B, K], [B, K, Q], or bits [B, K, D]
         table = codes.unsqueeze(-1) if codes.ndim == 2 else codes
         shape = (table.shape[1], self.neighbours.columns)
-        drawn = np.zeros((len(images), *shape), np.int64)
+        offsets = np.zeros((len(images), *shape), np.int64)
         for row, image in enumerate(images):
-            drawn[row] = ranks(self.seed, cell, int(image), shape)
-        picked = self.neighbours.pick(table, torch.from_numpy(drawn).to(codes.device))
+            offsets[row] = ranks(self.seed, cell, int(image), shape)
+        picked = self.neighbours.pick(table, torch.from_numpy(offsets).to(codes.device))
         present = torch.ones(table.shape[:2], dtype=torch.bool, device=codes.device)
         if tokens.lengths is not None:
             present = torch.arange(table.shape[1], device=codes.device) < tokens.lengths[:, None]
@@ -290,7 +290,7 @@ def nearest_rows(rows: Tensor, count: int, chunk: int = 1024) -> Tensor:
     """
     rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
     norms = rows.square().sum(-1)
-    found = []
+    neighbours = []
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
         distances = torch.addmm(
@@ -298,8 +298,8 @@ def nearest_rows(rows: Tensor, count: int, chunk: int = 1024) -> Tensor:
         )  # without the part's own norm, which does not affect the ranking
         own = torch.arange(start, start + len(part), device=rows.device)
         distances.scatter_(1, own[:, None], -math.inf)
-        found.append(distances.sort(stable=True).indices[:, :count])
-    return torch.cat(found)
+        neighbours.append(distances.sort(stable=True).indices[:, :count])
+    return torch.cat(neighbours)
 
 
 def nearest_levels(codes: Tensor, levels: Sequence[int], count: int, chunk: int = 256) -> Tensor:
@@ -322,18 +322,18 @@ def nearest_levels(codes: Tensor, levels: Sequence[int], count: int, chunk: int 
 def _nearest_levels(codes: Tensor, levels: Sequence[int], steps: Sequence[int], count: int) -> Tensor:
     radix = 1
     distance = torch.zeros(len(codes), 1, dtype=torch.int64, device=codes.device)
-    found = torch.zeros_like(distance)
+    candidates = torch.zeros_like(distance)
     for level, step in zip(levels, steps, strict=True):
         digits = torch.arange(level, device=codes.device)
         own = codes // radix % level
         away = ((digits - own[:, None]) * step).square()  # [N, level]
         distance = (distance[:, :, None] + away[:, None]).flatten(1)
-        found = (found[:, :, None] + digits * radix).flatten(1)
+        candidates = (candidates[:, :, None] + digits * radix).flatten(1)
         radix *= level
         # One number per candidate, no two equal: the order does not depend on how ties are broken.
-        keys, order = (distance * radix + found).topk(min(count, found.shape[1]), largest=False)
-        distance, found = keys // radix, found.gather(1, order)
-    return found
+        keys, order = (distance * radix + candidates).topk(min(count, candidates.shape[1]), largest=False)
+        distance, candidates = keys // radix, candidates.gather(1, order)
+    return candidates
 
 
 def nearest_flips(num_bits: int, count: int) -> Tensor:

@@ -228,7 +228,7 @@ class FeatureStatistics:
         return (upper + upper.triu(1).T) / (self.count - 1)
 
     def gaussian(self) -> Gaussian:
-        """Mean, covariance and count as they stand, on the CPU."""
+        """The current mean, covariance and count, on the CPU."""
         return Gaussian(self.mean.cpu(), self.covariance.cpu(), self.count)
 
     def save(self, path: str | Path) -> None:
@@ -242,9 +242,11 @@ class FeatureStatistics:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the state returned by `state_dict`; ValueError for statistics of another dimension."""
         shapes = {"count": [], "mean": [self.dim], "scatter": [self.dim, self.dim]}
-        found = {name: list(value.shape) for name, value in state.items()}
-        if found != shapes:
-            raise ValueError(f"this state has {found}; statistics of {self.dim} features have {shapes}")
+        state_shapes = {name: list(value.shape) for name, value in state.items()}
+        if state_shapes != shapes:
+            raise ValueError(
+                f"this state has {state_shapes}; statistics of {self.dim} features have {shapes}"
+            )
         self.count = int(state["count"])
         self._mean.copy_(state["mean"])
         self._scatter.copy_(state["scatter"])

@@ -22,7 +22,7 @@ class Mean:
 
 
 def interval(values: Tensor | np.ndarray, seed: int = 0) -> dict[str, float]:
-    """`summarise` as a record holds it: "value", "low" and "high".
+    """The result of `summarise` as an entry of a record: "value", "low" and "high".
 
     Infinite values, the PSNR of exact reconstructions, are left out of the mean and counted as
     "exact"; where there is no other, "value" is infinite and there is no interval.

@@ -1,1 +1,1 @@
-"""One adapter per family, which runs a parity case through our implementation."""
+"""One adapter per family, which runs a parity case through vistok's implementation."""

@@ -215,15 +215,17 @@ class Case:
         published: Mapping[str, list[int]],
         part: Callable[[str], str] | None,
     ) -> None:
-        ours = {key: list(value.shape) for key, value in state.items()}
+        shapes = {key: list(value.shape) for key, value in state.items()}
         if part is not None:
             named = {part(key) for key in published}
-            self.unnamed |= {part(key) for key in ours} - named
-            ours = {key: shape for key, shape in ours.items() if part(key) in named}
-        if ours != published:
-            different = sorted(k for k in ours.keys() | published.keys() if ours.get(k) != published.get(k))
+            self.unnamed |= {part(key) for key in shapes} - named
+            shapes = {key: shape for key, shape in shapes.items() if part(key) in named}
+        if shapes != published:
+            different = sorted(
+                k for k in shapes.keys() | published.keys() if shapes.get(k) != published.get(k)
+            )
             listed = [
-                f"{key}: ours {ours.get(key)}, published {published.get(key)}" for key in different[:20]
+                f"{key}: ours {shapes.get(key)}, published {published.get(key)}" for key in different[:20]
             ]
             raise CannotBuild(f"{len(different)} keys differ: " + "; ".join(listed))
 
@@ -273,28 +275,28 @@ class Case:
         if name in self.tensors:
             return self.recorded(name)
         recipe = self.input(name)
-        found = re.search(rf"RandomState\(\d+\)\.({'|'.join(DRAWS)})\((.*?)\)(\.|,|;|\s|$)", recipe)
-        if not found:
+        match = re.search(rf"RandomState\(\d+\)\.({'|'.join(DRAWS)})\((.*?)\)(\.|,|;|\s|$)", recipe)
+        if not match:
             raise self.refusal(f"cannot read the recipe {shorten(recipe)} of input {name!r}")
-        arguments = ast.literal_eval(f"({found[2]},)")
+        arguments = ast.literal_eval(f"({match[2]},)")
         shape = next((each for each in arguments if isinstance(each, tuple)), ())
         check_size(self.path.name, f"input {name}", shape)
-        drawn = np.asarray(getattr(self.draw(recipe), found[1])(*arguments))
-        whole_numbers = found[1] == "randint"
-        return self.place(torch.from_numpy(drawn.astype(np.int64 if whole_numbers else np.float32)))
+        values = np.asarray(getattr(self.draw(recipe), match[1])(*arguments))
+        whole_numbers = match[1] == "randint"
+        return self.place(torch.from_numpy(values.astype(np.int64 if whole_numbers else np.float32)))
 
     def draw(self, text: str) -> "np.random.RandomState":
         """The NumPy generator that a description names, as `RandomState(103)`."""
-        found = re.search(r"RandomState\((\d+)\)", text)
-        if not found or int(found[1]) >= 2**32:
+        match = re.search(r"RandomState\((\d+)\)", text)
+        if not match or int(match[1]) >= 2**32:
             raise self.refusal(f"no RandomState(seed) with a seed below 2**32 in {shorten(text)}")
-        return np.random.RandomState(int(found[1]))
+        return np.random.RandomState(int(match[1]))
 
     def normal(self, text: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise from the generator that a description names, float32 on the case's device."""
         check_size(self.path.name, "noise", shape)
-        drawn = self.draw(text).standard_normal(shape)
-        return torch.from_numpy(drawn.astype(np.float32)).to(self.device)
+        values = self.draw(text).standard_normal(shape)
+        return torch.from_numpy(values.astype(np.float32)).to(self.device)
 
     def recorded(self, name: str) -> Tensor:
         """A recorded tensor used as an input, on the case's device (floats in its dtype)."""
@@ -336,8 +338,8 @@ class Case:
         if name in self.tensors and self.tensors[name].shape == value.shape:
             return value
         for text in (self.description(name), default):
-            for found in re.findall(r"\[([-:.,\d\s]*:[-:.,\d\s]*)\]", text):
-                return value[tuple(_axis(part.strip()) for part in found.split(","))]
+            for slices in re.findall(r"\[([-:.,\d\s]*:[-:.,\d\s]*)\]", text):
+                return value[tuple(_axis(part.strip()) for part in slices.split(","))]
         return value
 
 

@@ -10,5 +10,5 @@ def numbers(text: str) -> list[float]:
 
 def number_after(text: str, word: str) -> float | None:
     """The number that follows a word in a description."""
-    found = re.search(rf"{word}\s*=?\s*([-+]?\d*\.?\d+)", text)
-    return float(found[1]) if found else None
+    match = re.search(rf"{word}\s*=?\s*([-+]?\d*\.?\d+)", text)
+    return float(match[1]) if match else None

@@ -15,32 +15,35 @@ FAMILIES = ("eval",)
 
 RTOL = 1e-6
 # Parity: SSIM was recorded from torchmetrics in float32, where rounding puts it 1e-5 off torchmetrics' own
-# value in float64, which ours equals to 1e-12.
+# value in float64, which vistok's equals to 1e-12.
 ATOL = {"ssim_per_image": 1e-5}
 
 
 def run(case: Case) -> Outputs:
-    """Our value of every recorded result, each as a tensor, compared to RTOL whatever the case allows."""
+    """vistok's value of every recorded result, each as a tensor, compared to RTOL whatever the case
+    allows."""
     results = case.data.get("results")
     if not isinstance(results, dict):
         raise CannotBuild(f"{case.path.name} records no results of metrics; this version verifies only those")
     case.data |= {"rtol": RTOL, "tensor_atol": ATOL}
-    # The recorded numbers stand in the json; the comparison looks for them among the tensors.
+    # The recorded numbers are in the json; the comparison expects them among the tensors.
     case.tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in results.items()}
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for name in results:
-        if name not in found:
-            found |= _values(case, name)
-        yield name, found[name]
+        if name not in values:
+            values |= _values(case, name)
+        yield name, values[name]
 
 
 def _values(case: Case, name: str) -> dict[str, Tensor]:
     """The metric that `name` belongs to, by the names of all its recorded values."""
     for prefix, metric in METRICS.items():
         if name.startswith(prefix):
-            found = {key: torch.as_tensor(value, dtype=torch.float64) for key, value in metric(case).items()}
-            if name in found:
-                return found
+            results = {
+                key: torch.as_tensor(value, dtype=torch.float64) for key, value in metric(case).items()
+            }
+            if name in results:
+                return results
     raise CannotBuild(f"{case.path.name}: this version computes no metric {name!r}")
 
 
@@ -56,19 +59,19 @@ def _fid(case: Case) -> dict[str, float]:
 
 def _kid(case: Case) -> dict[str, float]:
     numbers = _settings(case, "kid", r"subsets (\d+), subset size (\d+).*rng_seed (\d+)")
-    found = kernel_distance(
+    distance = kernel_distance(
         *_stored(case, "features_1", "features_2"),
         **dict(zip(("subsets", "subset_size", "seed"), numbers, strict=True)),
     )
     name = "kernel_inception_distance"
-    return {f"{name}_mean": found.mean, f"{name}_std": found.std}
+    return {f"{name}_mean": distance.mean, f"{name}_std": distance.std}
 
 
 def _score(case: Case) -> dict[str, float]:
     splits, seed = _settings(case, "isc", r"(\d+) splits, shuffled, rng_seed (\d+)")
     (logits,) = _stored(case, "logits")
-    found = inception_score(logits, splits=splits, seed=seed)
-    return {"inception_score_mean": found.mean, "inception_score_std": found.std}
+    score = inception_score(logits, splits=splits, seed=seed)
+    return {"inception_score_mean": score.mean, "inception_score_std": score.std}
 
 
 def _precision(case: Case) -> dict[str, float]:
@@ -106,7 +109,7 @@ def _stored(case: Case, *names: str) -> list[Tensor]:
 
 def _settings(case: Case, metric: str, pattern: str) -> list[int]:
     text = case.data.get("settings", {}).get(metric, "")
-    found = re.search(pattern, text)
-    if not found:
+    match = re.search(pattern, text)
+    if not match:
         raise CannotBuild(f"{case.path.name}: cannot read the settings {text!r} of {metric}")
-    return [int(number) for number in found.groups()]
+    return [int(number) for number in match.groups()]

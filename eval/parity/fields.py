@@ -53,8 +53,8 @@ def exact_names(data: Mapping[str, Any]) -> set[str]:
 
 def _numbered(key: str) -> str | None:
     """The pattern of a name whose last letter stands for a number ("eval_k", "dec.upN"), or None."""
-    found = re.fullmatch(r"(.*)(N|(?<=[_.])[ijk])", key)
-    return re.escape(found[1]) + r"\d+" if found else None
+    match = re.fullmatch(r"(.*)(N|(?<=[_.])[ijk])", key)
+    return re.escape(match[1]) + r"\d+" if match else None
 
 
 def is_numbered(key: str, name: str) -> bool:

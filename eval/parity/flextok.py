@@ -23,7 +23,7 @@ GRID, ROWS, MAP = "[:, ::4, ::4, ::8]", "[:, ::32, ::16]", "[:, :, ::2, ::2]"
 
 
 def run(case: Case) -> Outputs:
-    """Our outputs for every recorded tensor."""
+    """vistok's outputs for every recorded tensor."""
     if any(key.startswith(("vae.", "module_dict.")) or ".module_dict." in key for key in case.keys):
         yield from _Tokenizer(case).outputs()
     elif case.records(*RECORDED):
@@ -41,7 +41,7 @@ def run(case: Case) -> Outputs:
 
 
 class _Blocks:
-    """Catches the outputs of a trunk's blocks; the last is run once more for rows that the model skips."""
+    """Catches the outputs of a trunk's blocks; the last is run again for rows that the model skips."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks, self.seen = blocks, {}
@@ -173,7 +173,7 @@ class _Tokenizer:
         if name in case.tensors or f"{name}_0" not in case.tensors:
             return [case.array(name)]
         numbers = sorted(
-            int(found[1]) for key in case.tensors if (found := re.fullmatch(rf"{name}_(\d+)", key))
+            int(match[1]) for key in case.tensors if (match := re.fullmatch(rf"{name}_(\d+)", key))
         )
         values = [case.recorded(f"{name}_{number}") for number in numbers]
         return [value if value.ndim == 4 else value[None] for value in values]
@@ -185,16 +185,16 @@ class _Tokenizer:
             return self._stored("noise")
         text = case.input("noise")
         shapes = [
-            tuple(int(side) for side in re.findall(r"\d+", found))
-            for found in re.findall(r"standard_normal\(\(([\d, ]+)\)\)", text)
+            tuple(int(side) for side in re.findall(r"\d+", text_shape))
+            for text_shape in re.findall(r"standard_normal\(\(([\d, ]+)\)\)", text)
         ]
         if not shapes or any(len(shape) not in (3, 4) for shape in shapes):
             raise case.refusal(f"no standard_normal((shape)) of images [B, C, h, w] in {shorten(text)}")
         random, noise = case.draw(text), []
         for shape in shapes:
             check_size(case.path.name, "noise", shape)
-            drawn = torch.from_numpy(random.standard_normal(shape).astype(np.float32)).to(case.device)
-            noise.append(drawn if drawn.ndim == 4 else drawn[None])
+            batch = torch.from_numpy(random.standard_normal(shape).astype(np.float32)).to(case.device)
+            noise.append(batch if batch.ndim == 4 else batch[None])
         return noise
 
     def _registers(self) -> Tensor:
@@ -215,8 +215,8 @@ class _Tokenizer:
                 return torch.tensor(values, dtype=torch.float32, device=case.device)
         values = numbers(case.description("dec_temb").split("[")[0])
         for name in case.data["tensors"] if not values else ():
-            found = re.findall(r"\bt ?= ?(\d*\.?\d+)", case.description(name))
-            values = values or [float(number) for number in found]
+            times = re.findall(r"\bt ?= ?(\d*\.?\d+)", case.description(name))
+            values = values or [float(number) for number in times]
         if len(values) < batch:
             raise case.refusal(f"its descriptions state {len(values)} times for {batch} images")
         return torch.tensor(values[-batch:], device=case.device)
@@ -253,9 +253,9 @@ class _Tokenizer:
         """The VAE's moments of single images, `vae_moments_i`."""
         images = [image[None] for batch in batches for image in batch]
         for name in self.case.tensors:
-            found = re.fullmatch(r"vae_moments_(\d+)", name)
-            if found and "vae" in self.sides and int(found[1]) < len(images):
-                moments = self.model.autoencoder.posterior(2 * images[int(found[1])] - 1).parameters
+            match = re.fullmatch(r"vae_moments_(\d+)", name)
+            if match and "vae" in self.sides and int(match[1]) < len(images):
+                moments = self.model.autoencoder.posterior(2 * images[int(match[1])] - 1).parameters
                 yield name, self.case.subsample(name, moments)
 
     def _velocities(self, registers: Tensor, noise: list[Tensor]) -> Outputs:
@@ -289,8 +289,8 @@ class _Tokenizer:
             patches = output[:, : grid[0] * grid[1]].unflatten(1, grid)
             yield "dec_repa_patches", case.subsample("dec_repa_patches", patches, GRID)
         for name in self._bases("velocity_", batch):
-            said = case.description(name) or case.description(f"{name}_{rows.start}")
-            lengths, null = _told(case, said, batch)
+            description = case.description(name) or case.description(f"{name}_{rows.start}")
+            lengths, null = _lengths_and_nulls(case, description, batch)
             result = velocity
             if lengths is not None or null is not None:
                 chosen = (None if each is None else each[rows] for each in (lengths, null))
@@ -314,10 +314,10 @@ class _Tokenizer:
         case = self.case
         names = [name for name in case.tensors if name.startswith("decode_")]
         for name in names:
-            found = re.fullmatch(r"decode_(plain|cfg|apg)([\d.]*)_T(\d+)(?:_(\d+))?", name)
-            if not found:
+            match = re.fullmatch(r"decode_(plain|cfg|apg)([\d.]*)_T(\d+)(?:_(\d+))?", name)
+            if not match:
                 raise case.refusal(f"cannot read guidance and steps from the name {name!r}")
-            kind, scale, steps, image = found.groups()
+            kind, scale, steps, image = match.groups()
             if int(steps) > MOST_STEPS:
                 raise case.refusal(f"{name} takes {steps} steps; this version runs up to {MOST_STEPS}")
             latents, lengths, start = self._start(registers, noise, names, image)
@@ -369,11 +369,11 @@ def _part_alone(key: str) -> str:
 
 def _depths(case: Case, prefix: str) -> list[tuple[str, int]]:
     """Recorded outputs of blocks, and the depth of each."""
-    found = [re.fullmatch(rf"({prefix}_block(\d+))(_\d+)?", name) for name in case.tensors]
-    return list(dict.fromkeys((match[1], int(match[2])) for match in found if match))
+    matches = [re.fullmatch(rf"({prefix}_block(\d+))(_\d+)?", name) for name in case.tensors]
+    return list(dict.fromkeys((match[1], int(match[2])) for match in matches if match))
 
 
-def _told(case: Case, text: str, batch: int) -> tuple[Tensor | None, Tensor | None]:
+def _lengths_and_nulls(case: Case, text: str, batch: int) -> tuple[Tensor | None, Tensor | None]:
     """Kept tokens and null flags of a description: "eval_keep_k=[5,200]", "null condition for sample 1
     only"."""
     kept, null = re.search(r"eval_keep_k=\[([\d, ]+)\]", text), None

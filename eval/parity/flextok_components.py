@@ -27,7 +27,7 @@ RECORDED = (r"(fsq|mask|timefreq|guid|rf)_.*", "expand_out", "sincos", "patchify
 
 
 def components(case: Case) -> Outputs:
-    """Our outputs for every recorded component."""
+    """vistok's outputs for every recorded component."""
     yield from _quantizers(case)
     yield from _masks(case)
     yield from _tables(case)

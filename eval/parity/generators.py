@@ -56,7 +56,7 @@ def system_of(case: Case) -> str | None:
 
 
 def run(case: Case) -> Outputs:
-    """Our outputs for every recorded tensor, in the order they were made."""
+    """vistok's outputs for every recorded tensor, in the order they were made."""
     system = system_of(case)
     model = case.build(lambda: create(SYSTEMS[system], **case.config))
     yield from (_rar if system == "RAR" else _maskgit)(case, model)

@@ -21,7 +21,7 @@ PARTS = {"encoder", "decoder", "quantizer", "to_pixel"}
 
 
 def run(case: Case) -> Outputs:
-    """Our outputs for every recorded tensor, in the order they were made."""
+    """vistok's outputs for every recorded tensor, in the order they were made."""
     generators = any(isinstance(entry, dict) for entry in case.data.get("state_dict", {}).values())
     if generators or any(key.endswith(".pos_emb") for key in case.keys):
         raise case.refusal("it holds the generators on Instella's bits, which are not in this version")
@@ -65,11 +65,11 @@ def _scale(case: Case, model: Instella, tag: str) -> int | None:
 
     Its descriptions or its configuration state one; the original has none until it is set.
     """
-    if found := VARIANT.fullmatch(tag):
-        return None if found[1] == "none" else int(found[1])
+    if match := VARIANT.fullmatch(tag):
+        return None if match[1] == "none" else int(match[1])
     untagged = " ".join(text for name, text in case.data["tensors"].items() if not _tag(name))
-    if found := re.search(r"set_scale\s*[=(]\s*(\d+|None)", untagged):
-        return None if found[1] == "None" else int(found[1])
+    if match := re.search(r"set_scale\s*[=(]\s*(\d+|None)", untagged):
+        return None if match[1] == "None" else int(match[1])
     return model.config.scale if "scale" in case.config else None
 
 
@@ -97,7 +97,7 @@ def _tokenizer(case: Case, model: Instella, prefix: str) -> Outputs:
         summed = _summed(case, model, prefix, bits, "quantizer" in parts)
         outputs["z_q"] = summed
     if draws:
-        size = size or _drawn_size(case, model, prefix)
+        size = size or _decoded_size(case, model, prefix)
         trunk = _Trunk(model.decoder, "dec", "up")
         if "to_pixel" in parts:
             outputs["recon"] = 2 * model.pixels(summed, size=size) - 1
@@ -126,17 +126,17 @@ def _summed(case: Case, model: Instella, prefix: str, bits: Tensor | None, quant
     return model.quantizer.decode(bits).to(case.dtype)
 
 
-def _drawn_size(case: Case, model: Instella, prefix: str) -> tuple[int, int]:
+def _decoded_size(case: Case, model: Instella, prefix: str) -> tuple[int, int]:
     """Height and width in pixels of "decode(bits,H=16,W=16)", where no image was encoded."""
     table = case.data["tensors"]
-    said = " ".join(
+    description = " ".join(
         text for name, text in table.items() if name.startswith((f"{prefix}recon", f"{prefix}dec_"))
     )
-    found = re.search(r"H=(\d+), ?W=(\d+)", said)
-    if not found:
+    match = re.search(r"H=(\d+), ?W=(\d+)", description)
+    if not match:
         raise case.refusal("no description of a decoded tensor states its grid as H=…,W=… patches")
     patch = model.config.patch_size
-    return int(found[1]) * patch, int(found[2]) * patch
+    return int(match[1]) * patch, int(match[2]) * patch
 
 
 class _Trunk:
@@ -169,9 +169,9 @@ class _Trunk:
 
 def _rotary(case: Case, tag: str) -> Outputs:
     names = [name for name in case.tensors if name.startswith(f"{tag}.")]
-    said = " ".join(case.description(name) for name in names)
-    count, height, width, scale = _sizes(case, tag, said)
-    slices = re.search(r"\[[^\]]*:[^\]]*\]", said)
+    description = " ".join(case.description(name) for name in names)
+    count, height, width, scale = _sizes(case, tag, description)
+    slices = re.search(r"\[[^\]]*:[^\]]*\]", description)
     check_size(case.path.name, f"the table of {tag}", (count + height * width, 1))
     known = {field.name for field in dataclasses.fields(InstellaConfig)} - {"rope_id_dtype"}
     config = {name: value for name, value in case.config.items() if name in known}
@@ -185,12 +185,12 @@ def _rotary(case: Case, tag: str) -> Outputs:
         yield name, case.subsample(name, table, slices[0] if slices else "")
 
 
-def _sizes(case: Case, tag: str, said: str) -> tuple[int, int, int, float | None]:
+def _sizes(case: Case, tag: str, description: str) -> tuple[int, int, int, float | None]:
     """Latent tokens, rows, columns and scale of "(128+1024,64) … H=W=32, scale=64"."""
-    grid = re.search(r"H=(?:W=)?(\d+)(?:,? *W=(\d+))?", said)
-    tokens, scale = re.search(r"\((\d+)\+", said), re.search(r"scale=([\d.]+|None)", said)
+    grid = re.search(r"H=(?:W=)?(\d+)(?:,? *W=(\d+))?", description)
+    tokens, scale = re.search(r"\((\d+)\+", description), re.search(r"scale=([\d.]+|None)", description)
     if not grid or not tokens or not scale:
-        raise case.refusal(f"cannot read grid, tokens and scale of {tag} in {said!r}")
+        raise case.refusal(f"cannot read grid, tokens and scale of {tag} in {description!r}")
     height = int(grid[1])
     width = int(grid[2]) if grid[2] else height
     return int(tokens[1]), height, width, None if scale[1] == "None" else float(scale[1].rstrip("."))
@@ -213,8 +213,8 @@ def _quantizer(case: Case) -> Outputs:
         factor = re.search(r"\+\s*([\d.]+)\s*\*\s*loss", case.description("q.grad_h"))
         loss = (result.latents * weights).sum() + float(factor[1] if factor else 0) * result.losses["code"]
         grad_latents, grad_embed = torch.autograd.grad(loss, [latents, quantizer.embed])
-    found = {"z_q": result.latents, "bits": result.codes.to(torch.uint8)}
-    found |= {"loss": result.losses["code"].reshape(1), "grad_h": grad_latents, "grad_embed": grad_embed}
-    for name, value in found.items():
+    outputs = {"z_q": result.latents, "bits": result.codes.to(torch.uint8)}
+    outputs |= {"loss": result.losses["code"].reshape(1), "grad_h": grad_latents, "grad_embed": grad_embed}
+    for name, value in outputs.items():
         if f"q.{name}" in case.tensors:
             yield f"q.{name}", case.subsample(f"q.{name}", value)

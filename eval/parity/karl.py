@@ -28,7 +28,7 @@ RUN = re.compile(r"im(\d+)\.T(\d+)\.e(\d+(?:\.\d+)?)\.(\w+)")
 
 
 def run(case: Case) -> Outputs:
-    """Our outputs for every recorded tensor, in the order they were made."""
+    """vistok's outputs for every recorded tensor, in the order they were made."""
     config = case.config
     if config.get("factorize_latent", True) is not True:
         raise case.refusal(
@@ -37,7 +37,7 @@ def run(case: Case) -> Outputs:
         )
     fields = {field.name for field in dataclasses.fields(KarlConfig)} | {"model"}
     known = {name: value for name, value in config.items() if name in fields}
-    runs = dict.fromkeys(found.groups()[:3] for name in case.tensors if (found := RUN.fullmatch(name)))
+    runs = dict.fromkeys(match.groups()[:3] for name in case.tensors if (match := RUN.fullmatch(name)))
     if not runs and not case.records(r"(eic|ltc|grad)\..*"):
         raise case.refusal("it records neither runs (im0.T256.e0.05.…) nor a training step (eic.…, ltc.…)")
     _check_runs(case, runs)
@@ -74,7 +74,9 @@ def _images(case: Case) -> list[Tensor]:
     recipe = case.input("images")
     random, images = case.draw(recipe), []
     for text in re.findall(r"img\d+=([^;]+)", recipe):
-        shapes = [tuple(map(int, found.split(","))) for found in re.findall(r"\((\d+(?:,\d+)+)\)", text)]
+        shapes = [
+            tuple(map(int, shape_text.split(","))) for shape_text in re.findall(r"\((\d+(?:,\d+)+)\)", text)
+        ]
         if not shapes or ("kron" in text and len(shapes) < 2):
             raise case.refusal(f"cannot read the image recipe {text!r}")
         sides = shapes[0] if "kron" not in text else tuple(map(math.prod, zip(*shapes[:2], strict=False)))
@@ -95,7 +97,7 @@ def _noise(case: Case, model: Karl, images: Tensor) -> Tensor | None:
 
 
 class _Run:
-    """One picture offered `count` tokens at a target error; its tensors begin with its name."""
+    """One picture with up to `count` tokens at a target error; its tensors begin with its name."""
 
     def __init__(self, case: Case, model: Karl, image: int, count: int, target: str) -> None:
         self.case, self.model, self.image, self.count, self.target = case, model, image, count, float(target)
@@ -235,12 +237,12 @@ def _loss(case: Case, passed: TrainingPass, term: str) -> Tensor:
     if "quantization" in term:  # continuous latents have none
         parts = [losses[name] for name in ("commitment", "codebook") if name in losses]
         return torch.stack(parts).sum() if parts else torch.zeros((), device=case.device)
-    ours = next((name for part, name in LOSSES if part in term), None)
-    if ours is None:  # what is left is the reconstruction: of the base's features, or of pixels
-        ours = "code" if "code" in losses else "reconstruction"
-    if ours not in losses:
+    loss = next((name for part, name in LOSSES if part in term), None)
+    if loss is None:  # what is left is the reconstruction: of the base's features, or of pixels
+        loss = "code" if "code" in losses else "reconstruction"
+    if loss not in losses:
         raise case.refusal(f"this model has no loss for the recorded {term}")
-    return losses[ours]
+    return losses[loss]
 
 
 def _recorded_shape(case: Case, name: str, value: Tensor) -> Tensor:

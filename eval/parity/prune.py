@@ -29,7 +29,7 @@ Array = np.ndarray
 
 
 def run(case: Case) -> Outputs:
-    """Our outputs for every recorded tensor, in the order they were made."""
+    """vistok's outputs for every recorded tensor, in the order they were made."""
     config = case.data["config"]
     if "model" in config:
         from .prune_models import run as run_models
@@ -103,7 +103,7 @@ def _ternary(sub: Subcase) -> Array:
 
 
 def _margins(case: Case, sub: Subcase, features: Array, order: Tensor) -> Tensor:
-    """How far ahead each pick was in float64; its smallest and the distances reached must be those stated."""
+    """The margin of each pick in float64; the least margin and the distances reached must be those stated."""
     unit = torch.from_numpy(features).double()
     unit = unit / unit.norm(dim=1, keepdim=True)
     distances = (1 - unit @ unit.T).fill_diagonal_(torch.inf)
@@ -289,7 +289,7 @@ def _check_digest(case: Case, sub: Subcase, array: Array) -> None:
         raise CannotBuild(f"{case.path.name}: {sub['tag']}: the recipe gave other inputs than were recorded")
 
 
-def _same_picks(case: Case, what: str, expected: Tensor, ours: Tensor) -> None:
-    if not torch.equal(expected, ours):
-        first = int((expected != ours).nonzero()[0])
+def _same_picks(case: Case, what: str, expected: Tensor, picks: Tensor) -> None:
+    if not torch.equal(expected, picks):
+        first = int((expected != picks).nonzero()[0])
         raise CannotBuild(f"{case.path.name}: {what}: picks differ from number {first} on")

@@ -49,18 +49,18 @@ def run(case: Case) -> Outputs:
 
 def _method(case: Case, model: Any, inputs: dict[str, Any], name: str, settings: dict[str, Any]) -> Outputs:
     reducer, keep = _reducer(case, name, settings)
-    seen: list[tuple[Image, Any]] = []
+    calls: list[tuple[Image, Any]] = []
     reduce = reducer.reduce
 
     def watched(image: Image, budget: Any) -> Any:
-        seen.append((image, budget))
+        calls.append((image, budget))
         return reduce(image, budget)
 
     reducer.reduce = watched
     last = case.data["config"]["T"]
     with attach(model, reducer, keep=keep, positions="paper"), _entering(model) as entered:
         logits = model(**inputs).logits[0, -last:]
-    (image, budget), visual = seen[0], entered[0][0, BEFORE:-last]
+    (image, budget), visual = calls[0], entered[0][0, BEFORE:-last]
     yield from _selected(case, name, settings, reducer, image, budget)
     case.check_stated(
         f"{name}: tokens", len(visual), settings.get("visual_tokens", settings.get("kept", len(visual)))
@@ -75,9 +75,9 @@ def _reducer(case: Case, name: str, settings: dict[str, Any]) -> tuple[FeatureRe
         return DivPrune(), settings["ratio"]
     if name == "hired":
         alpha = settings["alpha"]
-        given = {} if alpha is None else {"alpha": alpha}
+        options = {} if alpha is None else {"alpha": alpha}
         # As a count: a whole budget drops newlines here, where keep=1.0 drops nothing.
-        return HiRED(geometry="reference", **given), partial(_encoded, rate=settings["token_budget_rate"])
+        return HiRED(geometry="reference", **options), partial(_encoded, rate=settings["token_budget_rate"])
     if name == "globalcom2":
         return GlobalCom2(geometry="reference"), settings["retention_ratio"]
     if name == "visionzip":
@@ -139,12 +139,12 @@ def _model(case: Case) -> Any:
     config = case.data["config"]
     if config["model"] not in MODELS:
         raise CannotBuild(f"{case.path.name}: no adapter for {config['model']}; known: {', '.join(MODELS)}")
-    given = {
+    options = {
         key: config[key]
         for key in ("vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
     }
     if "image_grid_pinpoints_hw" in config:
-        given["image_grid_pinpoints"] = config["image_grid_pinpoints_hw"]
+        options["image_grid_pinpoints"] = config["image_grid_pinpoints_hw"]
 
     def make() -> Any:
         settings = getattr(transformers, MODELS[config["model"]])(
@@ -152,7 +152,7 @@ def _model(case: Case) -> Any:
             text_config=dict(config["text_config"]),
             image_token_id=config["image_token_index"],
             tie_word_embeddings=config["text_config"].get("tie_word_embeddings", False),
-            **given,
+            **options,
         )
         return getattr(transformers, config["model"])(settings)
 

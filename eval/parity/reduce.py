@@ -248,12 +248,12 @@ def _clip(case: Case) -> Outputs:
 def _images(case: Case) -> Tensor:
     """The recipe's picture: kron(normal blocks, ones) + 0.3 times normal noise."""
     recipe = case.data["inputs"]
-    found = re.findall(r"RandomState\((\d+)\)\.standard_normal\(\(([\d,]+)\)\)", recipe)
+    draws = re.findall(r"RandomState\((\d+)\)\.standard_normal\(\(([\d,]+)\)\)", recipe)
     tile = re.search(r"ones\(\(([\d,]+)\)\)", recipe)
     factor = re.search(r"\+ ([.\d]+)\*", recipe)
-    if len(found) != 2 or not tile or not factor:
+    if len(draws) != 2 or not tile or not factor:
         raise CannotBuild(f"{case.path.name}: cannot read the image recipe {recipe!r}")
-    blocks, noise = (np.random.RandomState(int(seed)).standard_normal(_shape(shape)) for seed, shape in found)
+    blocks, noise = (np.random.RandomState(int(seed)).standard_normal(_shape(shape)) for seed, shape in draws)
     picture = np.kron(blocks, np.ones(_shape(tile[1]))) + float(factor[1]) * noise
     return case.place(torch.from_numpy(picture.astype(np.float32)))
 
@@ -277,7 +277,7 @@ def _accounting(case: Case) -> Outputs:
         if model not in WIDTHS:
             raise CannotBuild(f"{case.path.name}: the width of {model} is not known")
         width = WIDTHS[model]
-        ours = sum(vit_block_macs(n, width) for n in row["tokens_into_block"])
-        if ours != row["macs"]:
-            raise CannotBuild(f"{case.path.name}: {row['name']} is {ours}, recorded {row['macs']}")
+        total = sum(vit_block_macs(n, width) for n in row["tokens_into_block"])
+        if total != row["macs"]:
+            raise CannotBuild(f"{case.path.name}: {row['name']} is {total}, recorded {row['macs']}")
     yield "macs", torch.tensor(macs, dtype=torch.float64) / 1e9

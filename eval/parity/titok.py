@@ -50,7 +50,7 @@ LOSSES = (r"vq_l2\..*", r"vq_plain\..*", r"(cvq|kl|tok|stage1|lr|ema)\..*", *IMA
 
 
 def run(case: Case) -> Outputs:
-    """Our outputs for every recorded tensor, in the order they were made."""
+    """vistok's outputs for every recorded tensor, in the order they were made."""
     if generators.system_of(case):
         yield from generators.run(case)
         return
@@ -128,7 +128,7 @@ class _Trunk:
         ]
 
     def outputs(self, case: Case, prefix: str) -> Outputs:
-        """The recorded slices; the last block is run once more for the rows that the model itself never
+        """The recorded slices; the last block is run again for the rows that the model itself never
         computes."""
         for hook in self.hooks:
             hook.remove()
@@ -323,8 +323,8 @@ def _preprocessing(case: Case) -> Outputs:
         picture = np.kron(blocks, np.ones((7, 7, 1)))[:height, :width]
         picture = np.clip(picture + random.randint(-20, 21, (height, width, 3)), 0, 255).astype(np.uint8)
         image = Image.fromarray(picture)
-        ours = (to_tensor(image, size)[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
-        yield f"eval_{number}", case.subsample("eval_k", ours, "[::2, ::2]")
+        levels = (to_tensor(image, size)[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
+        yield f"eval_{number}", case.subsample("eval_k", levels, "[::2, ::2]")
         crop = torch.from_numpy(np.array(adm_center_crop(image, size)))
         yield f"adm_{number}", case.subsample("adm_k", crop, "[::2, ::2]")
 
@@ -403,9 +403,10 @@ def _losses(case: Case) -> Outputs:
 
 
 def _schedules(case: Case) -> Outputs:
-    said = case.description("lr.cosine")
+    description = case.description("lr.cosine")
     base, end, warmup, total = (
-        float(re.search(rf"{name} ([-+.e\d]+)", said)[1]) for name in ("base", "end", "warmup", "total")
+        float(re.search(rf"{name} ([-+.e\d]+)", description)[1])
+        for name in ("base", "end", "warmup", "total")
     )
     steps = range(len(case.tensors["lr.cosine"]))
     cosine = [cosine_schedule(step, base, end, int(warmup), int(total)) for step in steps]

@@ -1,4 +1,4 @@
-"""`vistok verify`: our implementation against recorded outputs of the original.
+"""`vistok verify`: vistok's implementation against recorded outputs of the original.
 
 Each recorded tensor is recomputed from the case's own configuration, weights rule and inputs, and compared
 within the case's tolerances. Indices and bits must be equal, except where the original itself was undecided
@@ -119,7 +119,7 @@ def _missed(name: str, count: int, reason: str) -> Row:
 
 
 def compare(case: Case, name: str, output: Tensor) -> Row:
-    """Our tensor against the recorded one, by the case's tolerances."""
+    """Compare vistok's tensor with the recorded one, by the case's tolerances."""
     recorded = case.tensors[name]
     output = output.detach().cpu()
     if output.shape != recorded.shape:

@@ -116,10 +116,10 @@ def curves(
         order = x.argsort(kind="stable")
         x, y = x[order], np.where(np.isfinite(y), y, np.nan)[order]
         marker, colour = next(weak if line.baseline else strong)
-        drawn = {"linewidth": 1.2, "linestyle": "--", "zorder": 2}
+        style = {"linewidth": 1.2, "linestyle": "--", "zorder": 2}
         if not line.baseline:
-            drawn = {"linewidth": 2.2, "markersize": 5, "zorder": 3}
-        axes.plot(x, y, label=line.label, color=colour, marker=marker, **drawn)
+            style = {"linewidth": 2.2, "markersize": 5, "zorder": 3}
+        axes.plot(x, y, label=line.label, color=colour, marker=marker, **style)
         if line.low is not None and line.high is not None:
             low, high = (np.asarray(ends, np.float64)[order] for ends in (line.low, line.high))
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0, zorder=1)
@@ -167,8 +167,8 @@ def bars(title: str, label: str, values: dict[str, float]) -> Chart:
     """One bar per name, the longest on top, each with its number."""
     names = sorted(values, key=lambda name: values[name])
     figure, axes = _empty(height=0.7 + 0.28 * len(names))
-    drawn = axes.barh(names, [values[name] for name in names], color=COLOURS[0], height=0.7)
-    axes.bar_label(drawn, [f" {values[name]:.3g}" for name in names], fontsize=9, color="#5b6475")
+    patches = axes.barh(names, [values[name] for name in names], color=COLOURS[0], height=0.7)
+    axes.bar_label(patches, [f" {values[name]:.3g}" for name in names], fontsize=9, color="#5b6475")
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(label)

@@ -22,7 +22,7 @@ NUMBER = re.compile(r"[-−±]?[\d.,]+(e[-+]?\d+)?( ?[%×–(-].*)?( dB)?")
 LONG = 30
 """Letters of a word that a cell may break anywhere."""
 NARROW = 3
-"""Pictures in a strip up to which several strips stand beside each other."""
+"""Pictures in a strip up to which several strips are placed side by side."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; `note` stands below."""
+    """Rows of text under a header; `note` is shown below."""
 
     title: str
     header: list[str]
@@ -62,7 +62,7 @@ class Gallery:
 
     @property
     def narrow(self) -> bool:
-        """Whether strips are short enough to stand beside each other."""
+        """Whether strips are short enough to be placed side by side."""
         return all(len(strip.pictures) <= NARROW for strip in self.strips)
 
 

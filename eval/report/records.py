@@ -118,15 +118,15 @@ def cards(record: Record) -> list[Card]:
 def tables(record: Record) -> list[Table]:
     """All metrics, and each setting of pFID's grid."""
     count = images(record)
-    shown = [_row(name, metric, record) for name, metric in record.metrics.items()]
-    found = [Table(f"{title(record)}, {count}", HEADER, shown, note="; ".join(record.warnings))]
+    rows = [_row(name, metric, record) for name, metric in record.metrics.items()]
+    parts = [Table(f"{title(record)}, {count}", HEADER, rows, note="; ".join(record.warnings))]
     if cells := record.metrics.get("pfid", {}).get("cells", []):
         grid = [
             [f"{cell['alpha']:g}", f"{cell['delta']}", f"{cell['changed']:.2%}", f"{cell['value']:.3f}"]
             for cell in cells
         ]
-        found.append(Table(f"pFID of every setting, {count}", PFID_HEADER, grid))
-    return found
+        parts.append(Table(f"pFID of every setting, {count}", PFID_HEADER, grid))
+    return parts
 
 
 def skipped(record: Record) -> list[Table]:
@@ -185,11 +185,11 @@ def _examples(result: "Result") -> list[Gallery]:
         for row in chosen.tolist():
             picture = result.picture(row)
             error = error_map(picture.original, picture.reconstruction)
-            shown = [
+            pictures = [
                 ("original", picture.original),
                 ("reconstruction", picture.reconstruction),
                 ("error", error),
             ]
-            strips.append(Strip(shown, f"{picture.name}, {decibels(picture.psnr)}"))
+            strips.append(Strip(pictures, f"{picture.name}, {decibels(picture.psnr)}"))
         galleries.append(Gallery(f"{name} images by PSNR", strips, ERROR_NOTE))
     return [gallery for gallery in galleries if gallery.strips]

@@ -49,13 +49,13 @@ def _ratios(speed: Speed) -> list[Card]:
 
 def _charts(name: str, speeds: list[Speed]) -> list[Chart]:
     """Over batch sizes if there are several, a bar for each variant otherwise."""
-    found = []
+    charts = []
     for what, (unit, value) in MEASURES.items():
         if len(speeds) == 1:
             values = {variant.name: value(variant) for variant in speeds[0].variants}
             kept = {variant: number for variant, number in values.items() if number is not None}
             title = f"{name}: {what}, batch {speeds[0].batch_size}"
-            found += [bars(title, unit, kept)] if kept else []
+            charts += [bars(title, unit, kept)] if kept else []
             continue
         lines: dict[str, Series] = {}
         for speed in speeds:
@@ -66,8 +66,8 @@ def _charts(name: str, speeds: list[Speed]) -> list[Chart]:
                     line.x.append(speed.batch_size)
                     line.y.append(number)
         if lines:
-            found.append(curves(f"{name}: {what}", "batch size", unit, list(lines.values()), from_zero=True))
-    return found
+            charts.append(curves(f"{name}: {what}", "batch size", unit, list(lines.values()), from_zero=True))
+    return charts
 
 
 def _median(values: list[float]) -> float | None:

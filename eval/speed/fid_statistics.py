@@ -33,7 +33,8 @@ def accumulation(dim: int, batch_size: int, repeats: int) -> None:
 
 
 def distance(dim: int, decay: float, repeats: int) -> None:
-    """Print seconds of torch-fidelity's distance and of ours, their ratios, and their relative difference.
+    """Print seconds of torch-fidelity's distance and of vistok's, their ratios, and their relative
+    difference.
 
     The k-th largest variance of the features is k^-decay.
     """

@@ -54,11 +54,11 @@ class PipelineSpeed:
 
     @property
     def passed(self) -> bool:
-        """The median ratio at the bar."""
+        """Whether the median ratio reaches the bar."""
         return median(self.ratios) >= BAR
 
     def table(self) -> list[list[str]]:
-        """Rows under HEADER."""
+        """Table rows in the columns of HEADER."""
         rows = []
         for name, passes in (("preloaded", self.bare), ("pipeline", self.pipeline)):
             rates = [self.count / took.seconds for took in passes]
@@ -72,7 +72,7 @@ class PipelineSpeed:
         return rows
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain values, for JSON."""
         return {
             "title": self.title,
             "torch": torch.__version__,

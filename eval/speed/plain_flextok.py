@@ -153,17 +153,21 @@ def variants(model: FlexTok, images: Tensor) -> list[Variant]:
     few, side = max(1, most // 8), model.config.latent_size
     variants = [
         base := Variant(f"straightforward, {most} tokens", images, plain.encode),
-        ours := Variant(f"vistok, {most} tokens", images, lambda x: model.encode(x).indices, baseline=base),
-        Variant(f"vistok, {few} tokens", images, lambda x: model.encode(x, few).indices, baseline=ours),
+        optimised := Variant(
+            f"vistok, {most} tokens", images, lambda x: model.encode(x).indices, baseline=base
+        ),
+        Variant(f"vistok, {few} tokens", images, lambda x: model.encode(x, few).indices, baseline=optimised),
     ]
     codes, options = model.encode(images).indices, {"steps": GUIDED_STEPS, "guidance": GUIDANCE}
     noise = torch.randn(batch, model.config.latent_channels, side, side, device=images.device)
     options["noise"] = noise
     for count in (most, few):
-        kept, told = codes[:, :count], f"{count} tokens, {GUIDED_STEPS} guided steps"
-        base = Variant(f"straightforward, {told}", kept, decode=partial(plain.decode, **options))
-        ours = Variant(f"vistok, {told}", kept, decode=partial(model.decode, **options), baseline=base)
-        variants += [base, ours]
+        kept, setting = codes[:, :count], f"{count} tokens, {GUIDED_STEPS} guided steps"
+        base = Variant(f"straightforward, {setting}", kept, decode=partial(plain.decode, **options))
+        optimised = Variant(
+            f"vistok, {setting}", kept, decode=partial(model.decode, **options), baseline=base
+        )
+        variants += [base, optimised]
     # As many prefixes of the first image as there are images, all from one noise.
     copies, shared = codes[:1].expand(batch, -1), noise[:1].expand(batch, -1, -1, -1)
     lengths = [round(most ** ((row + 1) / batch)) for row in range(batch)]
@@ -176,6 +180,6 @@ def variants(model: FlexTok, images: Tensor) -> list[Variant]:
         tokens = dataclasses.replace(model.as_tokens(x), lengths=torch.tensor(lengths))
         return model.decode(tokens, **options | {"noise": shared})
 
-    told = f"vistok, prefixes of {', '.join(map(str, lengths))}"
-    base = Variant(f"{told}, one call per prefix", copies, decode=alone)
-    return [*variants, base, Variant(f"{told}, one batch", copies, decode=together, baseline=base)]
+    setting = f"vistok, prefixes of {', '.join(map(str, lengths))}"
+    base = Variant(f"{setting}, one call per prefix", copies, decode=alone)
+    return [*variants, base, Variant(f"{setting}, one batch", copies, decode=together, baseline=base)]

@@ -35,15 +35,15 @@ class PlainKarl(nn.Module):
     def codes(self, tokens: Tokens) -> Tensor:
         """Tokens of the tokenizer as codes of all places."""
         if tokens.indices is not None:
-            found, places = tokens.indices.unbind(-1)
-            codes = found.new_full((len(found), self.tokenizer.num_tokens), -1)
+            values, places = tokens.indices.unbind(-1)
+            codes = values.new_full((len(values), self.tokenizer.num_tokens), -1)
         else:
-            found, places = self.tokenizer.quantizer.split(tokens.latents)
-            shape = (len(found), self.tokenizer.num_tokens, found.shape[2])
-            codes = found.new_full(shape, torch.nan)
+            values, places = self.tokenizer.quantizer.split(tokens.latents)
+            shape = (len(values), self.tokenizer.num_tokens, values.shape[2])
+            codes = values.new_full(shape, torch.nan)
         counts = tokens.lengths.tolist() if tokens.lengths is not None else [places.shape[1]] * len(places)
         for image, count in enumerate(counts):
-            codes[image, places[image, :count]] = found[image, :count]
+            codes[image, places[image, :count]] = values[image, :count]
         return codes
 
     @torch.no_grad()

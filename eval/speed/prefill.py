@@ -82,7 +82,7 @@ class PrefillSpeed:
         return f"prefill of {self.parameters / 1e6:.1f}M parameters, {self.tokens} visual tokens, {threads}"
 
     def table(self) -> list[list[str]]:
-        """Rows under HEADER, medians."""
+        """Table rows in the columns of HEADER: medians."""
         return [
             [
                 type(run.reducer).__name__,
@@ -97,7 +97,7 @@ class PrefillSpeed:
         ]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain values, for JSON."""
         runs = [
             {k: v for k, v in vars(run).items() if k != "reducer"}
             | {"reducer": type(run.reducer).__name__, "share": run.share, "overhead": run.overhead}
@@ -199,15 +199,15 @@ def _measure(
 
 
 def _extra_steps(
-    model: hf.LlavaForConditionalGeneration, one: Prefill, ours: hf.Cache, plain: hf.Cache, steps: int
+    model: hf.LlavaForConditionalGeneration, one: Prefill, reduced: hf.Cache, plain: hf.Cache, steps: int
 ) -> list[float]:
     """Extra seconds per decode step, attached against the shortened prompt's cache, step by step in
     turn."""
     token = torch.full((1, 1), 7, device=model.device)
-    found = []
+    differences = []
     for _ in range(steps):
         with attach(model, one.reducer, keep=one.keep, positions="compact"):
-            _, attached = timed(lambda: model(input_ids=token, **with_cache(model, ours), use_cache=True))
+            _, attached = timed(lambda: model(input_ids=token, **with_cache(model, reduced), use_cache=True))
         _, stock = timed(lambda: model(input_ids=token, **with_cache(model, plain), use_cache=True))
-        found.append(attached.seconds - stock.seconds)
-    return found
+        differences.append(attached.seconds - stock.seconds)
+    return differences

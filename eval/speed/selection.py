@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Equal picks, and the median ratio at the bar."""
+        """Whether picks are equal and the median ratio reaches the bar."""
         return self.equal and (self.bar is None or median(self.ratios) >= self.bar)
 
 
@@ -65,7 +65,7 @@ class SelectionSpeed:
         return f"selection on the CPU, {self.threads} thread{'s' * (self.threads > 1)}"
 
     def table(self) -> list[list[str]]:
-        """Rows under HEADER: medians, with the range over the pairs."""
+        """Table rows in the columns of HEADER: medians, with the range over the pairs."""
         return [
             [
                 c.name,
@@ -79,7 +79,7 @@ class SelectionSpeed:
         ]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain values, for JSON."""
         return {
             "threads": self.threads,
             "torch": torch.__version__,
@@ -108,11 +108,11 @@ def run(repeats: int = 7, threads: int = 1) -> SelectionSpeed:
     return SelectionSpeed(comparisons, threads)
 
 
-def same(expected: Tensor, ours: Tensor) -> bool:
-    """Equal picks; scores within float32 rounding."""
+def same(expected: Tensor, picks: Tensor) -> bool:
+    """Whether picks are equal, or scores equal within float32 rounding."""
     if expected.is_floating_point():
-        return torch.allclose(ours, expected, rtol=1e-4, atol=1e-6)
-    return torch.equal(ours, expected)
+        return torch.allclose(picks, expected, rtol=1e-4, atol=1e-6)
+    return torch.equal(picks, expected)
 
 
 # DivPrune ---------------------------------------------------------------------------------------------------
@@ -182,13 +182,13 @@ def plain_globalcom2(scores: Tensor, grid: Grid, ratio: float, temperature: floa
     weights = np.exp((np.array(mass) - max(mass)) / temperature)
     weights = weights / (weights.sum() + 1e-8)
     ratios = np.minimum(ratio * (1 + weights - weights.mean()), 1)
-    shown = grid.place[grid.cut] >= 0
+    is_patch = grid.place[grid.cut] >= 0
     top, bottom, left, right = grid.rectangle
     size = (bottom - top, right - left)
     resized = F.interpolate(whole.view(1, 1, height, width), size=size, mode="bilinear")[0, 0]
     placed = torch.full((grid.rows * height, grid.cols * width), -1)
     for tile in range(grid.rows * grid.cols):
-        valid = [index for index in range(tokens) if shown[tile, index]]
+        valid = [index for index in range(tokens) if is_patch[tile, index]]
         corner_row, corner_col = tile // grid.cols * height - top, tile % grid.cols * width - left
         guide = torch.stack([resized[corner_row + i // width, corner_col + i % width] for i in valid])
         own = scores[tile + 1][torch.tensor(valid)]

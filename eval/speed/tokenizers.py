@@ -52,7 +52,7 @@ class Speed:
         return f"{self.device.type} ({torch.get_num_threads()} threads)"
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain values, for JSON."""
         return {
             "tokenizer": self.tokenizer,
             "parameters": self.parameters,
@@ -64,7 +64,7 @@ class Speed:
         }
 
     def table(self) -> list[list[str]]:
-        """Rows under HEADER: medians, with the range over the paired runs."""
+        """Table rows in the columns of HEADER: medians, with the range over the paired runs."""
         return [self._row(*numbered) for numbered in enumerate(self.variants, start=1)]
 
     def _row(self, number: int, variant: Variant) -> list[str]:

@@ -79,10 +79,10 @@ class Variant:
         base = (self.baseline or self).codes
         if self.codes is None or base is None:
             return None
-        base, ours = base[:, : self.codes.shape[1]], self.codes
+        base, codes = base[:, : self.codes.shape[1]], self.codes
         if not base.is_floating_point():
-            return float((ours == base).float().mean())
-        close = torch.isclose(ours.to(base), base, rtol=1e-3, atol=1e-3, equal_nan=True)
+            return float((codes == base).float().mean())
+        close = torch.isclose(codes.to(base), base, rtol=1e-3, atol=1e-3, equal_nan=True)
         return float(close.float().mean())
 
     @property
@@ -94,7 +94,7 @@ class Variant:
         return float((self.images.double() - base.double()).abs().max())
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain values, for JSON."""
         return {
             "name": self.name,
             "baseline": self.baseline.name if self.baseline else None,

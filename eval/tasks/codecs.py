@@ -29,11 +29,11 @@ class FileSetting:
 
     @property
     def label(self) -> str:
-        """In tables."""
+        """The setting's name in tables."""
         return f"quality {self.quality}" + (f", 1/{self.scale}" if self.scale > 1 else "")
 
     def __call__(self, picture: Image.Image) -> tuple[Image.Image, int]:
-        """What comes back, at the picture's size, and the bytes it took."""
+        """The reconstruction, at the picture's size, and its bytes."""
         small = (max(1, picture.width // self.scale), max(1, picture.height // self.scale))
         file = io.BytesIO()
         _scaled(picture, small).save(file, self.codec, quality=self.quality, **OPTIONS[self.codec])
@@ -50,11 +50,11 @@ class ThumbnailSetting:
 
     @property
     def label(self) -> str:
-        """In tables."""
+        """The setting's name in tables."""
         return f"{self.width}×{self.height} pixels"
 
     def __call__(self, picture: Image.Image) -> tuple[Image.Image, int]:
-        """What comes back, at the picture's size, and the bytes it took."""
+        """The reconstruction, at the picture's size, and its bytes."""
         small = _scaled(picture, (self.width, self.height))
         return _scaled(small, picture.size), 3 * self.width * self.height
 
@@ -63,7 +63,7 @@ Setting = FileSetting | ThumbnailSetting
 
 
 def missing(codec: str) -> str | None:
-    """Why a codec cannot be used here, None if it can."""
+    """The reason why a codec cannot be used here, None if it can."""
     if codec in OPTIONS and codec != "JPEG" and not features.check(codec.lower()):
         return f"Pillow was built without {codec} here: `pip install -U pillow` brings a build that has it"
     return None
@@ -74,17 +74,17 @@ def best_within(codec: str, pictures: Sequence[Image.Image], budgets: Sequence[f
     fits; no setting twice, none for budgets that nothing fits."""
     originals = torch.cat([to_tensor(picture, None) for picture in pictures])
     settings = _thumbnails(budgets) if codec == "thumbnail" else _files(codec)
-    found = list(_measured(settings, pictures, originals, max(budgets)))
+    results = list(_measured(settings, pictures, originals, max(budgets)))
     chosen = []
     for budget in sorted(budgets):
-        within = [(error, size, setting) for setting, size, error in found if size <= budget]
+        within = [(error, size, setting) for setting, size, error in results if size <= budget]
         if within:
             chosen.append(min(within, key=lambda each: each[:2])[2])
     return list(dict.fromkeys(chosen))
 
 
 def apply(setting: Setting, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-    """What comes back of every picture, float32 [B, 3, H, W] in [0, 1], and its bytes, int64 [B]."""
+    """Reconstructions of all pictures, float32 [B, 3, H, W] in [0, 1], and its bytes, int64 [B]."""
     with ThreadPoolExecutor(worker_count()) as pool:  # encoders release Python's lock
         decoded, sizes = zip(*pool.map(setting, pictures), strict=True)
     return torch.cat([to_tensor(picture, None) for picture in decoded]), torch.tensor(sizes)
@@ -116,7 +116,7 @@ def _measured(
         size = fmean(sizes.tolist())
         if size > most and isinstance(setting, FileSetting):
             too_large.add(setting.scale)
-        # Not a mean of PSNR, which one picture that comes back exactly would make infinite.
+        # Not a mean of PSNR, which one exact reconstruction would make infinite.
         yield setting, size, float((decoded.double() - originals).square().mean())
 
 

@@ -46,14 +46,14 @@ def run(config: FidConfig, out: Path, device: torch.device) -> Result | None:
     images of several sizes without `size`, sets of different numbers without `allow_different_counts`, a .npz
     without mu and sigma, absent Inception weights, and the unfinished state of another run.
     """
-    wanted = choose(config.metrics, SETS)
+    metrics = choose(config.metrics, SETS)
     sources = {"a": config.judged, "b": config.real}
     sides = {name: _open(source, config.limit) for name, source in sources.items()}
     datasets = {name: side for name, side in sides.items() if isinstance(side, Dataset)}
     _check_counts(list(datasets.values()), config.allow_different_counts)
     _check_features(sources, sides)
     process, device = passes.join(device)
-    instruments = Instruments(wanted if datasets else [], config.files, device)
+    instruments = Instruments(metrics if datasets else [], config.files, device)
     if missing := list(instruments.skipped.values()):
         raise FileNotFoundError(missing[0])
     height, width = (config.size,) * 2 if config.size else _common_size(list(datasets.values()))
@@ -63,7 +63,7 @@ def run(config: FidConfig, out: Path, device: torch.device) -> Result | None:
         side = _Side(name, dataset, other, config, (height, width), out, process, instruments)
         first = side.run()
         measured[name] = side
-    return _result(config, wanted, {**sides, **measured}, out) if first else None
+    return _result(config, metrics, {**sides, **measured}, out) if first else None
 
 
 def _open(source: str, limit: int | None) -> Dataset | Gaussian:
@@ -90,28 +90,29 @@ def _check_features(sources: dict[str, str], sides: dict[str, Dataset | Gaussian
         for name, side in sides.items()
     }
     if widths["a"] != widths["b"]:
-        told = " and ".join(f"{sources[name]} of {width}" for name, width in widths.items())
+        texts = " and ".join(f"{sources[name]} of {width}" for name, width in widths.items())
         raise ValueError(
-            f"the sides are of different features, {told}: FID is of the {feature_sets.FEATURES} of "
+            f"the sides are of different features, {texts}: FID is of the {feature_sets.FEATURES} of "
             "Inception's last pooling layer"
         )
 
 
 def _common_size(datasets: list[Dataset]) -> tuple[int, int]:
     """Height and width of all images, by their headers; ValueError if there are several."""
-    found: dict[tuple[int, int], str] = {}
+    examples_by_size: dict[tuple[int, int], str] = {}
     for dataset in datasets:
         with ThreadPoolExecutor(8) as pool:
             sizes = pool.map(lambda number, dataset=dataset: _size(dataset, number), range(len(dataset)))
             for name, size in zip(dataset.names, sizes, strict=True):
                 if size is not None:
-                    found.setdefault(size, f"{dataset.source}: {name}")
-    if len(found) > 1:
-        told = [f"{width}×{height} ({name})" for (height, width), name in list(found.items())[:3]]
+                    examples_by_size.setdefault(size, f"{dataset.source}: {name}")
+    if len(examples_by_size) > 1:
+        texts = [f"{width}×{height} ({name})" for (height, width), name in list(examples_by_size.items())[:3]]
         raise ValueError(
-            f"images have {len(found)} sizes, such as {' and '.join(told)}: give --size to resize and crop"
+            f"images have {len(examples_by_size)} sizes, such as {' and '.join(texts)}: give --size to "
+            "resize and crop"
         )
-    return next(iter(found), (0, 0))
+    return next(iter(examples_by_size), (0, 0))
 
 
 def _size(dataset: Dataset, number: int) -> tuple[int, int] | None:
@@ -120,7 +121,7 @@ def _size(dataset: Dataset, number: int) -> tuple[int, int] | None:
         with Image.open(_header(dataset, number)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size if turned else image.size[::-1]
-    except Exception:  # whatever is wrong, decoding will report it
+    except Exception:  # decoding will report the error
         return None
 
 
@@ -191,7 +192,7 @@ class _Side:
         return len(self.state.measured())
 
 
-def _result(config: FidConfig, wanted: list[str], sides: dict[str, _Side | Gaussian], out: Path) -> Result:
+def _result(config: FidConfig, names: list[str], sides: dict[str, _Side | Gaussian], out: Path) -> Result:
     images = {name: side for name, side in sides.items() if isinstance(side, _Side)}
     judged, real = (side.features if isinstance(side, _Side) else side for side in sides.values())
     counts = {name: side.count for name, side in sides.items()}
@@ -201,7 +202,7 @@ def _result(config: FidConfig, wanted: list[str], sides: dict[str, _Side | Gauss
             seconds[stage] = seconds.get(stage, 0.0) + spent
     clock, metrics = Clock(seconds, torch.device("cpu")), {}
     options = {"seed": config.seed, "kid_subset_size": config.kid_subset_size}
-    for name in wanted:
+    for name in names:
         with clock(f"{passes.LAST}{name}"):
             metrics |= compare(name, judged, real, **options)
     if config.save_statistics:

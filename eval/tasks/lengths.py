@@ -33,7 +33,7 @@ class Lengths:
     correlation: float
 
     def row(self) -> list[str]:
-        """Under HEADER."""
+        """A table row, in the columns of HEADER."""
         counts = self.lengths
         correlation = "all lengths equal" if math.isnan(self.correlation) else f"{self.correlation:.3f}"
         spread = f"{float(counts.double().mean()):.1f}, {int(counts.min())}–{int(counts.max())}"
@@ -41,7 +41,7 @@ class Lengths:
         return [self.asked, spread, f"{float(self.error.mean()):.4f}", decibels, correlation]
 
     def record(self) -> dict[str, Any]:
-        """For JSON; "psnr" is of the images that did not come back exactly, null if all did."""
+        """The fields for JSON; "psnr" leaves out exact reconstructions, null if all are."""
         mean = interval(self.psnr)
         return {
             "asked": self.asked,
@@ -89,8 +89,8 @@ def measure(
         error = (decoded - images).abs().mean((1, 2, 3))
         constant = bool((counts == counts[0]).all()) or len(set(sizes)) == 1
         correlation = math.nan if constant else float(spearmanr(counts.numpy(), sizes).statistic)
-        asked = f"error {target:g}" if tokenizer.adaptive else f"{target:g} dB"
-        results.append(Lengths(asked, counts, error, psnr(decoded, images), correlation))
+        setting = f"error {target:g}" if tokenizer.adaptive else f"{target:g} dB"
+        results.append(Lengths(setting, counts, error, psnr(decoded, images), correlation))
     return results
 
 

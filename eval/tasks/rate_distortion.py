@@ -64,13 +64,13 @@ class CurvesRecord(Record):
 
     def matched(self, point: Point) -> dict[str, Point | None]:
         """For each baseline the point of the least squared error that takes no more bytes than `point`."""
-        found: dict[str, Point | None] = {}
+        points: dict[str, Point | None] = {}
         for other in self.points:
             if other.baseline:
-                best = found.setdefault(other.codec, None)
+                best = points.setdefault(other.codec, None)
                 if other.bytes <= point.bytes and (best is None or other.mse < best.mse):
-                    found[other.codec] = other
-        return found
+                    points[other.codec] = other
+        return points
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Curves:
         models: Sequence[Tokenizer] | None,
     ) -> None:
         self.config, self.device = config, device
-        wanted = [
+        metrics = [
             "psnr",
             *(name for name in choose(config.metrics, [*pair_metrics(), "fid"]) if name != "psnr"),
         ]
@@ -133,7 +133,7 @@ class _Curves:
         names = _names(loaded, config)
         _check_choices(names, loaded, config)
         self.size = config.size or max(model.image_size for model in loaded)
-        self.instruments = Instruments(wanted, config.files, device)
+        self.instruments = Instruments(metrics, config.files, device)
         self.skipped = dict(self.instruments.skipped)
         options = {"lengths": config.lengths, "targets": config.targets, "seed": config.seed}
         options |= {"steps": config.steps, "guidance": config.guidance}
@@ -171,17 +171,17 @@ class _Curves:
         steps = [2 ** (step / 2) for step in range(int(2 * math.log2(most)) + 1)]
         # All images may take a little more than the first: then there is a smaller setting.
         around = [share * size for size in sizes for share in (0.9, 1)]
-        found = []
+        sweeps = []
         for name in (name for name in codecs.NAMES if name in self.config.baselines):
             if why := codecs.missing(name):
                 self.skipped[name] = why
             else:
                 within = around if name == "thumbnail" else [*around, *steps, most]
                 if chosen := codecs.best_within(name, pictures, within):
-                    found.append(CodecSweep(name, chosen))
+                    sweeps.append(CodecSweep(name, chosen))
                 else:
                     self.skipped[name] = f"none of its settings fits {max(within):,.0f} bytes per image"
-        return found
+        return sweeps
 
     def _declare(self, folder: Path, process: "PartialState", models: list[Tokenizer]) -> None:
         """The tables and sums of this measurement."""
@@ -234,8 +234,8 @@ class _Curves:
                     with self.clock(name):
                         columns.append(instrument(decoded, images).cpu().double())
                 if self.seen:
-                    seen = self.seen[next(numbers)]
-                    seen.update(to_levels(decoded), batch.indices, self.clock)
+                    features = self.seen[next(numbers)]
+                    features.update(to_levels(decoded), batch.indices, self.clock)
         self.state.write("values", batch.indices, torch.stack(columns, 1))
 
     # The result ---------------------------------------------------------------------------------------------
@@ -295,8 +295,8 @@ class _Curves:
 
     def _protocol(self) -> dict[str, Any]:
         config = self.config
-        ours = [sweep for sweep in self.sweeps if isinstance(sweep, TokenizerSweep)]
-        resized = [f"{sweep.name} at {sweep.own}²" for sweep in ours if sweep.resized]
+        sweeps = [sweep for sweep in self.sweeps if isinstance(sweep, TokenizerSweep)]
+        resized = [f"{sweep.name} at {sweep.own}²" for sweep in sweeps if sweep.resized]
         return {
             "images": resizing(self.size),
             "size": self.size,
@@ -306,19 +306,21 @@ class _Curves:
             "batch_size": config.batch_size,
             **ICC_PROFILES,
             **({"resized": ", ".join(resized)} if resized else {}),
-            **captions(*(sweep.model for sweep in ours)),
+            **captions(*(sweep.model for sweep in sweeps)),
             **recorded(config),
         }
 
     @torch.no_grad()
     def _pictures(self, kept: list[int], record: CurvesRecord) -> list[Picture]:
         """Some images at some lengths of every tokenizer, and codecs at the bytes of the longest."""
-        ours = [point for point in record.points if not point.baseline]
-        files = record.matched(max(ours, key=lambda point: point.bytes)).values()
-        shown = [id(point) for point in files if point]
+        own_points = [point for point in record.points if not point.baseline]
+        files = record.matched(max(own_points, key=lambda point: point.bytes)).values()
+        kept_ids = [id(point) for point in files if point]
         for sweep in self.sweeps:
             if not sweep.baseline:
-                shown += map(id, _spread([point for point in ours if point.codec == sweep.name], SHOWN))
+                kept_ids += map(
+                    id, _spread([point for point in own_points if point.codec == sweep.name], SHOWN)
+                )
         pictures = []
         for number in _spread(kept, SHOWN):
             batch, versions = one(self.dataset, number, self.size), []
@@ -326,9 +328,9 @@ class _Curves:
             points = iter(record.points)
             for sweep in self.sweeps:
                 for decoded, sizes in sweep(images, batch):
-                    if id(point := next(points)) in shown:
-                        told = f"{point.codec}, {point.setting}, {float(sizes[0]):,.0f} bytes"
-                        versions.append((told, to_levels(decoded[0]).cpu()))
+                    if id(point := next(points)) in kept_ids:
+                        caption = f"{point.codec}, {point.setting}, {float(sizes[0]):,.0f} bytes"
+                        versions.append((caption, to_levels(decoded[0]).cpu()))
             pictures.append(Picture(batch.names[0], batch.images[0], versions))
         return pictures
 
@@ -357,8 +359,8 @@ def _check_choices(labels: list[str], models: list[Tokenizer], config: CurvesCon
         raise ValueError(f"--lengths is for tokenizers of variable length; {', '.join(labels)} has none")
     if config.targets and not any(model.adaptive for model in models):
         raise ValueError(f"--target is for adaptive tokenizers (KARL); {', '.join(labels)} is not one")
-    drawn = config.steps is not None or config.guidance is not None
-    if drawn and not any(model.stochastic for model in models):
+    has_options = config.steps is not None or config.guidance is not None
+    if has_options and not any(model.stochastic for model in models):
         raise ValueError(f"--steps and --guidance are for stochastic decoders; {', '.join(labels)} has none")
 
 

@@ -55,7 +55,7 @@ class Picture:
 class Result:
     """The record, and further data for a report.
 
-    `values` by name are of single images, [n] each; `picture` reconstructs one of those [n] once more. Delete
+    `values` by name are of single images, [n] each; `picture` reconstructs one of those [n] again. Delete
     the `state` when all is written.
     """
 
@@ -90,7 +90,7 @@ class _Reconstruction:
         model: Tokenizer | None,
     ) -> None:
         self.config, self.device = config, device
-        wanted = choose(config.metrics, available())
+        metrics = choose(config.metrics, available())
         if (config.pfid_alpha or config.pfid_delta) and not config.pfid:
             raise ValueError("--pfid-alpha and --pfid-delta are the grid of --pfid: give that as well")
         cells = grid(config.pfid_alpha or ALPHAS, config.pfid_delta or DELTAS) if config.pfid else []
@@ -103,12 +103,12 @@ class _Reconstruction:
         self.model.check_image_size(self.size, self.size, "give another --size")
         self.model.check_num_tokens(config.tokens)
         self.perturbation = Perturbation(self.model.quantizer, cells, config.seed) if cells else None
-        self.instruments = Instruments([*wanted, *(["fid"] if cells else [])], config.files, device)
+        self.instruments = Instruments([*metrics, *(["fid"] if cells else [])], config.files, device)
         self.truncate = config.protocol == "titok"
         self.cells = cells if self.instruments.inception else []
         self.columns = [*self.instruments.pairs, "bits", "tokens"]
         self._try()
-        self._declare(folder, process, wanted)
+        self._declare(folder, process, metrics)
         self.state.open()
         self.clock = Clock(self.state.seconds, device)
 
@@ -123,17 +123,17 @@ class _Reconstruction:
             for instrument in self.instruments.pairs.values():
                 instrument(decoded, images)
 
-    def _declare(self, folder: Path, process: "PartialState", wanted: list[str]) -> None:
+    def _declare(self, folder: Path, process: "PartialState", metrics: list[str]) -> None:
         """The tables and sums of this evaluation."""
         sets = self.instruments.sets
         settings = binding(self.config)
-        settings |= {"metrics": [*self.columns, *sets, *(["codes"] if "codes" in wanted else [])]}
+        settings |= {"metrics": [*self.columns, *sets, *(["codes"] if "codes" in metrics else [])]}
         settings |= {"images": len(self.dataset), "names": self.dataset.digest, "device": self.device.type}
         settings |= {"weights": fingerprint(self.model), "networks": self.instruments.fingerprint()}
         self.state = State(folder, len(self.dataset), settings, self.dataset.inventory(), process)
         self.state.add_table("values", "float64", len(self.columns))
         countable = max(self.model.quantizer.codebook_sizes or [0]) <= LARGEST_CODEBOOK
-        counted = "codes" in wanted and countable
+        counted = "codes" in metrics and countable
         self.usage = self.state.add("codes", CodeStatistics()) if counted else None
         if sets:
             self.originals = FeatureSet("originals", self.instruments, self.state, sets, judged=False)
@@ -185,12 +185,12 @@ class _Reconstruction:
         if self.instruments.sets:
             self.originals.update(levels, numbers, clock)
             self.reconstructions.update(to_levels(decoded, truncate=self.truncate), numbers, clock)
-        for cell, seen in zip(self.cells, self.perturbed, strict=True):
+        for cell, features in zip(self.cells, self.perturbed, strict=True):
             with clock("pfid: perturb and decode"):
                 perturbed = self.perturbation(tokens, cell, numbers.tolist())
                 self.changed.update(cell, perturbed)
                 decoded = self._decode(perturbed.tokens, batch)
-            seen.update(to_levels(decoded, truncate=self.truncate), numbers, clock)
+            features.update(to_levels(decoded, truncate=self.truncate), numbers, clock)
 
     def _decode(self, tokens: Tokens, batch: Batch) -> Tensor:
         """Tokens of a batch → float32 images in [0, 1]."""
@@ -240,17 +240,17 @@ class _Reconstruction:
         return Result(record, values, lambda row: self._picture(int(kept[row])), state)
 
     def _of_sets(self, sets: list[str]) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, Any]] = {}
         for name in sets:
             with self.clock(f"{passes.LAST}{name}"):
-                found |= compare(
+                metrics |= compare(
                     name,
                     self.reconstructions,
                     self.originals,
                     seed=self.config.seed,
                     kid_subset_size=self.config.kid_subset_size,
                 )
-        return found
+        return metrics
 
     def _pfid(self) -> dict[str, dict[str, Any]]:
         """Each cell and their mean."""
@@ -259,11 +259,11 @@ class _Reconstruction:
         if not self.cells:
             return skipped("pfid", self.instruments.skipped["fid"])
         cells = []
-        for cell, seen in zip(self.cells, self.perturbed, strict=True):
+        for cell, features in zip(self.cells, self.perturbed, strict=True):
             with self.clock(f"{passes.LAST}pfid"):
-                found = compare("fid", seen, self.originals, seed=self.config.seed)["fid"]
+                result = compare("fid", features, self.originals, seed=self.config.seed)["fid"]
             changed = self.changed.share(cell)
-            cells.append({"alpha": cell.alpha, "delta": cell.delta, "changed": changed, **found})
+            cells.append({"alpha": cell.alpha, "delta": cell.delta, "changed": changed, **result})
         if "skipped" in cells[0]:
             return skipped("pfid", cells[0]["skipped"])
         mean = sum(cell["value"] for cell in cells) / len(cells)
@@ -271,18 +271,22 @@ class _Reconstruction:
 
     def _codes(self, values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
         """Bits and tokens per image, with intervals where images differ, and the use of the code space."""
-        found = {f"{name}-per-image": interval(values[name], self.config.seed) for name in ("bits", "tokens")}
+        figures = {
+            f"{name}-per-image": interval(values[name], self.config.seed) for name in ("bits", "tokens")
+        }
         if self.usage is None:
-            return found | skipped("codebook", f"codebooks above {LARGEST_CODEBOOK} entries are not counted")
+            return figures | skipped(
+                "codebook", f"codebooks above {LARGEST_CODEBOOK} entries are not counted"
+            )
         usage = self.usage.result()
-        found["bits-per-pixel"] = {"value": usage.bits_per_pixel}
+        figures["bits-per-pixel"] = {"value": usage.bits_per_pixel}
         for name, each in (("codebook-usage", usage.usage), ("perplexity", usage.perplexity)):
             if each is not None:
-                found[name] = {"value": sum(each) / len(each), "codebooks": list(each)}
+                figures[name] = {"value": sum(each) / len(each), "codebooks": list(each)}
         for name in ("bit_entropy", "lowest_bit_entropy", "bit_correlation"):
             if (value := getattr(usage, name)) is not None:
-                found[name.replace("_", "-")] = {"value": value}
-        return found
+                figures[name.replace("_", "-")] = {"value": value}
+        return figures
 
     def _protocol(self) -> dict[str, Any]:
         config = self.config

@@ -57,8 +57,10 @@ class TokenizerSweep:
             kept = sorted({length for length in lengths if length <= full})
             self.too_long = sorted({length for length in lengths if length > full})
             if not kept:
-                asked = ", ".join(map(str, lengths))
-                raise ValueError(f"{self.name} has 1 to {full} tokens; --lengths {asked} is beyond them all")
+                requested = ", ".join(map(str, lengths))
+                raise ValueError(
+                    f"{self.name} has 1 to {full} tokens; --lengths {requested} is beyond them all"
+                )
             self.settings = [(_tokens(length), length) for length in kept]
         else:
             self.settings = [(_tokens(full), None)]
@@ -66,7 +68,7 @@ class TokenizerSweep:
 
     def __call__(self, images: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Decoded images and bytes of each, for every setting."""
-        drawn = {"steps": self.steps, "guidance": self.guidance} if self.model.stochastic else {}
+        options = {"steps": self.steps, "guidance": self.guidance} if self.model.stochastic else {}
         for tokens in self._encoded(images):
             decoded = decode_images(
                 self.model,
@@ -75,7 +77,7 @@ class TokenizerSweep:
                 batch.indices.tolist(),
                 batch.names,
                 seed=self.seed,
-                **drawn,
+                **options,
             )
             if self.resized:
                 decoded = _resized(decoded, self.size)
