@@ -44,21 +44,21 @@ class _Blocks:
     """Catches the outputs of a trunk's blocks; the last is run again for rows that the model skips."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
-        self.blocks, self.seen = blocks, {}
+        self.blocks, self.recorded = blocks, {}
         self.hooks = [
-            block.register_forward_hook(lambda m, i, out, depth=depth: self.seen.update({depth: out}))
+            block.register_forward_hook(lambda m, i, out, depth=depth: self.recorded.update({depth: out}))
             for depth, block in enumerate(blocks[:-1])
         ]
         self.hooks.append(
-            blocks[-1].register_forward_pre_hook(lambda m, inputs: self.seen.update(last=inputs))
+            blocks[-1].register_forward_pre_hook(lambda m, inputs: self.recorded.update(last=inputs))
         )
 
     def __getitem__(self, depth: int) -> Tensor:
         for hook in self.hooks:
             hook.remove()
         if depth == len(self.blocks) - 1:
-            return self.blocks[-1](*self.seen["last"])
-        return self.seen[depth]
+            return self.blocks[-1](*self.recorded["last"])
+        return self.recorded[depth]
 
 
 def _part(key: str) -> str:

@@ -143,12 +143,12 @@ class _Trunk:
     """Records the outputs of the blocks and resizing layers of one side, and of the side itself."""
 
     def __init__(self, side: nn.Module, prefix: str, kind: str) -> None:
-        self.prefix, self.seen, self.last_call = prefix, {}, ()
+        self.prefix, self.recorded, self.last_call = prefix, {}, ()
         self.blocks = side.transformer_blocks
         named = {f"block{depth}": block for depth, block in enumerate(self.blocks)}
         named |= {f"{kind}{n or ''}": layer for n, layer in enumerate(getattr(side, f"{kind}_layers"))}
         self.hooks = [
-            module.register_forward_hook(lambda m, i, out, name=name: self.seen.update({name: out}))
+            module.register_forward_hook(lambda m, i, out, name=name: self.recorded.update({name: out}))
             for name, module in [*named.items(), ("out", side)]
         ]
         self.hooks.append(self.blocks[-1].register_forward_pre_hook(self._keep_call))
@@ -162,8 +162,8 @@ class _Trunk:
             hook.remove()
         last = f"block{len(self.blocks) - 1}"
         if has(f"{self.prefix}_{last}"):
-            self.seen[last] = self.blocks[-1](*self.last_call)
-        grids = {name: out.flatten(2).mT if out.ndim == 4 else out for name, out in self.seen.items()}
+            self.recorded[last] = self.blocks[-1](*self.last_call)
+        grids = {name: out.flatten(2).mT if out.ndim == 4 else out for name, out in self.recorded.items()}
         return {f"{self.prefix}_{name}": out for name, out in grids.items()}
 
 

@@ -118,13 +118,13 @@ class _Trunk:
     """Records a ViT's sequence after ln_pre, the first block, the whole last block, and ln_post."""
 
     def __init__(self, side: nn.Module) -> None:
-        self.side, self.seen = side, {}
+        self.side, self.recorded = side, {}
         first, last = side.transformer[0], side.transformer[-1]
         self.hooks = [
-            side.ln_pre.register_forward_hook(lambda m, i, out: self.seen.update(ln_pre=out)),
-            first.register_forward_hook(lambda m, i, out: self.seen.update(block_first=out)),
-            last.register_forward_pre_hook(lambda m, inputs: self.seen.update(before_last=inputs[0])),
-            side.ln_post.register_forward_hook(lambda m, i, out: self.seen.update(ln_post=out)),
+            side.ln_pre.register_forward_hook(lambda m, i, out: self.recorded.update(ln_pre=out)),
+            first.register_forward_hook(lambda m, i, out: self.recorded.update(block_first=out)),
+            last.register_forward_pre_hook(lambda m, inputs: self.recorded.update(before_last=inputs[0])),
+            side.ln_post.register_forward_hook(lambda m, i, out: self.recorded.update(ln_post=out)),
         ]
 
     def outputs(self, case: Case, prefix: str) -> Outputs:
@@ -132,11 +132,11 @@ class _Trunk:
         computes."""
         for hook in self.hooks:
             hook.remove()
-        self.seen["block_last"] = self.side.transformer[-1](self.seen.pop("before_last"))
+        self.recorded["block_last"] = self.side.transformer[-1](self.recorded.pop("before_last"))
         if len(self.side.transformer) == 1:
-            self.seen["block_first"] = self.seen["block_last"]
+            self.recorded["block_first"] = self.recorded["block_last"]
         for name in ("ln_pre", "block_first", "block_last", "ln_post"):
-            yield f"{prefix}.{name}", case.subsample(f"{prefix}.{name}", self.seen[name], SEQUENCE)
+            yield f"{prefix}.{name}", case.subsample(f"{prefix}.{name}", self.recorded[name], SEQUENCE)
 
 
 def _tokenizer(case: Case) -> Outputs:

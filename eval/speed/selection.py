@@ -26,7 +26,7 @@ class Comparison:
 
     name: str
     plain: Callable[[], Tensor]
-    ours: Callable[[], Tensor]
+    vistok: Callable[[], Tensor]
     bar: float | None = None
     plain_seconds: list[float] = field(default_factory=list)
     our_seconds: list[float] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Comparison:
         def check(results: dict[str, Tensor]) -> None:
             self.equal &= same(results["plain"], results["vistok"])
 
-        took = in_turn({"plain": self.plain, "vistok": self.ours}, repeats, check=check)
+        took = in_turn({"plain": self.plain, "vistok": self.vistok}, repeats, check=check)
         self.plain_seconds, self.our_seconds = seconds(took["plain"]), seconds(took["vistok"])
 
     @property
@@ -228,7 +228,7 @@ def _class_rows(tiles: int = 5, heads: int = 16, tokens: int = 577, width: int =
         attention = (query * width**-0.5 @ key.mT).softmax(-1)
         return attention[:, :, 0, 1:].sum(1)
 
-    def ours() -> Tensor:
+    def fast() -> Tensor:
         return attention_rows(query[:, :, :1], key)[:, :, 0, 1:].sum(1)
 
-    return Comparison(f"HiRED class-token scores, {tiles} tiles, {heads} heads", plain, ours, 10.0)
+    return Comparison(f"HiRED class-token scores, {tiles} tiles, {heads} heads", plain, fast, 10.0)

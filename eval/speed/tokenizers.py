@@ -70,7 +70,7 @@ class Speed:
     def _row(self, number: int, variant: Variant) -> list[str]:
         parts = (variant.encode_rates, variant.decode_rates)
         medians = [f"{median(part):.2f}" if part else "" for part in parts]
-        rates = [len(variant.given) / seconds for seconds in variant.seconds]
+        rates = [len(variant.inputs) / seconds for seconds in variant.seconds]
         peak = "" if variant.peak_bytes is None else f"{variant.peak_bytes / 2**20:,.0f}"
         row = [str(number), variant.name, *medians, spread(rates), peak]
         if variant.baseline is None:

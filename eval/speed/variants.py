@@ -18,11 +18,11 @@ from .paired import ratios, timed
 class Variant:
     """One way to encode, to decode, or to do both in turn, and its measurements.
 
-    It starts from `given`, images or codes, and is compared with its `baseline`, or with nothing.
+    It starts from `inputs`, images or codes, and is compared with its `baseline`, or with nothing.
     """
 
     name: str
-    given: Tensor
+    inputs: Tensor
     encode: Callable[[Tensor], Tensor] | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     baseline: "Variant | None" = None
@@ -34,7 +34,7 @@ class Variant:
 
     def run(self) -> None:
         """One measured pass."""
-        value = self.given
+        value = self.inputs
         if self.encode:
             value, took = timed(partial(self.encode, value), value.device)
             self.codes = value
@@ -45,11 +45,11 @@ class Variant:
 
     def warm_up(self) -> None:
         """One untimed pass, which records the peak memory above what was in use before it."""
-        before = _start_peak(self.given.device)
-        value = self.encode(self.given) if self.encode else self.given
+        before = _start_peak(self.inputs.device)
+        value = self.encode(self.inputs) if self.encode else self.inputs
         if self.decode:
             self.decode(value)
-        self.peak_bytes = _peak(self.given.device, before)
+        self.peak_bytes = _peak(self.inputs.device, before)
 
     @property
     def seconds(self) -> list[float]:
@@ -60,12 +60,12 @@ class Variant:
     @property
     def encode_rates(self) -> list[float]:
         """Images/s of encoding, one per run; empty if it does not encode."""
-        return [len(self.given) / seconds for seconds in self.encode_seconds]
+        return [len(self.inputs) / seconds for seconds in self.encode_seconds]
 
     @property
     def decode_rates(self) -> list[float]:
         """Images/s of decoding, one per run; empty if it does not decode."""
-        return [len(self.given) / seconds for seconds in self.decode_seconds]
+        return [len(self.inputs) / seconds for seconds in self.decode_seconds]
 
     @property
     def ratios(self) -> list[float]:

@@ -193,11 +193,11 @@ class _Curves:
         self.state = State(folder, len(self.dataset), settings, self.dataset.inventory(), process)
         total = sum(len(sweep.settings) for sweep in self.sweeps)
         self.state.add_table("values", "float64", total * len(self.columns))
-        self.originals, self.seen = None, []
+        self.originals, self.point_features = None, []
         if self.instruments.sets:
             sets = [f"setting-{number}" for number in range(total)]
             self.originals = FeatureSet("originals", self.instruments, self.state, [])
-            self.seen = [FeatureSet(name, self.instruments, self.state, []) for name in sets]
+            self.point_features = [FeatureSet(name, self.instruments, self.state, []) for name in sets]
 
     # The pass -----------------------------------------------------------------------------------------------
 
@@ -233,8 +233,8 @@ class _Curves:
                 for name, instrument in self.instruments.pairs.items():
                     with self.clock(name):
                         columns.append(instrument(decoded, images).cpu().double())
-                if self.seen:
-                    features = self.seen[next(numbers)]
+                if self.point_features:
+                    features = self.point_features[next(numbers)]
                     features.update(to_levels(decoded), batch.indices, self.clock)
         self.state.write("values", batch.indices, torch.stack(columns, 1))
 
@@ -251,9 +251,11 @@ class _Curves:
                 with self.clock(f"{passes.LAST}intervals"):
                     for column, name in enumerate(self.columns):
                         metrics[name] = interval(table[:, number, column], config.seed)
-                if self.seen:
+                if self.point_features:
                     with self.clock(f"{passes.LAST}fid"):
-                        metrics |= compare("fid", self.seen[number], self.originals, seed=config.seed)
+                        metrics |= compare(
+                            "fid", self.point_features[number], self.originals, seed=config.seed
+                        )
                 size = metrics.pop("bytes")["value"]
                 decibels = table[:, number, self.columns.index("psnr")]
                 mse = float((10 ** (-decibels / 10)).mean())
