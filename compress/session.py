@@ -21,7 +21,7 @@ from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
 from .registry import reducer_by_name
 from .report.counts import Report, count
 from .report.explain import Explanation, explain
-from .undo import Undo
+from .undo import InModel, Undo
 from .vision import standalone
 from .vision.merging import VisionMerging
 
@@ -48,15 +48,15 @@ def attach(
     ("paper").
 
     Weights and sources of the model stay as they are, and after `detach` its outputs are bit-identical.
-    Logits and the last hidden state come back at the length of the whole prompt, with zeros for dropped
+    Logits and the last hidden state are returned at the length of the whole prompt, with zeros for dropped
     tokens; `hidden_states` and `attentions` of single layers hold the tokens that are left there. Calls that
-    began in other threads before this one go on without the reducer.
+    began in other threads before this one continue without the reducer.
     Raises TypeError for models that cannot host a reducer and ValueError for a model with a session already.
     """
     if positions not in ("keep", "compact", "paper"):
         raise ValueError(f'positions is {positions!r}; it takes "keep", "compact" or "paper"')
-    given = reducer if isinstance(reducer, list | tuple) else [reducer]
-    reducers = [reducer_by_name(item) if isinstance(item, str) else item for item in given]
+    items = reducer if isinstance(reducer, list | tuple) else [reducer]
+    reducers = [reducer_by_name(item) if isinstance(item, str) else item for item in items]
     if not reducers:
         raise ValueError("no reducer was given; see list_reducers() for names")
     for item in reducers:
@@ -96,11 +96,11 @@ def _anchor(model: nn.Module) -> nn.Module:
 
 
 def _attached(model: nn.Module) -> Session | None:
-    found = _ATTACHED.get(_anchor(model))
-    return None if found is None else found()
+    reference = _ATTACHED.get(_anchor(model))
+    return None if reference is None else reference()
 
 
-class Session:
+class Session(InModel):
     """Reducers at work in a model. Use as a context manager, or call `detach`."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Session:
 
     @property
     def keep(self) -> Budget:
-        """The budget of the calls to come; None: each method's own."""
+        """The budget of later calls; None: each method's own."""
         return self._settings.keep
 
     @keep.setter
@@ -188,18 +188,6 @@ class Session:
         if self._hooks is not None:
             self._hooks.leave()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            f"a {type(self.model).__name__} with reducers attached cannot be pickled or saved whole: detach "
-            "first, or save model.state_dict()"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        raise TypeError(
-            f"a {type(self.model).__name__} with reducers attached cannot be copied: the copy could not be "
-            "detached; detach, copy, and attach again"
-        )
-
     # Reports -----------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
@@ -227,10 +215,10 @@ class Session:
         prompt, as the tower gets it: families that crop show the crop. Raises ValueError where the layout of
         its tokens is not known.
         """
-        found = self.explain(layer)
-        if not 0 <= index < len(found):
-            raise ValueError(f"index is {index}; the last prompt held {len(found)} images")
-        return found[index].overlay(image)
+        explanations = self.explain(layer)
+        if not 0 <= index < len(explanations):
+            raise ValueError(f"index is {index}; the last prompt held {len(explanations)} images")
+        return explanations[index].overlay(image)
 
     def prepare(self, inputs: Mapping[str, Any]) -> Prepared:
         """The inputs without the tokens that the reducer drops, for `model.generate(**prepared.inputs)`: no

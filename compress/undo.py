@@ -66,3 +66,20 @@ def _remove(kinds: tuple[dict[int, Any], ...], hook: Callable[..., Any]) -> None
     for number in [number for number, registered in kinds[0].items() if registered == hook]:
         for kind in reversed(kinds):  # the first of each kind decides what is left to do
             kind.pop(number, None)
+
+
+class InModel:
+    """Part of a session that a model refers to, so that the model can be neither copied nor pickled: the
+    copy could not be detached."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a model with reducers attached cannot be pickled or saved whole: detach first, or save "
+            "model.state_dict()"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError(
+            "a model with reducers attached cannot be copied: the copy could not be detached; detach, copy, "
+            "and attach again"
+        )

@@ -29,7 +29,7 @@ from ..hosts import (
 )
 from ..layout import Span, flat
 from ..reducer import Budget, Positions, Reducer, Stage, keeps_everything
-from ..undo import Undo
+from ..undo import InModel, Undo
 from ..vision import tower
 from ..vision.features import FeatureRecorder, check_groups
 from ..vision.merging import VisionMerging
@@ -52,7 +52,7 @@ from .prompt_end import (
 
 @dataclass
 class Settings:
-    """What a user may change in a session between calls: budget, end of the prompt, and a trace to fill."""
+    """Settings that a user may change between calls: budget, end of the prompt, and a trace to fill."""
 
     keep: Budget = None
     positions: Positions = "keep"
@@ -73,7 +73,7 @@ class Settings:
         return budget
 
 
-class ModelHooks:
+class ModelHooks(InModel):
     """The reducers of a session in one model, from the features of the tower to the cache.
 
     Raises TypeError for models that cannot host them and ValueError for reducers that exclude each other.
@@ -200,8 +200,8 @@ class ModelHooks:
     def _watch(self, undo: Undo, *, text: bool, vision: bool) -> None:
         """Make the attention of the language model or the tower report to probes; the kernels stay."""
         config, names, stock = self.model.config, {}, {}
-        for part, module, wanted in (("text", self.host.lm, text), ("vision", self.host.tower, vision)):
-            if not wanted:
+        for part, module, observed in (("text", self.host.lm, text), ("vision", self.host.tower, vision)):
+            if not observed:
                 continue
             name = next((k for k in config.sub_configs if getattr(config, k, None) is module.config), None)
             if name is None:
@@ -214,9 +214,9 @@ class ModelHooks:
             names[name] = watched(stock[name])
 
         def restore() -> None:  # what the user has set since stays
-            ours = {n: stock[n] for n in names if getattr(config, n)._attn_implementation == names[n]}
-            if ours:
-                self.model.set_attn_implementation(ours)
+            replaced = {n: stock[n] for n in names if getattr(config, n)._attn_implementation == names[n]}
+            if replaced:
+                self.model.set_attn_implementation(replaced)
 
         undo.step(restore)
         self.model.set_attn_implementation(names)

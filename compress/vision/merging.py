@@ -19,7 +19,7 @@ from ..algorithms.merge import Matching, compose
 from ..earlier import EarlierCalls
 from ..hosts import forward_slot
 from ..reducer import Budget, VisionReducer, count_of
-from ..undo import Undo
+from ..undo import InModel, Undo
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MergeTrace:
         return counts
 
     def groups(self, blocks: int | None = None) -> Tensor:
-        """The place [B, N], after the first `blocks` blocks (all of them unless given), of the token that
+        """The place [B, N], after the first `blocks` blocks (by default all), of the token that
         holds each token of the input."""
         groups = compose(self.matchings[:blocks])
         if groups is None:
@@ -89,10 +89,10 @@ class MergeTrace:
         return x if groups is None else x.gather(1, groups.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-class VisionMerging:
+class VisionMerging(InModel):
     """A vision reducer attached to a model; `remove` restores the model.
 
-    Merging goes on in the first `depth` blocks (all unless given), the last whose output leaves the tower.
+    Tokens merge in the first `depth` blocks (by default all), up to the last whose output leaves the tower.
     `keep` overrides the reducer's budget: the patches left after them.
     """
 
@@ -145,7 +145,7 @@ class VisionMerging:
 
     @property
     def trace(self) -> MergeTrace | None:
-        """What this thread's last forward merged; None before one, or when it failed."""
+        """The merges of this thread's last forward; None before one, or when it failed."""
         return getattr(self._local, "trace", None)
 
     @property
@@ -156,18 +156,6 @@ class VisionMerging:
     def reset(self) -> None:
         """Delete the trace of this thread's last forward."""
         self._local.trace = None
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            f"a model with {type(self.reducer).__name__} attached cannot be pickled or saved whole: detach "
-            "first, or save model.state_dict()"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "VisionMerging":
-        raise TypeError(
-            f"a model with {type(self.reducer).__name__} attached cannot be copied: the copy could not be "
-            "detached; detach, copy, and attach again"
-        )
 
     def remove(self) -> None:
         """Remove everything. A second call does nothing."""
@@ -212,7 +200,7 @@ class VisionMerging:
         return kwargs
 
     def match(self, trace: MergeTrace, index: int, metric: Tensor) -> Matching:
-        """What block `index` merges, by `metric` [B, N, C]."""
+        """The merges of block `index`, by `metric` [B, N, C]."""
         return self.reducer.match(index, self.num_blocks, metric, trace.plan[index], self.prefix)
 
     # Blocks -------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def lengths(
     if out:
         check_json_target(out)
     inputs = gather(images or [])
-    model, model, skipped = load_named(tokenizer, device, weights), Skipped()
+    model, skipped = load_named(tokenizer, device, weights), Skipped()
     if images:
         pixels = [batch for _, batch in batches(inputs, model.image_size, 64, skipped, "read")]
     else:

@@ -499,6 +499,6 @@ def test_folding_refuses_counts_and_shapes_that_do_not_fit():
 
 def test_a_comparison_with_other_picks_does_not_pass():
     comparison = speed.Comparison("never", lambda: torch.tensor([1]), lambda: torch.tensor([2]))
-    comparison.run()
+    comparison.run(2)
     assert not comparison.equal and not comparison.passed
     assert speed.SelectionSpeed([comparison], 1).table()[0][-1] == "NO"

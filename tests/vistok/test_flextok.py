@@ -575,7 +575,6 @@ def test_the_configuration_that_comes_with_the_weights_wins(tmp_path, monkeypatc
         tmp_path / "model.safetensors", None if head else json.loads((tmp_path / "config.json").read_text())
     )
     monkeypatch.setattr("vistok.checkpoint.fetch", lambda repo, file, **options: found)
-    monkeypatch.setattr("vistok.tokenizer.checkpoint.fetch", lambda repo, file, **options: found)
     with pytest.warns(UserWarning, match="research only"):
         loaded = load("flextok-d12-d12-in1k")
     assert (loaded.name, loaded.config) == ("flextok-d12-d12-in1k", model.config)
