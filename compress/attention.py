@@ -1,4 +1,4 @@
-"""Rows and column sums of attention maps, computed beside whatever kernel the model runs.
+"""Rows and column sums of attention maps, computed beside the model's own kernel.
 
 A map of N tokens has N² entries per head; the scores of token reducers read a few of its rows (the last
 prompt token, the instruction, the class token) or its column sums. Both need O(N · rows) memory.
@@ -109,7 +109,7 @@ def probing(probes: dict[nn.Module, Probe]) -> Iterator[None]:
 
 
 def watch(probes: dict[nn.Module, Probe] | None) -> dict[nn.Module, Probe] | None:
-    """Set the probes of this thread of execution for the calls to come; returns those that were set
+    """Set the probes of this thread of execution for later calls; returns those that were set
     before."""
     before = _PROBES.get()
     _PROBES.set(probes)

@@ -88,7 +88,7 @@ class FeatureChain(FeatureReducer):
 
 
 def _then(first: Selection, second: Selection) -> Selection:
-    """Two selections as one of the first one's tokens."""
+    """Combine two successive selections into one."""
     kept = first.kept[second.kept]
     values, source = second.values, second.source
     if values is None and first.values is not None:
@@ -110,12 +110,12 @@ def _left(image: Image, selection: Selection) -> Image:
     grid = image.grid
     if grid is not None:
         places = (selection.kept if selection.source is None else selection.source).cpu()
-        shown = places >= 0
+        is_patch = places >= 0
         places = places.clamp_min(0)
         grid = replace(
             grid,
-            tile=grid.tile[places].masked_fill(~shown, -1),
-            index=grid.index[places].masked_fill(~shown, -1),
+            tile=grid.tile[places].masked_fill(~is_patch, -1),
+            index=grid.index[places].masked_fill(~is_patch, -1),
         )
     features = image.features[selection.kept] if selection.values is None else selection.values
     return replace(image, features=features, grid=grid, rows={}, states=None, keys=None, encode=None)

@@ -1,4 +1,4 @@
-"""Calls of a model that began before a session was attached to it, in whatever thread."""
+"""Calls of a model that began before a session was attached to it, in any thread."""
 
 import sys
 import threading
@@ -24,7 +24,7 @@ class EarlierCalls:
         }
 
     def include_this_one(self) -> bool:
-        """Whether the caller runs inside one of them."""
+        """Whether the caller runs inside one of these calls."""
         return bool(self._frames) and any(frame in self._frames for frame in _stack(sys._getframe(1)))
 
 

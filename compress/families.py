@@ -132,10 +132,10 @@ class Host:
         """The layout of each item of a record."""
         if self.family.grids is None:
             return [None] * len(record.lengths)
-        found = self.family.grids(self, record)
+        grids = self.family.grids(self, record)
         return [
             grid if grid is not None and grid.num_tokens == length else None
-            for grid, length in zip(found, record.lengths, strict=True)
+            for grid, length in zip(grids, record.lengths, strict=True)
         ]
 
 

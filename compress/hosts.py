@@ -138,7 +138,7 @@ def cache_in(values: Mapping[str, Any]) -> Cache | None:
 def cache_given(module: nn.Module, kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache that `module` is called with.
 
-    Raises TypeError when it comes under a name that is not in the signature of the module.
+    Raises TypeError when it is passed under a name that is not in the signature of the module.
     """
     cache = cache_in(kwargs)
     if cache is not None:
@@ -159,14 +159,14 @@ def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_cache(model: nn.Module, cache: Cache) -> dict[str, Cache]:
-    """The argument that has `model` go on from a cache, under the name that this release gives it."""
+    """The argument that makes `model` continue a cache, under its name in this release."""
     return {cache_parameter(type(model).forward): cache}
 
 
 def wants_cache(lm: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of the language model `lm` is to keep keys and values."""
-    asked = kwargs.get("use_cache")
-    return bool(getattr(lm.config, "use_cache", False) if asked is None else asked)
+    use_cache = kwargs.get("use_cache")
+    return bool(getattr(lm.config, "use_cache", False) if use_cache is None else use_cache)
 
 
 def recomputes(module: nn.Module) -> bool:
@@ -227,7 +227,7 @@ def replace_entries(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> N
     """
     held = cache.layers[layer]
     held.keys, held.values = keys, values
-    if has_window(cache, layer):  # counts what it has read; it goes on with what it holds
+    if has_window(cache, layer):  # it counts what it has read, and continues with what it holds
         held.cumulative_length = keys.shape[-2]
     if entries(cache, layer) != keys.shape[-2]:
         raise RuntimeError(

@@ -101,17 +101,19 @@ def find_spans(
                 total += lengths[cursor + taken]
                 taken += 1
             if total != len(places):
-                check_beams(ids.shape[0], prompts, [2])  # prompts of several pictures meet others'
+                check_beams(
+                    ids.shape[0], prompts, [2]
+                )  # prompts of several pictures would get those of others
                 raise ValueError(
                     f"prompt {row} holds {len(places)} {modality} placeholders, which is not a whole number "
                     f"of the {modality} items given ({lengths[cursor : cursor + taken]} tokens); prompt and "
                     "images do not belong together, or the prefill was cut into chunks"
                 )
             pictures.append(taken)
-            found = _row_spans(
+            row_spans = _row_spans(
                 host, record, ids[row], places, lengths[cursor : cursor + taken], original, grids
             )
-            for number, span in enumerate(found):
+            for number, span in enumerate(row_spans):
                 span.row, span.number = row, number
                 image[row, span.places] = len(spans)
                 spans.append(span)
@@ -175,6 +177,6 @@ def _runs(places: Tensor) -> list[tuple[int, int]]:
 
 
 def _columns(places: Tensor, runs: list[tuple[int, int]]) -> int | None:
-    """How many tiles stand in a row: the gap between tiles is longer where a row ends."""
+    """The number of tiles per row: the gap between tiles is longer where a row ends."""
     gaps = [int(places[b[0]] - places[a[1] - 1]) for a, b in pairwise(runs)]
     return next((i + 1 for i, gap in enumerate(gaps) if gap > gaps[0]), None)

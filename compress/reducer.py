@@ -170,11 +170,11 @@ class Reducer:
 
     stage: ClassVar[Stage]
     summary: ClassVar[str] = ""
-    """What the method does, in a few words for tables."""
+    """Short description of the method for tables."""
     paper: ClassVar[str] = ""
-    """Its source, such as "arXiv 2503.02175"; empty for baselines."""
+    """The method's source, such as "arXiv 2503.02175"; empty for baselines."""
     verified: ClassVar[str] = ""
-    """What was compared with recorded outputs of the original, and how closely it agreed."""
+    """Comparisons with recorded outputs of the original, and their accuracy."""
     paper_positions: ClassVar[Literal["keep", "compact"]] = "keep"
 
     def __post_init__(self) -> None:
@@ -332,7 +332,7 @@ class LayerReducer(Reducer):
         raise NotImplementedError
 
     def score(self, tokens: LayerTokens) -> Tensor:
-        """[N], higher stays."""
+        """A score per token [N]; the highest stay."""
         raise NotImplementedError
 
     def count(self, share: float, tokens: int) -> int:
@@ -364,7 +364,8 @@ class CacheReducer(Reducer):
     stage: ClassVar[Stage] = Stage.CACHE
 
     def score(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
-        """[N] for the N visual tokens' keys and values [H_k, N, D] of one prompt; higher stays."""
+        """A score per token [N] from the visual tokens' keys and values [H_k, N, D] of one prompt; the
+        highest stay."""
         raise NotImplementedError
 
 

@@ -41,7 +41,7 @@ class TileSelection:
 def split_budget(weights: Tensor, total: int, capacity: Tensor) -> Tensor:
     """Whole numbers [P] that add up to `total`, in proportion to `weights` [P], never above `capacity` [P].
 
-    What a full place cannot take goes to the others; remainders are given to the largest fractions first, of
+    What a full place cannot take is shared by the others; remainders go to the largest fractions first, of
     equal ones to the first. Without any weight shares are even. Raises ValueError where total does not fit.
     """
     weights, capacity = weights.detach().double().cpu(), capacity.cpu().long()
@@ -50,9 +50,9 @@ def split_budget(weights: Tensor, total: int, capacity: Tensor) -> Tensor:
     full = capacity == 0
     while True:
         rest = total - int(capacity[full].sum())
-        given = weights.where(~full, 0)
-        given = given if float(given.sum()) > 0 else (~full).double()
-        share = given / given.sum().clamp_min(1e-300) * rest
+        free_weights = weights.where(~full, 0)
+        free_weights = free_weights if float(free_weights.sum()) > 0 else (~full).double()
+        share = free_weights / free_weights.sum().clamp_min(1e-300) * rest
         over = ~full & (share >= capacity)
         if not bool(over.any()):
             break
@@ -191,8 +191,8 @@ def globalcom2(
     if newline not in (None, "rows", "nonempty", "reference"):
         raise ValueError(f'newline is {newline!r}; "rows", "nonempty" and "reference" are known')
     newline = newline or ("reference" if geometry == "reference" else "rows")
-    given = grid.to(scores.device)
-    grid = unrounded(grid).to(scores.device) if geometry == "reference" else given
+    layout = grid.to(scores.device)
+    grid = unrounded(grid).to(scores.device) if geometry == "reference" else layout
     available = grid.shown.sum(1)
     if total is None:
         whole = int(grid.tokens_per_tile * ratio)
@@ -210,16 +210,16 @@ def globalcom2(
     chosen = top_k_mask(combined, counts)  # invalid places are lowest
     tokens = chosen.flatten().nonzero().squeeze(1)
     tiles = tokens + grid.first * grid.tokens_per_tile
-    rows, ends = _newlines(grid.map_row.flatten()[tokens], given, newline)
+    rows, ends = _newlines(grid.map_row.flatten()[tokens], layout, newline)
     # Tokens by row and column of the map, a newline after the last column.
     width = grid.cols * grid.width + 1
     order = torch.cat([_map_order(grid, geometry)[tokens], (rows + 1) * width - 1]).argsort()
     names = torch.cat([tiles, torch.full_like(rows, -1)])[order]
-    places = torch.cat([given.place.flatten()[tiles], ends])[order]
+    places = torch.cat([layout.place.flatten()[tiles], ends])[order]
     return TileSelection(
         torch.cat([thumbnail, tiles]).sort().values,
         torch.cat([thumbnail, names]),
-        torch.cat([given.place.flatten()[thumbnail], places]),
+        torch.cat([layout.place.flatten()[thumbnail], places]),
     )
 
 
@@ -264,14 +264,14 @@ def _map_order(grid: Grid, geometry: Geometry) -> Tensor:
 
 
 def _newlines(row: Tensor, grid: Grid, newline: Newline) -> tuple[Tensor, Tensor]:
-    """Rows of the map that end in a newline, and where that stands in the Grid's sequence (-1: nowhere)."""
+    """Rows of the map that end in a newline, and its place in the Grid's sequence (-1: none)."""
     if newline == "reference":
         rows = torch.arange(grid.rows * grid.height, device=row.device)
     else:
-        wanted = grid.row_end >= 0
+        row_mask = grid.row_end >= 0
         if newline == "nonempty":
-            wanted &= torch.zeros_like(wanted).index_fill_(0, row, True)
-        rows = wanted.nonzero().squeeze(1)
+            row_mask &= torch.zeros_like(row_mask).index_fill_(0, row, True)
+        rows = row_mask.nonzero().squeeze(1)
     return rows, grid.row_end[rows]
 
 

@@ -41,9 +41,9 @@ class Grid:
         if self.tile.dtype != torch.int64 or self.index.dtype != torch.int64:
             raise ValueError(f"tile and index are int64, not {self.tile.dtype} and {self.index.dtype}")
         cut = (self.tile >= self.first) & (self.tile < self.first + self.rows * self.cols)
-        shown = cut if self.thumbnail is None else cut | (self.tile == self.thumbnail)
+        in_tiles = cut if self.thumbnail is None else cut | (self.tile == self.thumbnail)
         inside = (self.index >= 0) & (self.index < self.tokens_per_tile)
-        if not bool(((shown & inside) | ((self.tile == -1) & (self.index == -1))).all()):
+        if not bool(((in_tiles & inside) | ((self.tile == -1) & (self.index == -1))).all()):
             raise ValueError(
                 "a token is outside the grid: tile numbers are those of the cut tiles or the thumbnail, "
                 f"index is below {self.tokens_per_tile}, and both are -1 for a separator"
@@ -147,7 +147,7 @@ class Grid:
 
     @cached_property
     def place(self) -> Tensor:
-        """Where in the sequence each token of each tile stands, [P, tokens_per_tile]; -1 for padding."""
+        """The place in the sequence of each token of each tile, [P, tokens_per_tile]; -1 for padding."""
         place = torch.full((self.num_tiles * self.tokens_per_tile,), -1, device=self.tile.device)
         patches = (~self.separators).nonzero().squeeze(1)
         place[self.flat[patches]] = patches
@@ -204,7 +204,7 @@ class Grid:
 
     @cached_property
     def row_end(self) -> Tensor:
-        """Where the separator of each row of the map stands in the sequence, [rows · height]; -1 without."""
+        """The place in the sequence of the separator of each row of the map, [rows · height]; -1 without."""
         place = torch.full((self.rows * self.height,), -1, device=self.tile.device)
         ends = self.separator_row >= 0
         place[self.separator_row[ends]] = self.separators.nonzero().squeeze(1)[ends]
@@ -287,8 +287,8 @@ def unpadded(
     image_height, image_width = image_size
 
     def trimmed(length: float, whole: int) -> tuple[int, int]:
-        shown = int(length if decimals is None else round(length, decimals))
-        padding = (whole - shown) // 2
+        image_length = int(length if decimals is None else round(length, decimals))
+        padding = (whole - image_length) // 2
         return padding, whole - padding
 
     if image_width / image_height > width / height:

@@ -31,11 +31,11 @@ def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:
     The rule of `top_k`; a k above N takes all.
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    wanted = (
+    in_top = (
         torch.arange(scores.shape[-1], device=scores.device)
         < torch.as_tensor(k, device=scores.device)[..., None]
     )
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, wanted.expand_as(order))
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, in_top.expand_as(order))
 
 
 def class_top_k(attention: Tensor, k: int) -> Tensor:
@@ -146,7 +146,7 @@ def farthest_order(distances: Tensor, count: int) -> Tensor:
 
 def _unit_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows [..., D] divided by their lengths, in `dtype`; rows of zeros stay zeros."""
-    given, features = features, features.to(dtype)
+    original, features = features, features.to(dtype)
     norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     # Squares of shorter rows underflow in float32, in which half precision adds up as well.
     usable = (norm > max(torch.finfo(dtype).tiny, 1e-16)) & (norm < torch.inf)
@@ -161,7 +161,7 @@ def _unit_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
         features = features / torch.where(usable | (peak == 0), 1, peak)
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
         norm = norm.where(norm > 0, 1)
-    return features / norm if features is given else features.div_(norm)
+    return features / norm if features is original else features.div_(norm)
 
 
 @contextmanager

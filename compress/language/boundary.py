@@ -110,11 +110,11 @@ def _image_budgets(host: Host, call: Call, keep: Budget, embeds: Tensor) -> list
 def _spread_deepstack(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Features that Qwen3-VL adds after its first layers, as tensors [B, L, D] that can be cut like
     tokens."""
-    shown, embeds = kwargs["visual_pos_masks"], kwargs["inputs_embeds"]
+    visual, embeds = kwargs["visual_pos_masks"], kwargs["inputs_embeds"]
     call.deepstack = []
     for features in kwargs["deepstack_visual_embeds"]:
         spread = embeds.new_zeros(embeds.shape[0], embeds.shape[1], features.shape[-1])
-        spread[shown.to(spread.device)] = features.to(spread)
+        spread[visual.to(spread.device)] = features.to(spread)
         call.deepstack.append(spread)
     return {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}
 
@@ -169,8 +169,8 @@ def decide(
     numbers = torch.arange(image.num_tokens, device=image.features.device)
     if groups is not None:
         first = torch.zeros(image.num_tokens, dtype=torch.bool)
-        seen, inverse = torch.unique(groups.cpu(), dim=0, return_inverse=True)
-        order = torch.full((len(seen),), image.num_tokens).scatter_reduce(
+        group_rows, inverse = torch.unique(groups.cpu(), dim=0, return_inverse=True)
+        order = torch.full((len(group_rows),), image.num_tokens).scatter_reduce(
             0, inverse, torch.arange(image.num_tokens), "amin"
         )
         first[order] = True
@@ -227,11 +227,11 @@ def shorten(
     kwargs["inputs_embeds"] = gather(kwargs["inputs_embeds"], index)
     kwargs["position_ids"] = _positions(kwargs["position_ids"], call.layout, positions)
     if kwargs.get("visual_pos_masks") is not None:
-        shown = kwargs["visual_pos_masks"]
-        remaining = stay.to(shown.device)[shown]
-        kwargs["visual_pos_masks"] = gather(shown, index) & valid.to(shown.device)
+        visual = kwargs["visual_pos_masks"]
+        remaining = stay.to(visual.device)[visual]
+        kwargs["visual_pos_masks"] = gather(visual, index) & valid.to(visual.device)
         kwargs["deepstack_visual_embeds"] = [
-            x[remaining.to(x.device)] for x in _deepstack(call, shown, kwargs["deepstack_visual_embeds"])
+            x[remaining.to(x.device)] for x in _deepstack(call, visual, kwargs["deepstack_visual_embeds"])
         ]
     for key, value in kwargs.items():  # such as Gemma's inputs for each layer
         if key not in _SHORTENED:
@@ -242,13 +242,13 @@ def shorten(
     return kwargs
 
 
-def _deepstack(call: Call, shown: Tensor, features: list[Tensor]) -> list[Tensor]:
-    """What the first layers add to the tokens `shown` [B, L], with what the reducer gave for kept ones."""
-    given = [x for x in zip(call.prompt.spans, call.kept, strict=True) if x[0].deepstack is not None]
-    if not given:
+def _deepstack(call: Call, visual: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """What the first layers add to the `visual` tokens [B, L], with the reducer's values for kept ones."""
+    replaced = [x for x in zip(call.prompt.spans, call.kept, strict=True) if x[0].deepstack is not None]
+    if not replaced:
         return features
-    features, order = [x.clone() for x in features], shown.flatten().long().cumsum(0).view(shown.shape) - 1
-    for span, kept in given:
+    features, order = [x.clone() for x in features], visual.flatten().long().cumsum(0).view(visual.shape) - 1
+    for span, kept in replaced:
         index = order[span.row, span.places.to(order.device)[kept.to(order.device)]]
         for x, values in zip(features, span.deepstack, strict=True):
             x[index.to(x.device)] = values.to(x)
@@ -295,9 +295,9 @@ def _mask(host: Host, call: Call, mask: Any) -> Any:
 def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:
     """The position ids of a call, as the model would number them when none are given."""
     embeds = kwargs["inputs_embeds"]
-    given = kwargs.get("position_ids")
-    if given is not None:
-        return given
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None:
+        return position_ids
     return torch.arange(embeds.shape[1], device=embeds.device)[None] + length
 
 

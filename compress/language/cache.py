@@ -36,7 +36,7 @@ class CacheState:
     renumbered, and `removed[i]` [B] is what layer i subtracts on top; `tail` counts the text tokens at the
     end, `lease` records whether the session still corrects masks and positions. `numbers[i]` [B, physical]
     are the places that the entries of a layer with a window had before some were evicted, out of `read[i]`:
-    the window goes on counting those.
+    the window continues to count those.
     """
 
     length: int
@@ -135,7 +135,7 @@ class ReducedDynamicCache(DynamicCache):
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         state, changed = self.reduction, {}
 
-        def once(x: Tensor | None) -> Tensor | None:  # layers that share a tensor go on sharing it
+        def once(x: Tensor | None) -> Tensor | None:  # layers that share a tensor continue to share it
             if x is not None and id(x) not in changed:
                 changed[id(x)] = change(x)
             return None if x is None else changed[id(x)]

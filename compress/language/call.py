@@ -25,7 +25,7 @@ CURRENT: ContextVar["Call | None"] = ContextVar("vistok_call", default=None)
 
 @dataclass
 class Call:
-    """State of one forward of the core; it lives in a context variable, so threads do not meet."""
+    """State of one forward of the core; it is kept in a context variable, one per thread."""
 
     host: Host
     outer: "Call | None" = None
@@ -91,7 +91,7 @@ class Call:
 
     def check_prompt_end(self, reducer: str) -> None:
         """Raise ValueError unless the prompt of every row ends after its images: a reducer that looks at the
-        prompt could otherwise only look at the answer."""
+        prompt would otherwise see only the answer."""
         if self.unsettled is not None:
             raise ValueError(
                 f"{reducer} ranks visual tokens by the prompt, and it is not known where the prompt of row "
@@ -184,7 +184,7 @@ def _ids_of(host: Host, embeds: Tensor) -> Tensor:
 
 
 def _correct(call: Call, arguments: dict[str, Any]) -> None:
-    """The mask and positions of a call that goes on from a shortened cache."""
+    """The mask and positions of a call that continues a shortened cache."""
     state, cache, mask = call.state, call.cache, call.mask
     embeds = arguments.get("inputs_embeds")
     tokens = arguments["input_ids"] if embeds is None else embeds

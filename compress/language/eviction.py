@@ -15,7 +15,7 @@ def choose_evicted(
     call: Call, reducers: Sequence[CacheReducer], i: int, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Which entries [B, S] of layer i leave its cache, by its keys and values [B, H_k, S, D]: those of the
-    last S tokens of the layer, which are all of them unless a window has let go of some. Each reducer ranks
+    last S tokens of the layer, which are all of them unless a window has dropped some. Each reducer ranks
     what those before it leave; budgets count the tokens that the layer computed."""
     layout, size = call.layouts[i], keys.shape[2]
     first = size - layout.valid.shape[1]  # column of the call's first token

@@ -114,10 +114,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _contains(whole: Any, piece: Any) -> bool:
     """Whether the features [n, D] of an output are a stretch of those of another."""
-    known, given = (torch.cat([x.flatten(0, -2) for x in output.pooler_output]) for output in (whole, piece))
-    count = len(given)
-    if not 0 < count <= len(known) or known.shape[1] != given.shape[1]:
+    known, vectors = (
+        torch.cat([x.flatten(0, -2) for x in output.pooler_output]) for output in (whole, piece)
+    )
+    count = len(vectors)
+    if not 0 < count <= len(known) or known.shape[1] != vectors.shape[1]:
         return False
-    given = given.to(known)
-    starts = (known[: len(known) - count + 1] == given[0]).all(-1).nonzero().flatten().tolist()
-    return any(torch.equal(known[start : start + count], given) for start in starts)
+    vectors = vectors.to(known)
+    starts = (known[: len(known) - count + 1] == vectors[0]).all(-1).nonzero().flatten().tolist()
+    return any(torch.equal(known[start : start + count], vectors) for start in starts)

@@ -59,8 +59,8 @@ class LayerArguments:
 
     def _placed(self, i: int, embeddings: Any, positions: Tensor) -> dict[str, Any]:
         """The arguments that give layer i new positions. Raises TypeError when it takes none by name."""
-        given = {"position_embeddings": embeddings, "position_ids": positions}
-        known = {name: value for name, value in given.items() if takes(self.host.layers[i], name)}
+        arguments = {"position_embeddings": embeddings, "position_ids": positions}
+        known = {name: value for name, value in arguments.items() if takes(self.host.layers[i], name)}
         if not known:
             raise TypeError(
                 f"layer {i} of {self.host.name} takes neither position_embeddings nor position_ids by name "

@@ -50,12 +50,12 @@ def check(host: Host, i: int, mask: Any, valid: Tensor) -> None:
     elif kind != "full_attention":
         return
     if mask is None:
-        given = places <= last  # the kernel's own causal mask
+        allowed = places <= last  # the kernel's own causal mask
     else:
         rows = mask.expand(len(valid), -1, -1, -1)[:, 0]
         rows = rows.gather(1, last[..., None].to(mask.device).expand(-1, 1, rows.shape[-1]))[:, 0]
-        given = (rows if mask.dtype == torch.bool else rows == 0).to(valid.device)
-    if not torch.equal(given, expected):
+        allowed = (rows if mask.dtype == torch.bool else rows == 0).to(valid.device)
+    if not torch.equal(allowed, expected):
         raise RuntimeError(
             f"the mask that {host.name} gives to layer {i} is not that of {kind.replace('_', ' ')}, for "
             f"which its configuration is read ({release()}); a reducer cannot make masks of its kind"

@@ -61,9 +61,9 @@ def prepare(host: Host, border: Border, inputs: Mapping[str, Any]) -> Prepared:
     read_prompt(host, call, ids.shape[1])
     embeds = host.model.get_input_embeddings()(ids.clamp(min=0))
     for modality, output in call.outputs.items():
-        shown = ids == host.media_ids[modality]
+        is_placeholder = ids == host.media_ids[modality]
         features = torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])
-        embeds = embeds.masked_scatter(shown[..., None], features.to(embeds))
+        embeds = embeds.masked_scatter(is_placeholder[..., None], features.to(embeds))
     stay, changed, kept = choose(host, call, embeds, border)
     index, valid, _ = compact(stay)
     short: dict[str, Any] = {}
@@ -103,9 +103,9 @@ def _positions(host: Host, call: Call, inputs: Mapping[str, Any], index: Tensor)
     plain = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0) + host.family.first_position
     if not hasattr(host.core, "get_rope_index"):
         return plain.gather(1, index)
-    wanted = inspect.signature(host.core.get_rope_index).parameters
-    given = {name: inputs[name] for name in wanted if name in inputs and name != "attention_mask"}
-    planes, host.core.rope_deltas = host.core.get_rope_index(**given, attention_mask=mask)
+    parameters = inspect.signature(host.core.get_rope_index).parameters
+    arguments = {name: inputs[name] for name in parameters if name in inputs and name != "attention_mask"}
+    planes, host.core.rope_deltas = host.core.get_rope_index(**arguments, attention_mask=mask)
     planes = torch.cat([plain[None], planes.to(plain)])
     return planes.gather(2, index.expand(len(planes), *index.shape))
 
@@ -114,14 +114,14 @@ def _shortened(call: Call, modality: str, output: Any, embeds: Tensor, kept: lis
     """The features that are left, in the container that the model expects."""
     items: dict[int, list[Tensor]] = {}
     numbers: dict[int, list[Tensor]] = {}
-    given: dict[int, list[Tensor]] = {}
+    deepstack: dict[int, list[Tensor]] = {}
     for span, tokens in zip(call.prompt.spans, kept, strict=True):
         if span.record.modality == modality:
             places = span.places.to(tokens.device)[tokens]
             items.setdefault(span.item, []).append(embeds[span.row, places.to(embeds.device)])
             numbers.setdefault(span.item, []).append(tokens + span.offset)
             if span.deepstack is not None:
-                given[span.item] = span.deepstack
+                deepstack[span.item] = span.deepstack
     order = sorted(items)
     pooled: Any = [torch.cat(items[i]) for i in order]
     made = {"pooler_output": pooled}
@@ -132,7 +132,7 @@ def _shortened(call: Call, modality: str, output: Any, embeds: Tensor, kept: lis
         left = [torch.cat(numbers[i]) for i in order]
         made["deepstack_features"] = [
             [
-                given[i][depth].to(item) if i in given else item[tokens.to(item.device)]
+                deepstack[i][depth].to(item) if i in deepstack else item[tokens.to(item.device)]
                 for i, item, tokens in zip(order, layer, left, strict=True)
             ]
             for depth, layer in enumerate(output.deepstack_features)

@@ -1,6 +1,6 @@
 """Where the prompt of a forward ends, when answers or drafts follow it in the same forward.
 
-Reducers that rank by the last row must rank by the last token of the prompt: whatever follows it is not there
+Reducers that rank by the last row must rank by the last token of the prompt: what follows it is not there
 when the same answer is generated token by token.
 """
 
@@ -43,8 +43,8 @@ def generating(model: nn.Module, shape: tuple[int, int] | None) -> Iterator[None
 
 def shape_of_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """The shape [B, L] of the prompts that `generate` is called with, what its cache has read included."""
-    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    shape = next((tuple(x.shape[:2]) for x in given if isinstance(x, Tensor) and x.ndim > 1), None)
+    prompts = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    shape = next((tuple(x.shape[:2]) for x in prompts if isinstance(x, Tensor) and x.ndim > 1), None)
     cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
     read = 0 if cache is None else cache.get_seq_length()
     if shape is None or not read:
@@ -77,26 +77,27 @@ class Hints:
 
 
 def last_of_prompt(
-    real: Tensor, before: int, given: PromptLength, generation: Generation | None, hints: Hints
+    real: Tensor, before: int, prompt_length: PromptLength, generation: Generation | None, hints: Hints
 ) -> Tensor:
     """The place [B] of the last prompt token among the tokens of a forward; `real` [B, L] is not padding.
 
-    `before` counts the tokens read by earlier calls. The prompt ends where the first of these states: `given`
-    (tokens of the prompt, those read before and padding on the left included), the running generation, the
-    first label, the first logits that are kept. Without any, everything is prompt. Raises ValueError for a
-    `given` that does not end in this forward.
+    `before` counts the tokens read by earlier calls. The prompt ends where the first of these states:
+    `prompt_length` (tokens of the prompt, those read before and padding on the left included), the running
+    generation, the first label, the first logits that are kept. Without any, everything is prompt. Raises
+    ValueError for a `prompt_length` that does not end in this forward.
     """
     batch, length = real.shape
     places = torch.arange(length, device=real.device)
-    if given is not None:
-        ends = torch.as_tensor(given, device=real.device).reshape(-1)
+    if prompt_length is not None:
+        ends = torch.as_tensor(prompt_length, device=real.device).reshape(-1)
         if batch % len(ends):
             raise ValueError(f"prompt_length has {len(ends)} entries; this forward has {batch} rows")
         ends = ends.repeat_interleave(batch // len(ends)) - before
         if int(ends.min()) < 1 or int(ends.max()) > length:
             raise ValueError(
-                f"prompt_length is {given}, but this forward holds tokens {before + 1} to {before + length}; "
-                "give the number of prompt tokens up to the answer, padding on the left included, or None"
+                f"prompt_length is {prompt_length}, but this forward holds tokens {before + 1} to "
+                f"{before + length}; give the number of prompt tokens up to the answer, padding on the left "
+                "included, or None"
             )
     elif generation is not None:
         ends = torch.full((batch,), min(length, max(1, generation.length - before)), device=real.device)

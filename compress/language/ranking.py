@@ -147,9 +147,9 @@ class Ranking:
         """Head-mean attention [B, L] that each token of the call gets from the reducer's rows."""
         index, real = (x.to(query.device) for x in self._row_index(call))
         length = query.shape[2]
-        wanted = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        row_queries = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         rows = attention_rows(
-            wanted, key, scaling=scaling, mask=mask_rows(mask, index, length, key.shape[2] - length)
+            row_queries, key, scaling=scaling, mask=mask_rows(mask, index, length, key.shape[2] - length)
         ).mean(1)
         weights = real / real.sum(1, keepdim=True)
         return (rows * weights[..., None]).sum(1)[:, -length:]
@@ -176,21 +176,21 @@ class Ranking:
     def _next_rows(self, call: Call, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The rows of layer i on the states that are about to enter it: its attention is called and left as
         soon as queries and keys are there."""
-        layer, attention, found = self.host.layers[i], self.host.attentions[i], []
+        layer, attention, results = self.host.layers[i], self.host.attentions[i], []
 
         def probe(
             module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
         ) -> None:
             if call.entries[i]:
                 key = torch.cat([call.cache.layers[i].keys.to(key.device), key], 2)
-            found.append(self._rows(call, query, key, mask, scaling))
+            results.append(self._rows(call, query, key, mask, scaling))
             raise Seen
 
         with torch.no_grad(), probing({attention: probe}):
             try:
                 attention(**{**without_cache(kwargs), "hidden_states": layer.input_layernorm(hidden)})
             except Seen:
-                return found[0]
+                return results[0]
         return None
 
     def _measure(self, i: int, name: str) -> Callable[..., None]:

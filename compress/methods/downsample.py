@@ -19,7 +19,7 @@ class Downsample(FeatureReducer):
     """Shrinks the picture, encodes it again with the model's own tower and projector, and keeps those tokens.
 
     An image keeps h × w tokens in the layout of `shrunken`: never more than the budget's count, often fewer.
-    They stand at the places of the tokens nearest to them in the picture. Where the tower encodes tiles, a
+    They take the places of the tokens nearest to them in the picture. Where the tower encodes tiles, a
     count that the thumbnail has room for shrinks the thumbnail; a larger one shrinks all tiles alike, without
     the thumbnail and the vectors between rows. Tower and projector run twice.
 
@@ -99,19 +99,19 @@ def _tile_size(grid: Grid, count: int, area: Callable[[int, int], int]) -> tuple
     more."""
     scale = min(1.0, math.sqrt(count / area(grid.height, grid.width)))
     rows, cols = scale * grid.height, scale * grid.width
-    found = []
+    sizes = []
     for height in {max(1, math.floor(rows)), math.ceil(rows)}:
         fitting = (width for width in range(math.ceil(cols), 0, -1) if area(height, width) <= count)
-        found += [(height, width) for width in fitting][:1]
+        sizes += [(height, width) for width in fitting][:1]
     for width in {max(1, math.floor(cols)), math.ceil(cols)}:
         fitting = (height for height in range(math.ceil(rows), 0, -1) if area(height, width) <= count)
-        found += [(height, width) for height in fitting][:1]
+        sizes += [(height, width) for height in fitting][:1]
 
     def merit(size: tuple[int, int]) -> tuple[int, float, int]:
         tall, wide = size[0] * grid.width, size[1] * grid.height  # equal for the grid's aspect
         return area(*size), -max(tall, wide) / min(tall, wide), wide
 
-    return max(found, key=merit, default=None)
+    return max(sizes, key=merit, default=None)
 
 
 def nearest_places(grid: Grid, small: Grid) -> Tensor:

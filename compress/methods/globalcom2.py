@@ -65,25 +65,25 @@ class GlobalCom2(FeatureReducer):
             middle = (low + high) // 2
             room = len(globalcom2(scores, grid, total=middle, newline=newline).packed) < count
             low, high = (middle + 1, high) if room else (low, middle)
-        found = globalcom2(scores, grid, total=low, newline=newline)
-        is_newline = found.packed < 0
+        packing = globalcom2(scores, grid, total=low, newline=newline)
+        is_newline = packing.packed < 0
         mask = torch.zeros(grid.num_tokens, dtype=torch.bool, device=scores.device)
-        mask[found.places[~is_newline]] = True
-        mask[found.places[is_newline][: count - low]] = True
+        mask[packing.places[~is_newline]] = True
+        mask[packing.places[is_newline][: count - low]] = True
         return self.completed(mask, count)
 
     def reduce(self, image: Image, budget: float | int) -> Selection:
         """The tokens kept of the image; in reference geometry in its order, with newlines of padding."""
         if self.geometry == "correct" or image.grid is None or image.grid.thumbnail is None:
             return super().reduce(image, budget)
-        found = self.tiles(image, budget)
-        values, is_newline = image.features[found.places.clamp_min(0)], found.packed < 0
+        packing = self.tiles(image, budget)
+        values, is_newline = image.features[packing.places.clamp_min(0)], packing.packed < 0
         if bool(is_newline.any()):
             values[is_newline] = image.newline.to(values)
-        # Parity: what follows the thumbnail passes through a float16 buffer.
-        whole = int((found.kept < image.grid.tokens_per_tile).sum())
+        # Parity: tokens after the thumbnail pass through a float16 buffer.
+        whole = int((packing.kept < image.grid.tokens_per_tile).sum())
         values[whole:] = values[whole:].half().to(values)
-        return image.arranged(values, found.places)
+        return image.arranged(values, packing.places)
 
     def tiles(self, image: Image, budget: float | int) -> TileSelection:
         """The tokens that the published code keeps of an image with a thumbnail."""

@@ -75,10 +75,10 @@ class HiRED(FeatureReducer):
         spend = self.geometry == "correct" if self.redistribute is None else self.redistribute
         if image.grid is None or image.grid.thumbnail is None or (spend and self.geometry == "correct"):
             return super().reduce(image, budget)
-        found = self.tiles(image, budget)
+        packing = self.tiles(image, budget)
         if self.geometry == "correct":
-            return Selection(found.mask(image.grid).nonzero().squeeze(1))
-        values, padding = image.features[found.places.clamp_min(0)], found.places < 0
+            return Selection(packing.mask(image.grid).nonzero().squeeze(1))
+        values, padding = image.features[packing.places.clamp_min(0)], packing.places < 0
         if bool(padding.any()):
             if image.states is None or image.project is None:
                 raise ValueError(
@@ -86,8 +86,8 @@ class HiRED(FeatureReducer):
                     'projected; use geometry="correct"'
                 )
             states = image.states[:, -image.grid.tokens_per_tile :].flatten(0, 1)
-            values[padding] = image.project(states[found.packed[padding]]).to(values)
-        return image.arranged(values, found.places)
+            values[padding] = image.project(states[packing.packed[padding]]).to(values)
+        return image.arranged(values, packing.places)
 
     def tiles(self, image: Image, budget: float | int) -> TileSelection:
         """The tokens that the tiles of an image with a thumbnail keep."""

@@ -75,17 +75,17 @@ class PruMerge(FeatureReducer):
             place = torch.arange(weights.numel(), device=device).view(weights.shape)
         else:
             place = image.grid.place.to(device)
-        shown = place >= 0
+        is_patch = place >= 0
         counts: list[int | None] = [None] * len(weights)
         if budget is not None:
             total = self.retained_count(image.grid or image.num_tokens, budget)
-            counts = split_budget(torch.ones(len(weights)), total, shown.sum(1)).tolist()
+            counts = split_budget(torch.ones(len(weights)), total, is_patch.sum(1)).tolist()
         inside = image.states is not None and image.project is not None
         values, source = [], []
         for tile, count in enumerate(counts):
             if count == 0:
                 continue
-            own = shown[tile]
+            own = is_patch[tile]
             hidden = image.states[tile, -tokens:][own] if inside else image.features[place[tile, own]]
             keys = image.keys[tile, -tokens:][own].flatten(1) if inside else hidden
             folded = self._fold(hidden, weights[tile, own], keys, count)
@@ -112,5 +112,5 @@ class PruMerge(FeatureReducer):
         """One tile, with the paper's number of tokens or `count` of them, the last of which sums the rest."""
         kept = None if count is None else self._chosen(weight, count - 1)
         folded = prumerge(hidden, weight, keys, plus=self.plus, neighbours=self.neighbours, kept=kept)
-        # Nothing is left to sum where all stay.
+        # Where all stay, none are left to sum.
         return Folded(folded.kept, folded.tokens[: len(hidden)])

@@ -49,7 +49,7 @@ class ToMe(VisionReducer):
 
 
 def _clamped(plan: list[int], tokens: int) -> list[int]:
-    """What each block really merges: at most half its tokens."""
+    """Tokens merged in each block: at most half of its tokens."""
     merged = []
     for r in plan:
         merged.append(max(0, min(r, tokens // 2)))

@@ -93,7 +93,7 @@ class VisionZip(FeatureReducer):
         folded = visionzip(
             image.states, F.pad(rows, (1, 0)), image.keys.mean(2), count // tiles - merged, merged
         )
-        # [tiles, dominant + contextual]: where each dominant patch stands in the sequence, -1 for others
+        # [tiles, dominant + contextual]: the place of each dominant patch in the sequence, -1 for others
         where = (
             torch.arange(tokens, device=rows.device)[None]
             if image.grid is None
@@ -116,7 +116,7 @@ class VisionZip(FeatureReducer):
         patches = (scores > -torch.inf).nonzero().squeeze(1)
         count = min(count, len(patches))
         merged = self._merged(count)
-        # Nothing stands for the class token, which would be kept first.
+        # There is no class token here, which would be kept first.
         hidden = F.pad(features[patches], (0, 0, 1, 0))[None]
         attention = F.pad(scores[patches], (1, 0))[None, None]
         folded = visionzip(hidden, attention, hidden, count - merged + 1, merged)

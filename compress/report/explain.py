@@ -88,11 +88,11 @@ def explain(call: Call, layer: int, cache: bool) -> list[Explanation]:
     layer %= len(call.layouts)
     layout = call.held.get(layer, call.layouts[layer]) if cache else call.layouts[layer]
     places = layout.index.masked_fill(~layout.valid, -1)
-    found = []
+    explanations = []
     for span in call.prompt.spans:
-        alive = torch.isin(span.places, places[span.row]).cpu()
-        tokens = alive.nonzero().squeeze(1)
+        in_layer = torch.isin(span.places, places[span.row]).cpu()
+        tokens = in_layer.nonzero().squeeze(1)
         if span.shown is not None:
             tokens = span.shown[tokens]
-        found.append(Explanation(span.row, span.number, len(span.places), tokens, span.grid))
-    return found
+        explanations.append(Explanation(span.row, span.number, len(span.places), tokens, span.grid))
+    return explanations

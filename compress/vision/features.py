@@ -98,9 +98,9 @@ class FeatureRecorder:
             arguments = {**arguments.pop("kwargs", {}), **arguments}
             if self.merging is not None:
                 self.merging.reset()
-            with _encoding(), self._watching() as seen:
+            with _encoding(), self._watching() as rows:
                 output = stock(*args, **{**kwargs, "return_dict": True})
-            record = self._record(modality, output, arguments, seen)
+            record = self._record(modality, output, arguments, rows)
             if not self.pixels:  # or the record would keep pictures in memory
                 record.arguments = {k: v for k, v in arguments.items() if not k.startswith("pixel_values")}
             self.done(modality, output, record)
@@ -110,7 +110,7 @@ class FeatureRecorder:
 
     @contextmanager
     def _watching(self) -> Any:
-        seen: dict[TowerLayer, list[Tensor]] = {layer: [] for layer in self.layers}
+        watched: dict[TowerLayer, list[Tensor]] = {layer: [] for layer in self.layers}
         keys: list[Tensor] = []
         probes: dict[nn.Module, list[Callable[..., None]]] = {}
         for layer, kind in self.layers.items():
@@ -118,7 +118,7 @@ class FeatureRecorder:
             def rows(module, query, key, mask, scaling, layer=layer, kind=kind):
                 if kind == "joined":
                     query, key, scaling = _joined(query), _joined(key), None
-                seen[layer].append(_class_rows(query, key, scaling, mask, bool(kind)))
+                watched[layer].append(_class_rows(query, key, scaling, mask, bool(kind)))
 
             probes.setdefault(self._attention(layer), []).append(rows)
         if self.states and not self.packed and self.host.pool == 1:
@@ -127,7 +127,7 @@ class FeatureRecorder:
         with ExitStack() as stack:
             if probes:
                 stack.enter_context(probing({m: _all(functions) for m, functions in probes.items()}))
-            yield seen, keys
+            yield watched, keys
 
     def _attention(self, layer: TowerLayer) -> nn.Module:
         return self.attentions[self.depth - 1 if layer == "features" else layer]
@@ -145,7 +145,7 @@ class FeatureRecorder:
         return self.used_layers[-1]
 
     def token_groups(self, span: Span) -> Tensor | None:
-        """Which patches stand behind each of an image's tokens, by the groups that merging made of them
+        """The patches behind each of an image's tokens, by the groups that merging made of them
         [N, pool²]; tokens with equal rows are equal. None where the layout of the tokens is not known."""
         grid, record = span.grid, span.record
         if isinstance(self.merging, PackedMerging):
@@ -190,17 +190,17 @@ class FeatureRecorder:
         blocks = places.unfold(0, pool, pool).unfold(1, pool, pool).flatten(2).flatten(0, 1)
         return blocks if len(blocks) == len(span.places) else None
 
-    def _record(self, modality: str, output: Any, arguments: dict[str, Any], seen: Any) -> Record:
-        rows, keys = seen
+    def _record(self, modality: str, output: Any, arguments: dict[str, Any], watched: Any) -> Record:
+        rows, keys = watched
         lengths = [len(item) for item in output.pooler_output]
         if self.host.family.segment == "tiles":
             lengths = lengths_of_samples(lengths, arguments)
         record = Record(modality, lengths, arguments)
         tiles = self._tiles(record)
-        for layer, found in rows.items():
-            if not self.packed and sum(map(len, found)) != tiles[-1][1]:
+        for layer, parts in rows.items():
+            if not self.packed and sum(map(len, parts)) != tiles[-1][1]:
                 continue  # frames that are pooled to tokens: which rows belong to which token is not known
-            record.rows[layer] = self._per_item(torch.cat(found, -1 if self.packed else 0), record, tiles)
+            record.rows[layer] = self._per_item(torch.cat(parts, -1 if self.packed else 0), record, tiles)
         chosen = getattr(self.host.config, "vision_feature_layer", None)
         if len(keys) == 1 and isinstance(chosen, int):
             states = output.hidden_states[chosen] if output.hidden_states is not None else None

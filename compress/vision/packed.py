@@ -107,7 +107,7 @@ class PackedMerging(VisionMerging):
         return {**kwargs, **borders, "position_embeddings": embeddings}
 
     def match(self, trace: PackedTrace, index: int, metric: Tensor) -> Matching:
-        """What each segment merges in block `index`, by `metric` [1, N, C]."""
+        """The merges of each segment in block `index`, by `metric` [1, N, C]."""
 
         def match(rows: Tensor, r: int) -> Matching:
             return self.reducer.match(index, self.num_blocks, rows, r, self.prefix)
@@ -248,7 +248,7 @@ def _wider(x: Tensor, value: float) -> Tensor:
 def match_segments(
     metric: Tensor, lengths: Sequence[int], shares: Sequence[int], match: Callable[[Tensor, int], Matching]
 ) -> Matching:
-    """One matching over a sequence [1, N, C] of segments, each of which merges its share on its own.
+    """One matching over a sequence [1, N, C] of segments, each of which merges its own share.
 
     `match(rows [B, n, C], r)` merges r tokens of each row; segments that are alike go to it together.
     """
@@ -272,8 +272,8 @@ def match_segments(
 
 
 def spread(plan: Sequence[int], lengths: Sequence[int], depth: int | None = None) -> np.ndarray:
-    """What each segment of an image merges in each block [blocks, segments], where blocks merge `plan` tokens
-    of the whole image: by length, at most half of each segment.
+    """Tokens that each segment of an image merges in each block [blocks, segments], where blocks merge `plan`
+    tokens of the whole image: by length, at most half of each segment.
 
     With `depth`, the number of blocks that merge, exactly what the plan leaves of the image is left: each
     segment has a goal by its length, and blocks make up for what segments could not merge in others. Raises
@@ -308,15 +308,15 @@ def _goals(keep: int, lengths: np.ndarray, depth: int) -> np.ndarray:
 
 def _apportion(total: int, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
     """`total` in whole numbers by weight, largest remainders first, at most `room` each."""
-    given = np.zeros_like(room)
+    shares = np.zeros_like(room)
     total = min(total, int(room.sum()))
     while total > 0:
-        free = np.where(given < room, weights, 0)
+        free = np.where(shares < room, weights, 0)
         share, rest = np.divmod(total * free, free.sum())
-        share = np.minimum(share, room - given)
-        given, total = given + share, total - int(share.sum())
+        share = np.minimum(share, room - shares)
+        shares, total = shares + share, total - int(share.sum())
         order = np.argsort(-rest, kind="stable")
-        order = order[given[order] < room[order]][:total]
-        given[order] += 1
+        order = order[shares[order] < room[order]][:total]
+        shares[order] += 1
         total -= len(order)
-    return given
+    return shares

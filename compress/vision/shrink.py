@@ -1,4 +1,4 @@
-"""Encoding a picture once more at fewer tokens, by the model's own tower and projector.
+"""Encoding a picture again at fewer tokens, by the model's own tower and projector.
 
 The picture is taken from the pixel values that its features were made of, as the processor normalised them.
 """

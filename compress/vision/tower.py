@@ -108,15 +108,16 @@ def install(
 
     merging.replace(tower, forward_slot(tower), forward)
     for name in kind.outlets:
-        found = getattr(tower, name, None)
-        for outlet in found if isinstance(found, nn.ModuleList) else [found]:
+        outlets = getattr(tower, name, None)
+        for outlet in outlets if isinstance(outlets, nn.ModuleList) else [outlets]:
             if isinstance(outlet, nn.Module):
                 merging.undo.pre_hook(outlet, spread, with_kwargs=False)
     return merging
 
 
 def supported(tower: nn.Module) -> _Tower:
-    """How `tower` keeps its layers. Raises TypeError naming the class if merging inside it is not known."""
+    """The table entry of `tower`'s class. Raises TypeError naming the class if merging inside it is not
+    known."""
     name = type(tower).__name__
     kind = TOWERS.get(name)
     if kind is None:
