@@ -83,7 +83,7 @@ class FeatureChain(FeatureReducer):
                 own = min(count_of(own, whole.num_tokens), image.num_tokens)
             selection = reducer.reduce(image, own)
             total = _then(total, selection)
-            image = _left(image, selection)
+            image = _reduced_image(image, selection)
         return total
 
 
@@ -105,7 +105,7 @@ def _then(first: Selection, second: Selection) -> Selection:
     return Selection(kept, values, source, deepstack)
 
 
-def _left(image: Image, selection: Selection) -> Image:
+def _reduced_image(image: Image, selection: Selection) -> Image:
     """The image for the next reducer, without what belongs to the whole picture."""
     grid = image.grid
     if grid is not None:

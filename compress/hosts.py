@@ -135,7 +135,7 @@ def cache_in(values: Mapping[str, Any]) -> Cache | None:
     return next(iter(caches.values()), None)
 
 
-def cache_given(module: nn.Module, kwargs: Mapping[str, Any]) -> Cache | None:
+def cache_argument(module: nn.Module, kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache that `module` is called with.
 
     Raises TypeError when it is passed under a name that is not in the signature of the module.
@@ -320,10 +320,12 @@ def at_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
     if length not in value.shape:
         return value
     shape, batch = value.shape, len(index)
-    square = value.ndim > 3 and shape[-1] == shape[-2] == length  # a mask, whose columns would stay
+    rotation = name.startswith("position_embeddings")  # its last dimension is that of a head
+    # A mask, whose columns would stay.
+    square = value.ndim > 3 and shape[-1] == shape[-2] == length and not rotation
     planes = value.ndim > 2 and shape[1] in (1, batch) and shape[2] == length and not square
     # With as many rows as planes, [B, heads, L, D] looks like planes; rotations have planes and no heads.
-    heads = planes and value.ndim > 3 and shape[0] == batch > 1 and not name.startswith("position_embeddings")
+    heads = planes and value.ndim > 3 and shape[0] == batch > 1 and not rotation
     if value.ndim > 1 and shape[0] in (1, batch) and shape[1] == length and not square:
         rows = index.to(value.device)
         return value.expand(batch, *shape[1:])[torch.arange(batch, device=rows.device)[:, None], rows]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..families import Host
-from ..hosts import at_tokens, cache_given, entries
+from ..hosts import at_tokens, cache_argument, entries
 from ..layout import Layout, Span, compact, gather
 from ..reducer import Budget, FeatureReducer, Image, Selection, Stage, budget_of, keeps_everything
 from ..vision.shrink import encoder
@@ -303,7 +303,7 @@ def explicit_positions(kwargs: dict[str, Any], length: int) -> Tensor:
 
 def enter(host: Host, call: Call, kwargs: dict[str, Any]) -> None:
     """Record the language model's inputs and the length of its cache, before it runs."""
-    call.cache = cache_given(host.lm, kwargs)
+    call.cache = cache_argument(host.lm, kwargs)
     call.entries = [entries(call.cache, i) for i in range(len(host.layers))]
     call.length = 0 if call.cache is None else call.cache.get_seq_length()
     embeds = kwargs.get("inputs_embeds")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..families import Host, Record
-from ..hosts import cache_given, entries, keywords
+from ..hosts import cache_argument, entries, keywords
 from ..layout import Layout, Prompt, find_spans
 from ..reducer import Stage
 from .cache import FUNCTIONAL, CacheState, Lease, adopt, check_kind, extended, state_of
@@ -91,7 +91,7 @@ class Call:
 
     def check_prompt_end(self, reducer: str) -> None:
         """Raise ValueError unless the prompt of every row ends after its images: a reducer that looks at the
-        prompt would otherwise see only the answer."""
+        prompt would otherwise rank by the answer."""
         if self.unsettled is not None:
             raise ValueError(
                 f"{reducer} ranks visual tokens by the prompt, and it is not known where the prompt of row "
@@ -129,7 +129,7 @@ def begin(
     that are already 4-D and chunked prefill, ValueError for images without placeholders.
     """
     arguments = keywords(host.core, args, kwargs)
-    cache = cache_given(host.core, arguments)
+    cache = cache_argument(host.core, arguments)
     call = Call(host, cache=cache, state=state_of(cache), generation=generation)
     outputs = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = any(name.startswith("pixel_values") and value is not None for name, value in arguments.items())

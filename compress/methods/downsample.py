@@ -73,7 +73,7 @@ def shrunken(grid: Grid, count: int) -> Grid:
     """
     tiles = None
     if grid.thumbnail is None or count > grid.tokens_per_tile:
-        size = _tile_size(grid, count, partial(_shown, grid))
+        size = _tile_size(grid, count, partial(_unpadded_tokens, grid))
         tiles = None if size is None else Grid.tiled(grid.rows, grid.cols, *size, image_size=grid.image_size)
     if tiles is not None and (grid.thumbnail is None or tiles.num_tokens > grid.tokens_per_tile):
         tile, index = tiles.tile + grid.first, tiles.index
@@ -85,7 +85,7 @@ def shrunken(grid: Grid, count: int) -> Grid:
     return replace(grid, tile=torch.full_like(index, grid.thumbnail), index=index, height=height, width=width)
 
 
-def _shown(grid: Grid, height: int, width: int) -> int:
+def _unpadded_tokens(grid: Grid, height: int, width: int) -> int:
     """Tokens of the picture in tiles of height × width, without padding."""
     height, width = grid.rows * height, grid.cols * width
     if grid.image_size is None:
