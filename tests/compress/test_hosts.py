@@ -189,6 +189,9 @@ def test_arguments_per_token_are_gathered_by_shape(shape):
                 source = planes[plane, row if planes.shape[1] == 2 else 0, old]
                 assert torch.equal(result[plane, row, new], source)
     assert at_tokens("position_embeddings", torch.ones(2, 2, 7, 4), index, 7).shape == (2, 2, 3, 4)
+    rotations = torch.arange(3 * 2 * 7 * 7).view(3, 2, 7, 7)  # heads as wide as there are tokens
+    expected = torch.stack([rotations[:, row, index[row]] for row in range(2)], 1)
+    assert torch.equal(at_tokens("position_embeddings[0]", rotations, index, 7), expected)
     nested = at_tokens("x", (value, {"y": value}), index, 7)
     assert torch.equal(nested[0], cut)
     assert torch.equal(nested[1]["y"], cut)
