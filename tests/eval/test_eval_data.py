@@ -10,7 +10,6 @@ import sys
 import tarfile
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,9 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_dataset import in_memory
 from PIL import Image
 
-from vistok.eval.data.dataset import NICE, Dataset, batches, decode, open_dataset
+from vistok.eval.data.dataset import NICE, batches, decode, open_dataset
 from vistok.eval.speed import pipeline
 from vistok.images import to_tensor
 from vistok.loading import create
@@ -73,26 +73,6 @@ def everything(read):
     images = torch.cat([part.images for part in parts])
     lists = ([each for part in parts for each in getattr(part, name)] for name in ("names", "digests", "bad"))
     return indices, images, *lists
-
-
-@dataclass(frozen=True, eq=False)
-class Memory(Dataset):
-    """Images in memory that note which of them were read, in files: other processes read them too."""
-
-    contents: list[bytes]
-    notes: Path | None = None
-
-    def read(self, index):
-        if self.notes is not None:
-            (self.notes / str(index)).touch()
-        return self.contents[index]
-
-    def noted(self):
-        return {int(path.name) for path in self.notes.iterdir()}
-
-
-def in_memory(contents, notes=None):
-    return Memory("memory", "files", [f"picture {index}" for index in range(len(contents))], contents, notes)
 
 
 # Sources ----------------------------------------------------------------------------------------------------
@@ -528,7 +508,7 @@ def test_batches_refuses_numbers_out_of_range_before_it_is_iterated(options):
 
 CONSUMER = """
 import signal, sys, time
-from vistok.eval.data import batches, open_dataset
+from vistok.eval.data.dataset import batches, open_dataset
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

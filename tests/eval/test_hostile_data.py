@@ -24,7 +24,7 @@ LIMITED = """
 import resource, sys, warnings
 warnings.simplefilter("ignore")
 resource.setrlimit(resource.RLIMIT_AS, (7 << 30, 7 << 30))  # imports map up to 5 GB
-from vistok.eval.data import batches, open_dataset
+from vistok.eval.data.dataset import batches, open_dataset
 try:
     dataset = open_dataset(sys.argv[1])
     for batch in batches(dataset, 16, 2, workers=0):

@@ -130,7 +130,7 @@ def test_a_difference_of_pictures_shows():
     for variant in (base, other):
         variant.run()
     assert other.difference == 0.25
-    speed = Speed("name", 10**6, 1, torch.device("cpu"), 16, [base, other])
+    speed = Speed("name", 10**6, 1, torch.device("cpu"), 16, [base, other], True)
     assert speed.table()[1][-3::2] == ["1", "2e-01 apart"] and "1.0 M parameters" in speed.title
 
 

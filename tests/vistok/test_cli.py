@@ -304,7 +304,7 @@ def test_mistakes_end_in_one_line_that_says_what_to_do(run, arguments, message):
 
 def test_verify_exits_0_on_a_match_1_on_a_miss_and_2_on_what_it_cannot_build(run, tmp_path):
     golden = GOLDEN
-    status, out, _ = run("verify", golden / "preprocess.json")
+    status, out, _ = run("verify", golden / "flextok_components.json")
     assert status == 0 and "all within tolerance" in out
     case = json.loads((golden / "train_step_stage1_s128.json").read_text())
     (tmp_path / "case.json").write_text(json.dumps(case | {"seed": case["seed"] + 1}))
@@ -312,7 +312,7 @@ def test_verify_exits_0_on_a_match_1_on_a_miss_and_2_on_what_it_cannot_build(run
     status, out, _ = run("verify", "case.json")
     assert status == 1 and "MISS" in out
     (tmp_path / "case.json").write_text(json.dumps(case | {"family": "nobody"}))
-    status, _, err = run("verify", "case.json", golden / "preprocess.json")
+    status, _, err = run("verify", "case.json", golden / "flextok_components.json")
     assert status == 2 and "nobody" in err
 
 

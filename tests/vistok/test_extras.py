@@ -47,6 +47,7 @@ HINTS = [
     ("accelerate", "train", "import vistok.train.loop"),
     ("accelerate", "eval", "from vistok.eval.engine.passes import join; join(torch.device('cpu'))"),
     ("diffusers", "diffusers", "import vistok; vistok.create('flextok-d12-d12-in1k')"),
+    ("jinja2", "eval", "from vistok.eval.report.page import write_html; write_html('a.html', None)"),
     ("lpips", "lpips", "from vistok.nn.lpips import build_lpips; build_lpips('alex', None)"),
     ("matplotlib", "eval", "from vistok.eval.report.charts import require; require()"),
     ("open_clip", "clip", "from vistok.nn.clip_text import CLIPTextEncoder; CLIPTextEncoder()"),
@@ -122,7 +123,7 @@ run("info", "titok-l32")
 run("list")
 run("verify", case)
 """
-    done = without(IMPORT_NAMES.values(), code, tmp_path, GOLDEN / "maskgit_vqgan.json")
+    done = without(IMPORT_NAMES.values(), code, tmp_path, GOLDEN / "flextok_components.json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "demo.png").is_file() and any((tmp_path / "decoded").iterdir())
     assert "flextok-d12-d12-in1k" in done.stdout
