@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..extras import needs
 
-# Before 5.14 masks take a query's place from `Cache.get_seq_length`, which must count dropped tokens for
-# `generate`; since then they call `get_query_offset`, which returns the entries that a shortened cache holds.
+# The oldest release is 5.15, from which on PaddleOCR-VL and Gemma 4 run. Before 5.14 masks took a query's place
+# from `Cache.get_seq_length`, which must count dropped tokens for `generate`; since then they call
+# `get_query_offset`, which returns the entries that a shortened cache holds.
 with needs("transformers", "compress", "attaching reducers"):
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -31,7 +32,7 @@ with needs("transformers", "compress", "attaching reducers"):
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-TESTED = "5.14 to 5.24"
+TESTED = "5.15 to 5.24"
 ENCODES_BEFORE_FORWARD = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")  # since 5.18
 _HOOKS_RUN_ONCE = "__init_subclass__" in vars(GradientCheckpointingLayer)  # under checkpointing
 CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
