@@ -10,6 +10,8 @@ from tiny_vlms import tiny_vlm
 from vistok import compress
 from vistok.compress import DivPrune, FastV, HiRED, KeyNorm, PruMerge, PyramidDrop, ToMe, TransPrune
 
+pytestmark = pytest.mark.slow
+
 REDUCERS = {
     "features": DivPrune(),
     "tower attention": HiRED(),

@@ -20,6 +20,8 @@ from vistok.compress.algorithms.grid import Grid
 from vistok.compress.methods.downsample import nearest_places, shrunken
 from vistok.compress.report.explain import Explanation
 
+pytestmark = pytest.mark.slow
+
 NAMES = (*FIXTURES, "paligemma", "mistral3", "qwen2_vl", "vipllava", "gemma3")
 ANY_SIZE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3")
 

@@ -14,6 +14,8 @@ from tiny_vlms import MORE, WINDOWED, tiny_vlm
 from vistok import compress
 from vistok.compress import DivPrune, KeyNorm, Random, UniformGrid
 
+pytestmark = pytest.mark.slow
+
 CROSSING = ("blip2", "instructblip", "mllama")
 REFUSED = ("llama4", "llama4_wide")
 DECODERS = [name for name in MORE if name not in CROSSING + REFUSED and name not in WINDOWED]

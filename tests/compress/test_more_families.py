@@ -14,7 +14,10 @@ from tiny_vlms import tiny_vlm
 from vistok import compress
 from vistok.compress import DivPrune, FastV, HiRED, KeyNorm, PiToMe, PyramidDrop, Random, ToMe, VisionZip
 
-pytestmark = pytest.mark.skipif(not hasattr(hf, "Gemma4Config"), reason="these models came later")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(hf, "Gemma4Config"), reason="these models came later"),
+    pytest.mark.slow,
+]
 PACKED = ("glm4v", "glm4v_moe", "ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "gemma4")
 
 

@@ -20,6 +20,8 @@ from vistok.compress.methods.pitome import PiToMe
 from vistok.compress.vision import tower as tower_host
 from vistok.compress.vision.packed import spread
 
+pytestmark = pytest.mark.slow
+
 PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3")
 REDUCERS = {
     "tome": partial(ToMe, r=3),

@@ -20,6 +20,8 @@ from vistok.train.data import Folder, Shards
 from vistok.train.patterns import MOST_PATHS, expand
 from vistok.train.tar_members import find_pictures
 
+pytestmark = pytest.mark.slow
+
 LIMITED = """
 import resource, sys, warnings
 warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ from vistok.eval.report import curves
 from vistok.eval.tasks import codecs, rate_distortion, sweeps
 
 pytest_plugins = ("quick_inception",)
-pytestmark = pytest.mark.usefixtures("small_and_quick")
+pytestmark = [pytest.mark.usefixtures("small_and_quick"), pytest.mark.slow]
 CPU = torch.device("cpu")
 PLAIN = ("psnr", "ssim")
 

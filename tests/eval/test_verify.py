@@ -21,7 +21,7 @@ from vistok.eval.parity.verify import verify
 pillow_13 = pytest.mark.skipif(
     int(PIL.__version__.split(".")[0]) < 13, reason="older Pillows resize otherwise, which the case refuses"
 )
-LARGE = 20_000_000  # numbers in the weights of a case that a quick run leaves out
+LARGE = 10_000_000  # numbers in the weights of a case that a quick run leaves out
 
 
 def cases():
@@ -264,6 +264,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "parts", "names", "inputs"), PARTS, ids=lambda part: str(part)[-24:])
 def test_an_encoder_or_a_decoder_alone_is_run(tmp_path, source, parts, names, inputs):
     path = _part_of(tmp_path, source, parts, names, inputs)

@@ -316,6 +316,7 @@ def test_verify_exits_0_on_a_match_1_on_a_miss_and_2_on_what_it_cannot_build(run
     assert status == 2 and "nobody" in err
 
 
+@pytest.mark.slow
 def test_eval_speed_compares_with_the_straightforward_implementation_over_batch_sizes(run, tmp_path):
     sizes = ["--batch-size", 2, "--batch-size", 1]
     status, out, _ = run("eval", "speed", "--tokenizer", "titok-s128", *sizes, "--repeats", 1)
@@ -343,6 +344,7 @@ def test_eval_tokens_draws_the_rate_distortion_plot(run, tmp_path):
     assert Image.open(tmp_path / "rd" / "rate_distortion.png").width > 500
 
 
+@pytest.mark.slow
 def test_the_shipped_recipe_trains(run, tmp_path):
     recipe = (
         (ASSETS / "vistok-mini.yaml")

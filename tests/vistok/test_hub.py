@@ -14,6 +14,8 @@ from checkpoints import MINI, sharded
 
 from vistok import create, load
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0" * 40
 EACH = """
 import sys, vistok, vistok.eval.data.sources

@@ -16,6 +16,8 @@ from PIL import Image
 from vistok import Tokens
 from vistok.commands.console import safe_text
 
+pytestmark = pytest.mark.slow
+
 PHOTO = Path(str(files("vistok.assets"))) / "chelsea.jpg"
 VISTOK = [sys.executable, "-m", "vistok.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

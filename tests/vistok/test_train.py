@@ -354,6 +354,7 @@ FLEXTOK = {
 TWO_STAGES = [(KARL, "base_tokenizer."), (KARL_VQ, "base_tokenizer."), (FLEXTOK, "vae.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokenizer", "base"), TWO_STAGES, ids=["karl", "karl-vq", "flextok"])
 def test_a_base_tokenizer_trains_first_and_then_stays(tokenizer, base, tmp_path):
     first = replace(BASE, tokenizer=tokenizer, steps=60, batch_size=8, freeze=(f"[!{base[0]}]*",))

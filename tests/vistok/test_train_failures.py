@@ -17,6 +17,8 @@ import yaml
 from vistok.train import recipe
 from vistok.train.loop import train
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "tokenizer": {
         "name": "mini",
