@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...compress import attach
-from ...compress.hosts import cache_in, with_cache
+from ...compress.hosts import ENCODES_BEFORE_FORWARD, cache_in, release, with_cache
 from ...compress.methods.fastv import FastV
 from ...compress.methods.pyramiddrop import PyramidDrop
 from ...compress.methods.transprune import TransPrune
@@ -26,7 +26,12 @@ MODULES = {"attention": "ttv_attn", "mlp": "ttv_ffn"}
 @torch.no_grad()
 def run(case: Case) -> Outputs:
     """Prefill, scores, kept tokens and decode steps of one prompt. Raises CannotBuild for another method, and
-    when sequence lengths differ from the stated ones."""
+    when sequence lengths differ from the stated ones, and before transformers 5.18."""
+    if not ENCODES_BEFORE_FORWARD:
+        raise CannotBuild(
+            f"{case.path.name}: {release()} takes no features made before the forward, as this case gives "
+            "them; install transformers 5.18 or later"
+        )
     reducer = _reducer(case)
     text, features = case.recorded("text_ids").long(), case.recorded("image_features")
     steps = case.recorded("decode_ids").long()
