@@ -15,6 +15,8 @@ from vistok.compress.algorithms.grid import Grid
 from vistok.compress.reducer import Image, Stage
 from vistok.compress.registry import reducers
 
+pytestmark = pytest.mark.slow
+
 NAMES = [name for name, kind in reducers().items() if kind.stage is Stage.FEATURES]
 SETTINGS = {
     **{name: reducers()[name] for name in NAMES},

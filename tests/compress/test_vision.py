@@ -21,6 +21,8 @@ from vistok.compress.methods.tome import ToMe
 from vistok.compress.vision import timm as timm_host
 from vistok.compress.vision import tower as tower_host
 
+pytestmark = pytest.mark.slow
+
 TINY = dict(img_size=48, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=7)
 MODELS = {
     "vit": partial(VisionTransformer, **TINY),

@@ -19,6 +19,8 @@ from vistok.eval.options import CurvesConfig, FidConfig, ReconConfig
 from vistok.eval.tasks import fid, rate_distortion, reconstruction
 from vistok.lock import FolderLock
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["quick_inception"]
 CPU = torch.device("cpu")
 
