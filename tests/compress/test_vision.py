@@ -1,6 +1,7 @@
 """Merging inside vision transformers: timm models and the towers of vision-language models."""
 
 import copy
+import inspect
 import threading
 from functools import partial
 
@@ -294,8 +295,9 @@ def test_what_cannot_work_is_refused_by_name():
         model.blocks[0](torch.zeros(1, 5, 32))
     with pytest.raises(ValueError, match="attention masks"):
         model(images, attn_mask=torch.zeros(37, 37, dtype=torch.bool))
-    with pytest.raises(ValueError, match="attention masks"):
-        model(images, is_causal=True)
+    if "is_causal" in inspect.signature(model.forward).parameters:  # not in timm's older releases
+        with pytest.raises(ValueError, match="attention masks"):
+            model(images, is_causal=True)
     with torch.enable_grad(), pytest.raises(ValueError, match="recompute"):
         model.set_grad_checkpointing()
         model(images)
