@@ -99,7 +99,7 @@ class Host:
         return self._patterns[layer][0]
 
     def window(self, layer: int) -> int:
-        """How many tokens a token attends to in a layer of sliding attention, itself included."""
+        """The number of tokens, itself included, that a token attends to in a sliding-attention layer."""
         return self._patterns[layer][1]
 
     @cached_property

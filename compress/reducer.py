@@ -192,7 +192,7 @@ class FeatureReducer(Reducer):
 
     stage: ClassVar[Stage] = Stage.FEATURES
     paper_positions: ClassVar[Literal["keep", "compact"]] = "compact"
-    # Where this is None and there is no budget, `reduce` gets None and uses the method's own number.
+    # None: without a budget, `reduce` gets None and uses the method's own number.
     default_keep: ClassVar[float | None] = 0.25
     merges: ClassVar[bool] = False  # whether kept tokens get new values
     wants_pixels: ClassVar[bool] = False  # whether `Image.encode` is needed, so that pixel values are kept

@@ -245,9 +245,9 @@ class Session(InModel):
 
     def _attach(self) -> None:
         self._register()
+        first = {stage: reducers[0] for stage, reducers in self._stages.items()}
+        budget = self._settings.budget(next(iter(first.values())))
         for place in (standalone, cutpoints):
-            first = {stage: reducers[0] for stage, reducers in self._stages.items()}
-            budget = self._settings.budget(next(iter(first.values())))
             self._elsewhere = place.attach(self.model, first, budget, self._undo)
             if self._elsewhere is not None:
                 self.merging = getattr(self._elsewhere, "merging", None)

@@ -44,6 +44,7 @@ class Catalog:
         self.kind, self.package, self.listing, self.group = kind, package, listing, plugins
         self._families: dict[str, type[Any]] = {}
         self._entries: dict[str, Entry] = {}
+        self._imported = False
 
     def family(self, name: str) -> Callable[[T], T]:
         """Class decorator: register a class as the family `name`."""
@@ -81,6 +82,13 @@ class Catalog:
             return self.families()[name_or_family].create(**config)
         raise ValueError(self.unknown_name(name_or_family))
 
+    def load(self, base: type[Any], source: Any, **options: Any) -> Any:
+        """Load a model: `from_pretrained` of the family of a published name, else of `base`, the class of all
+        models of this kind."""
+        entry = self.entries().get(str(source))
+        owner = self.families()[entry.family] if entry else base
+        return owner.from_pretrained(source, **options)
+
     def unknown_name(self, name: str) -> str:
         """The message for a name that is neither a published checkpoint nor a family."""
         close = difflib.get_close_matches(name, [*self.entries(), *self.families()], n=3, cutoff=0.5)
@@ -91,6 +99,8 @@ class Catalog:
         )
 
     def _import(self) -> None:
-        for _ in modules_of(self.package):
-            pass
-        plugins(self.group)
+        if not self._imported:
+            for _ in modules_of(self.package):
+                pass
+            plugins(self.group)
+            self._imported = True

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .registry import TOKENIZERS, entries, families
+from .registry import TOKENIZERS
 from .tokenizer import Tokenizer
 
 
@@ -42,6 +42,4 @@ def load(
         ValueError: missing, unexpected or misshapen keys (the first of each and their number), weights with
             NaN or infinity, a configuration that the file cannot fill.
     """
-    entry = entries().get(str(source))
-    owner = families()[entry.family] if entry else Tokenizer
-    return owner.from_pretrained(source, device=device, dtype=dtype, weights=weights, **options)
+    return TOKENIZERS.load(Tokenizer, source, device=device, dtype=dtype, weights=weights, **options)

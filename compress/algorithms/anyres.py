@@ -149,10 +149,14 @@ def _truncated_shares(shares: Tensor, spare: int, tokens: int, geometry: Geometr
     return (shares / shares.sum() * spare).long().clamp_max(tokens)  # in float32, as the original
 
 
-def _swapped(grid: Grid) -> Grid:
-    """The layout in which HiRED's code packs."""
+def _check_anyres(grid: Grid) -> None:
     if grid.image_size is None or grid.thumbnail != 0:
         raise ValueError('geometry="reference" needs a grid made by Grid.anyres')
+
+
+def _swapped(grid: Grid) -> Grid:
+    """The layout in which HiRED's code packs."""
+    _check_anyres(grid)
     # Parity: the published code takes rows for columns, and unpads the map it gets so.
     return Grid.tiled(
         grid.cols,
@@ -280,8 +284,7 @@ def unrounded(grid: Grid) -> Grid:
 
     Raises ValueError for other grids.
     """
-    if grid.image_size is None or grid.thumbnail != 0:
-        raise ValueError('geometry="reference" needs a grid made by Grid.anyres')
+    _check_anyres(grid)
     # Parity: lengths are cut to whole numbers without rounding first.
     return Grid.tiled(
         grid.rows,

@@ -116,7 +116,7 @@ class VisionZip(FeatureReducer):
         patches = (scores > -torch.inf).nonzero().squeeze(1)
         count = min(count, len(patches))
         merged = self._merged(count)
-        # There is no class token here, which would be kept first.
+        # `visionzip` always keeps the class token, which these features lack: a row of zeros stands in.
         hidden = F.pad(features[patches], (0, 0, 1, 0))[None]
         attention = F.pad(scores[patches], (1, 0))[None, None]
         folded = visionzip(hidden, attention, hidden, count - merged + 1, merged)

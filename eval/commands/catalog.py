@@ -107,13 +107,12 @@ def _reducers() -> tuple[str, list[str], list[dict[str, Any]]]:
 def _metrics() -> tuple[str, list[str], list[dict[str, Any]]]:
     from ..metrics.metric import metrics
 
-    arrows = {"higher": "higher", "lower": "lower", None: ""}
     rows = [
         {
             "name": metric.name,
             "metric": metric.label,
             "unit": metric.unit,
-            "better": arrows[metric.better],
+            "better": metric.better or "",
             "option": metric.option
             if metric.option.startswith("-")
             else f"--metrics {metric.option or name}",

@@ -16,7 +16,6 @@ from ..data.dataset import worker_count
 QUALITIES = (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 SCALES = (1, 2, 4, 8)
 OPTIONS = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"max_threads": 1}}
-NAMES = ("thumbnail", *OPTIONS)
 
 
 @dataclass(frozen=True)

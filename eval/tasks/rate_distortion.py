@@ -27,7 +27,7 @@ from ..engine.state import State
 from ..metrics.feature_sets import FeatureSet, compare, skipped, warn_of_few
 from ..metrics.metric import pair_metrics
 from ..metrics.summary import interval
-from ..options import CurvesConfig
+from ..options import BASELINES, CurvesConfig
 from . import codecs
 from .sweeps import CodecSweep, TokenizerSweep
 
@@ -120,10 +120,8 @@ class _Curves:
             "psnr",
             *(name for name in choose(config.metrics, [*pair_metrics(), "fid"]) if name != "psnr"),
         ]
-        if unknown := sorted(set(config.baselines) - set(codecs.NAMES)):
-            raise ValueError(
-                f"there is no baseline {', '.join(unknown)}; there are {', '.join(codecs.NAMES)}"
-            )
+        if unknown := sorted(set(config.baselines) - set(BASELINES)):
+            raise ValueError(f"there is no baseline {', '.join(unknown)}; there are {', '.join(BASELINES)}")
         self.dataset = open_dataset(config.data, split=config.split, column=config.column, limit=config.limit)
         if config.weights and len(config.tokenizers) > 1:
             raise ValueError("--weights is for one tokenizer; name a folder or file as --tokenizer for more")
@@ -172,7 +170,7 @@ class _Curves:
         # All images may take a little more than the first: then there is a smaller setting.
         around = [share * size for size in sizes for share in (0.9, 1)]
         sweeps = []
-        for name in (name for name in codecs.NAMES if name in self.config.baselines):
+        for name in (name for name in BASELINES if name in self.config.baselines):
             if why := codecs.missing(name):
                 self.skipped[name] = why
             else:

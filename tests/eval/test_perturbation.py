@@ -117,7 +117,7 @@ def test_every_discrete_tokenizer_decodes_what_was_perturbed(case):
     assert lengths_of(perturbed.tokens) == lengths_of(tokens)
     decoded = decode(model, case, perturbed.tokens)
     assert decoded.shape == images.shape and decoded.isfinite().all()
-    if model.adaptive:  # where a token stands is no code
+    if model.adaptive:  # the place of a token is not a code
         assert torch.equal(perturbed.tokens.indices[..., 1], tokens.indices[..., 1])
         assert perturbed.total == sum(lengths_of(tokens))
 

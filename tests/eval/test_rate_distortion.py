@@ -17,7 +17,7 @@ from vistok.eval import commands
 from vistok.eval.engine import passes
 from vistok.eval.metrics.image import psnr, ssim
 from vistok.eval.metrics.statistics import FeatureStatistics, frechet_distance
-from vistok.eval.options import CurvesConfig
+from vistok.eval.options import BASELINES, CurvesConfig
 from vistok.eval.report import curves
 from vistok.eval.tasks import codecs, rate_distortion, sweeps
 
@@ -188,7 +188,7 @@ def test_thumbnails_fit_their_bytes(budget):
 
 def test_baselines_at_matched_bytes_take_no_more_bytes(tmp_path):
     folder, models = save(scenes(3, 32), tmp_path / "scenes"), (shared("mini"), shared("titok-vae"))
-    record = measure(folder, tmp_path / "out", *models, baselines=codecs.NAMES, batch_size=3).record
+    record = measure(folder, tmp_path / "out", *models, baselines=BASELINES, batch_size=3).record
     for point in record.points:
         for name, other in record.matched(point).items():
             rivals = [p for p in record.points if p.codec == name and p.bytes <= point.bytes]

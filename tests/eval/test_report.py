@@ -131,13 +131,13 @@ def test_every_table_says_how_many_images_it_is_of():
 
 
 @pytest.mark.parametrize(
-    ("judged", "real", "told"),
+    ("judged", "real", "text"),
     [(3, 5, "n = 3 against 5"), (4000, 4000, "n = 4,000"), (None, 7, "n = 7"), (None, None, "n unknown")],
 )
-def test_both_sides_of_a_comparison_are_counted(judged, real, told):
+def test_both_sides_of_a_comparison_are_counted(judged, real, text):
     shown = record(fid={"value": 1.0})
     shown.n, shown.data = judged, {"a": {"source": "x", "n": judged}, "b": {"source": "y", "n": real}}
-    assert records.images(shown) == told
+    assert records.images(shown) == text
 
 
 def test_a_cell_is_a_number_or_a_text(tmp_path):

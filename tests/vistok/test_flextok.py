@@ -14,6 +14,7 @@ from checkpoints import cached
 from diffusers import AutoencoderKL
 from paths import GOLDEN
 from safetensors.torch import load_file, save_file
+from small_flextok import build_flextok
 from torch import nn
 
 from vistok import Tokens, create, load
@@ -58,15 +59,7 @@ def one_thread():
 
 def build(**changes):
     """A small tokenizer with every weight at random, none at zero."""
-    torch.manual_seed(0)
-    model = create("flextok", **{**SMALL, **changes}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("vae."):
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        model.encoder.module_dict["enc_to_latents"].proj.weight.mul_(4)  # use all levels
-        model.encoder.module_dict["enc_patch_emb"].patch_proj.weight.mul_(4)
-    return model
+    return build_flextok(**{**SMALL, **changes})
 
 
 @pytest.fixture(scope="module")

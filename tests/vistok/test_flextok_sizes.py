@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from paths import GOLDEN
+from small_flextok import build_flextok
 
-from vistok import Tokens, create
+from vistok import Tokens
 from vistok.eval.speed.plain_flextok import attention_mask
 from vistok.models.flextok.config import FlexTokConfig
 from vistok.models.flextok.network import timestep_features
@@ -37,15 +38,7 @@ GRAPH = json.loads((GOLDEN / "flextok_d12_d12.json").read_text())["config"]
 
 def build(**changes):
     """A small tokenizer with every weight at random, none at zero."""
-    torch.manual_seed(0)
-    model = create("flextok", **{**SMALL, **changes}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("vae."):
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        model.encoder.module_dict["enc_to_latents"].proj.weight.mul_(4)
-        model.encoder.module_dict["enc_patch_emb"].patch_proj.weight.mul_(4)
-    return model
+    return build_flextok(**{**SMALL, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def test_how_often_to_log_may_change_on_resumption(one_step, tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
-# ---- a loss that is no number ------------------------------------------------------------------------------
+# ---- a loss that is not a number ---------------------------------------------------------------------------
 
 EXPLODING = replace(
     BASE, steps=8, optimizer=OptimizerConfig(learning_rate=1e37, schedule="constant", warmup=0, clip_norm=0.0)
@@ -574,3 +574,9 @@ def test_a_shipped_recipe_is_valid(name):
 def test_impossible_data_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="source"):
         run(replace(BASE, data=data, steps=1), tmp_path)
+
+
+def test_a_missing_validation_picture_is_an_error_before_the_first_step(tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match=r"gone\.png"):
+        run(replace(BASE, validation=("gone.png",)), tmp_path)
+    assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "checkpoint.pt").exists()

@@ -71,8 +71,8 @@ def quality_options(target: float | None, target_psnr: float | None) -> dict[str
     """The target quality as an option of `encode`."""
     if target is not None and target_psnr is not None:
         raise ValueError(
-            "--target (mean absolute error) and --target-psnr (dB) both choose how many tokens an image "
-            "gets; give one of them"
+            "--target (mean absolute error) and --target-psnr (dB) both choose the number of tokens per "
+            "image; give one of them"
         )
     options = {"target": target, "target_psnr": target_psnr}
     return {name: value for name, value in options.items() if value is not None}

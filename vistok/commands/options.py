@@ -63,13 +63,8 @@ def binding(config: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in loose}
 
 
-def _hints(config: type[Any]) -> dict[str, Any]:
-    return get_type_hints(config, include_extras=True)
-
-
 def _settings(config: Any) -> list[tuple[str, Setting]]:
-    hints = _hints(type(config))
-    return [(field.name, _setting(hints[field.name])) for field in dataclasses.fields(config)]
+    return [(field.name, _setting(hint)) for field, _, hint in _fields(type(config))]
 
 
 def _setting(hint: Any) -> Setting:
@@ -96,7 +91,7 @@ def _parameters(config: type[Any]) -> list[tuple[str, Any, Any]]:
 
 
 def _fields(config: type[Any]) -> list[tuple[Any, Any, Any]]:
-    hints = _hints(config)
+    hints = get_type_hints(config, include_extras=True)
     rows = []
     for field in dataclasses.fields(config):
         hint = hints[field.name]

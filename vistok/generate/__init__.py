@@ -42,6 +42,4 @@ def load(
 
     Its tokenizer is not loaded: `generator.config.tokenizer` is the name to give to `vistok.load`.
     """
-    entry = GENERATORS.entries().get(str(source))
-    owner = GENERATORS.families()[entry.family] if entry else Generator
-    return owner.from_pretrained(source, device=device, dtype=dtype, weights=weights, **options)
+    return GENERATORS.load(Generator, source, device=device, dtype=dtype, weights=weights, **options)

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration import build
-from ..models.ranges import require_between, require_depths, require_multiple, require_sizes
+from ..models.ranges import require_sizes
 from ..registry import Entry
 from .classes import ClassGenerator
 from .guidance import power_cosine
 from .layers import apply_linear, at_least_float32, initialise
 from .noise import Noise
-from .published import generator_fields, require_settings
+from .published import TransformerConfig, generator_fields, require_settings
 from .registry import GENERATORS
 
 BERT_EPS = 1e-12
@@ -31,7 +31,7 @@ NETWORKS = {"maskgit": "ViT", "maskgit-uvit": "UViT"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskGITConfig:
+class MaskGITConfig(TransformerConfig):
     """`model.generator` of the original's configuration under its own names, the codebook's size, and the
     name of the tokenizer.
 
@@ -39,17 +39,6 @@ class MaskGITConfig:
     state. `softmax_temperature_annealing` divides logits by 0.5 + 0.8·(share of the steps still to come).
     """
 
-    tokenizer: str | None = None
-    codebook_size: int
-    image_seq_len: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    condition_num_classes: int = 1000
-    dropout: float = 0.1
-    attn_drop: float = 0.1
-    class_label_dropout: float = 0.1
     num_steps: int | None = None
     randomize_temperature: float | None = None
     guidance_scale: float | None = None
@@ -58,11 +47,7 @@ class MaskGITConfig:
     softmax_temperature_annealing: bool = True
 
     def __post_init__(self) -> None:
-        require_sizes(self, "codebook_size", "image_seq_len", "hidden_size", "num_attention_heads")
-        require_sizes(self, "intermediate_size", "condition_num_classes")
-        require_depths(self, "num_hidden_layers")
-        require_multiple(self, "hidden_size", "num_attention_heads")
-        require_between(self, ["dropout", "attn_drop", "class_label_dropout"], 0, 1)
+        super().__post_init__()
         if self.num_steps is not None:
             require_sizes(self, "num_steps")
         require_settings(self, "randomize_temperature", "guidance_scale", "guidance_scale_pow")

@@ -4,8 +4,33 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.ranges import require_between
+from ..models.ranges import require_between, require_depths, require_multiple, require_sizes
 from ..nested_config import resolved, section
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The fields of `model.generator` that all generators have, the codebook's size, and the name of the
+    tokenizer. Raises ValueError for sizes and shares out of range."""
+
+    tokenizer: str | None = None
+    codebook_size: int
+    image_seq_len: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    condition_num_classes: int = 1000
+    dropout: float = 0.1
+    attn_drop: float = 0.1
+    class_label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "codebook_size", "image_seq_len", "hidden_size", "num_attention_heads")
+        require_sizes(self, "intermediate_size", "condition_num_classes")
+        require_depths(self, "num_hidden_layers")
+        require_multiple(self, "hidden_size", "num_attention_heads")
+        require_between(self, ["dropout", "attn_drop", "class_label_dropout"], 0, 1)
 
 
 def generator_fields(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:

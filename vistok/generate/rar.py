@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration import build
-from ..models.ranges import require_between, require_depths, require_multiple, require_sizes
 from ..registry import Entry
 from .cache import KeyValueCache
 from .classes import ClassGenerator
 from .guidance import power_cosine
 from .layers import apply_linear, at_least_float32, initialise
 from .noise import Noise
-from .published import generator_fields, require_settings
+from .published import TransformerConfig, generator_fields, require_settings
 from .registry import GENERATORS
 
 EPS = 1e-6
@@ -30,7 +29,7 @@ MODULATION_NUMBERS = 2**25  # modulations computed at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class RARConfig:
+class RARConfig(TransformerConfig):
     """`model.generator` of the original's configuration under its own names, the codebook's size, and the
     name of the tokenizer with the sides of its grid (None: one-dimensional tokens).
 
@@ -39,18 +38,7 @@ class RARConfig:
     `randomness_anneal_end`.
     """
 
-    tokenizer: str | None = None
     grid: tuple[int, int] | None = None
-    codebook_size: int
-    image_seq_len: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    condition_num_classes: int = 1000
-    dropout: float = 0.1
-    attn_drop: float = 0.1
-    class_label_dropout: float = 0.1
     randomness_anneal_start: int = 125_000
     randomness_anneal_end: int = 187_500
     randomize_temperature: float | None = None
@@ -58,11 +46,7 @@ class RARConfig:
     guidance_scale_pow: float | None = None
 
     def __post_init__(self) -> None:
-        require_sizes(self, "codebook_size", "image_seq_len", "hidden_size", "num_attention_heads")
-        require_sizes(self, "intermediate_size", "condition_num_classes")
-        require_depths(self, "num_hidden_layers")
-        require_multiple(self, "hidden_size", "num_attention_heads")
-        require_between(self, ["dropout", "attn_drop", "class_label_dropout"], 0, 1)
+        super().__post_init__()
         require_settings(self, "randomize_temperature", "guidance_scale", "guidance_scale_pow")
         if self.grid is not None and (
             min(self.grid) < 1 or self.grid[0] * self.grid[1] != self.image_seq_len

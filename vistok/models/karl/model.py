@@ -359,7 +359,7 @@ class Karl(Tokenizer):
         return height // self.config.patch_size, width // self.config.patch_size
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
-        """How many tokens an image is offered, or has."""
+        """The number of tokens per image, checked; by default the model's own."""
         require_whole(num_tokens)
         most = self.config.max_latent_tokens
         if num_tokens is None:

@@ -41,7 +41,7 @@ class TokenizerObjective(Objective):
             self.adversary, self.adversary_start = self._loss.discriminator, config.loss.discriminator_start
             self.adversary_optimizer = config.discriminator_optimizer
         self._reconstructions: tuple[Tensor, Tensor] | None = None
-        self._validation: Tensor | None = None
+        self._validation = self._validation_images()
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:
@@ -207,7 +207,7 @@ class TokenizerObjective(Objective):
         """Mean PSNR on the validation pictures at each length, in dB."""
         if not self.config.validation or self.teacher is not None:
             return {}
-        images = self._validation_images()
+        images = self._validation
         row, sheet = {}, [to_pil(images)]
         for count in self.config.validation_tokens or (None,):
             decoded = model.reconstruct(images, count)
@@ -220,11 +220,10 @@ class TokenizerObjective(Objective):
         return row
 
     def _validation_images(self) -> Tensor:
-        if self._validation is None:
-            names = self.config.validation
-            images = [load_image(name) if Path(name).is_file() else data.photo(name) for name in names]
-            self._validation = to_tensor(images, self.tokenizer.image_size).to(self.device)
-        return self._validation
+        """The validation pictures [n, 3, H, W], read before the first step to find a missing one."""
+        names = self.config.validation
+        images = [load_image(name) if Path(name).is_file() else data.photo(name) for name in names]
+        return to_tensor(images, self.tokenizer.image_size).to(self.device)
 
     def export(self, model: Tokenizer, folder: Path) -> None:
         """Write a folder that `vistok.load` reads."""
