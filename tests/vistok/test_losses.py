@@ -23,7 +23,13 @@ from vistok.train.losses import (
     parse_perceptual_name,
     proxy_code_loss,
 )
-from vistok.train.schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
+from vistok.train.schedule import (
+    constant_schedule,
+    cosine_schedule,
+    ema_decay,
+    no_weight_decay,
+    wsd_schedule,
+)
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +296,11 @@ def test_token_losses_refuse_shapes_that_disagree():
 
 
 # ---- schedules ------------------------------------------------------------------------------------
+
+
+def test_wsd_schedule_warms_up_stays_and_falls_linearly():
+    rates = [wsd_schedule(step, 1.0, 0.2, 10, 20, 100) for step in (0, 5, 10, 50, 80, 90, 95, 100)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 0.6, 0.4, 0.2])
 
 
 def test_cosine_schedule_passes_through_its_corners():

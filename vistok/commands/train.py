@@ -17,14 +17,19 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Stop at this step.")] = None,
 ) -> None:
-    """Train a tokenizer; run again to continue. Several processes: `accelerate launch -m vistok.cli`."""
+    """Train what a recipe describes; run again to continue.
+
+    Several processes: `accelerate launch -m vistok.cli`.
+    """
     from ..files import check_target
 
     folder = check_target(output or Path("runs") / config.stem, folder=True)
 
     from ..train.loop import train as run
+    from ..train.objectives import objective_class
     from ..train.recipe import read
 
     settings = read(config)
     model = run(settings, folder, steps=steps)
-    say(f"model: {model} (vistok.load({str(model)!r})); log: {folder / 'log.jsonl'}")
+    load = objective_class(settings).loaded_by.format(repr(str(model)))
+    say(f"model: {model}{load and f' ({load})'}; log: {folder / 'log.jsonl'}")

@@ -13,12 +13,22 @@ MOST_WORKERS = 257
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a cosine or constant schedule; TiTok's values are the defaults."""
+    """AdamW, or Muon for matrices, with a warm-up and a schedule; TiTok's values are the defaults.
 
+    `kind: muon` updates the matrices of hidden layers by Muon (Jordan et al., 2024), scaled so that AdamW's
+    learning rate and weight decay fit; vectors and the parameters that `adamw` names stay with AdamW.
+    `schedule` is cosine, constant, or wsd: constant, then linear to `end_learning_rate` over the last `decay`
+    steps.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    adamw: tuple[str, ...] = ("*embed*", "*head*")
+    """Patterns of parameter names that Muon leaves to AdamW: embeddings and output layers."""
     learning_rate: float = 1e-4
     end_learning_rate: float = 1e-5
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup: int = 10_000
+    decay: int = 0
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
@@ -31,11 +41,17 @@ class OptimizerConfig:
             learning_rate=(0, math.inf),
             end_learning_rate=(0, math.inf),
             warmup=(0, math.inf),
+            decay=(0, math.inf),
             betas=(0, 1),
             weight_decay=(0, math.inf),
             clip_norm=(0, math.inf),
             scales=(0, math.inf),
         )
+        if (self.decay > 0) != (self.schedule == "wsd"):
+            raise ValueError(
+                f"schedule is {self.schedule} and decay is {self.decay}; give decay, in steps, with "
+                "schedule: wsd and with no other"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +135,11 @@ def check_schedule(name: str, optimizer: OptimizerConfig, steps: int) -> None:
         raise ValueError(
             f"{name}.warmup is {optimizer.warmup}, but only {steps} steps follow its start; give a shorter "
             "warm-up, more steps, or schedule: constant"
+        )
+    if optimizer.warmup + optimizer.decay > steps and optimizer.schedule == "wsd":
+        raise ValueError(
+            f"{name}.warmup is {optimizer.warmup} and {name}.decay {optimizer.decay}, together more than the "
+            f"{steps} steps that follow its start; shorten them, or give more steps"
         )
 
 

@@ -7,7 +7,6 @@ checkpoint ends bit for bit where an uninterrupted one would (on one machine and
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..extras import needs
-from .config import OptimizerConfig, RunConfig, check_schedule
+from .config import RunConfig, check_schedule
 from .objective import Objective
 from .objectives import objective_class
+from .optimizers import build_optimizers, load_optimizers, take_step
 from .run_folder import MODEL, SAMPLES, RunFolder
-from .schedule import constant_schedule, cosine_schedule, ema_decay, no_weight_decay
+from .schedule import ema_decay
 from .workers import worker_errors
 
 with needs("accelerate", "train", "training"):
@@ -83,20 +83,20 @@ class _Run:
             self.objective.prepare()
         self.ema = {name: value.detach().clone() for name, value in self.learner.state_dict().items()}
         named = [(n, p) for n, p in self.learner.named_parameters() if p.requires_grad]
-        self.optimizer = _adamw(named, config.optimizer)
-        self.adversary_optimizer = None
+        self.optimizers = build_optimizers(named, config.optimizer)
+        self.adversary_optimizers: list[torch.optim.Optimizer] = []
         if self.objective.adversary is not None:
             named = list(self.objective.adversary.named_parameters())
-            self.adversary_optimizer = _adamw(named, self.objective.adversary_optimizer)
+            self.adversary_optimizers = build_optimizers(named, self.objective.adversary_optimizer)
         if resumes:
             folder.restore(self._restore)
         self.ema = {name: value.to(self.accelerator.device) for name, value in self.ema.items()}
         if config.compile:
-            self.learner.compile()
-        self.objective.model, self.optimizer = self.accelerator.prepare(self.learner, self.optimizer)
-        if self.adversary_optimizer is not None:
-            self.objective.adversary, self.adversary_optimizer = self.accelerator.prepare(
-                self.objective.adversary, self.adversary_optimizer
+            self.objective.compile()
+        self.objective.model, *self.optimizers = self.accelerator.prepare(self.learner, *self.optimizers)
+        if self.adversary_optimizers:
+            self.objective.adversary, *self.adversary_optimizers = self.accelerator.prepare(
+                self.objective.adversary, *self.adversary_optimizers
             )
         # On a CPU the fused kernel's backward pass costs a third of a small model's step; plain matmuls do
         # not.
@@ -114,10 +114,10 @@ class _Run:
         for name, value in state.get("buffers", {}).items():
             self.learner.get_buffer(name).copy_(value)
         self.ema = state["ema"]
-        _load_optimizer(self.optimizer, state["optimizer"])
+        load_optimizers(self.optimizers, state["optimizer"])
         self.objective.restore(state.get("objective", {}))
-        if self.adversary_optimizer is not None:
-            _load_optimizer(self.adversary_optimizer, state["adversary_optimizer"])
+        if self.adversary_optimizers:
+            load_optimizers(self.adversary_optimizers, state["adversary_optimizer"])
         self.step = self.saved_step = state["step"]
 
     def _save(self) -> None:
@@ -130,11 +130,11 @@ class _Run:
             # What training moves but no checkpoint holds (the targets of adaptive tokenizers).
             "buffers": {n: b for n, b in self.learner.named_buffers() if n not in self.ema},
             "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "objective": self.objective.state(),
         }
-        if self.adversary_optimizer is not None:
-            state["adversary_optimizer"] = self.adversary_optimizer.state_dict()
+        if self.adversary_optimizers:
+            state["adversary_optimizer"] = [each.state_dict() for each in self.adversary_optimizers]
         self.folder.save(state)
         self.saved_step = self.step
 
@@ -209,12 +209,12 @@ class _Run:
                     accelerator.backward(loss / config.gradient_accumulation)
         if config.optimizer.clip_norm:
             accelerator.clip_grad_norm_(objective.model.parameters(), config.optimizer.clip_norm)
-        _step(self.optimizer, config.optimizer, self.step, config.steps)
+        take_step(self.optimizers, config.optimizer, self.step, config.steps)
         if against:
             settings = objective.adversary_optimizer
             if settings.clip_norm:
                 accelerator.clip_grad_norm_(objective.adversary.parameters(), settings.clip_norm)
-            _step(self.adversary_optimizer, settings, self.step - start, config.steps - start)
+            take_step(self.adversary_optimizers, settings, self.step - start, config.steps - start)
         self._average()
         self.finite &= torch.isfinite(total.detach())
         figures = {"loss": total.detach()} | {name: part.detach() for name, part in parts.items()}
@@ -286,9 +286,12 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "tensorboard",
         "export_dtype",
     }
-    if config.optimizer.schedule == "cosine":
+    values = dataclasses.asdict(config)
+    if config.optimizer.schedule == "cosine":  # its every step depends on how many there are
         loose -= {"steps"}
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in loose}
+    elif config.optimizer.schedule == "wsd":  # when the decay begins may be decided late
+        del values["optimizer"]["decay"]
+    return {name: value for name, value in values.items() if name not in loose}
 
 
 def _check_shapes(part: str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -301,36 +304,3 @@ def _check_shapes(part: str, state: dict[str, Tensor], expected: dict[str, Tenso
             f"{len(names)} tensors of {part} differ; {first} is {shapes.get(first, 'absent')}, here "
             f"{needed.get(first, 'absent')}"
         )
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = optimizer.state.get(parameter, {})
-            if any(moments[name].shape != parameter.shape for name in moments if name.startswith("exp_avg")):
-                raise ValueError(f"a moment of the optimizer does not have the shape {list(parameter.shape)}")
-
-
-def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with one group per (weight decay, learning-rate scale)."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in named:
-        decay = 0.0 if no_weight_decay(name, parameter) else config.weight_decay
-        scale = next((float(s) for pattern, s in config.scales.items() if fnmatch(name, pattern)), 1.0)
-        groups.setdefault((decay, scale), []).append(parameter)
-    rows = [{"params": p, "weight_decay": decay, "scale": scale} for (decay, scale), p in groups.items()]
-    return torch.optim.AdamW(rows, lr=config.learning_rate, betas=config.betas)
-
-
-def _step(optimizer: Any, config: OptimizerConfig, step: int, total: int) -> None:
-    """Set this step's learning rates, take the step, and clear the gradients."""
-    rate = (
-        constant_schedule(step, config.learning_rate, config.warmup)
-        if config.schedule == "constant"
-        else cosine_schedule(step, config.learning_rate, config.end_learning_rate, config.warmup, total)
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
-    optimizer.step()
-    optimizer.zero_grad()

@@ -26,6 +26,9 @@ class Objective:
     config_class: ClassVar[type[RunConfig]]
     """The configuration of a run (a `RunConfig`) with this objective."""
 
+    loaded_by: ClassVar[str] = ""
+    """The call that loads what `export` wrote, with {} for the folder, to show when a run ends."""
+
     model: nn.Module
     weights: Mapping[str, float]
     adversary: nn.Module | None = None
@@ -51,6 +54,10 @@ class Objective:
 
     def prepare(self) -> None:
         """Do once, before the first step of a new run, what needs no gradients (fits in closed form)."""
+
+    def compile(self) -> None:
+        """Compile the model for `compile: true`; a subclass may compile parts of it alone."""
+        self.model.compile()
 
     def loss(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Named scalars of one batch at a step (from 0), with gradients where they have a weight."""

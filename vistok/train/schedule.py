@@ -12,6 +12,17 @@ def constant_schedule(step: int, base: float, warmup: int) -> float:
     return base * min(1.0, step / max(1, warmup))
 
 
+def wsd_schedule(step: int, base: float, end: float, warmup: int, decay: int, total: int) -> float:
+    """Learning rate at `step` (from 0): warm-up, stable at `base`, then linear to `end` at step `total`.
+
+    The last `decay` steps decay, so a run can be made longer until its decay begins (warmup-stable-decay; Hu
+    et al., MiniCPM, 2024, arXiv 2404.06395, section 4).
+    """
+    rate = constant_schedule(step, base, warmup)
+    left = max(0, total - step) / max(1, decay)
+    return rate if left >= 1 else end + (rate - end) * left
+
+
 def cosine_schedule(step: int, base: float, end: float, warmup: int, total: int) -> float:
     """Learning rate at `step` (from 0): linear from 0 to `base`, then half a cosine to `end` at step `total`.
 

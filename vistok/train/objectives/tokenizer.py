@@ -27,6 +27,7 @@ class TokenizerObjective(Objective):
     """A tokenizer on pictures. Raises ValueError for a configuration that its family cannot train with."""
 
     config_class: ClassVar[type] = TrainConfig
+    loaded_by: ClassVar[str] = "vistok.load({})"
 
     def __init__(self, config: TrainConfig, device: torch.device, progress: bool) -> None:
         self.config, self.device, self.progress = config, device, progress
@@ -66,7 +67,7 @@ class TokenizerObjective(Objective):
         """Yield one sentence per setting of a part of the loss that has weight 0."""
         keys = {f"loss.{name}" for name in values.get("loss", {})} | set(values)
         parts = {
-            "perceptual": ("loss.perceptual", "perceptual_weights"),
+            "perceptual": ("loss.perceptual", "loss.perceptual_precision", "perceptual_weights"),
             "discriminator": (
                 "loss.discriminator_start",
                 "loss.discriminator_channels",

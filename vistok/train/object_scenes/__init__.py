@@ -1,0 +1,53 @@
+"""Pictures of known objects with questions about them, to train and judge small vision-language models.
+
+A picture shows up to seven objects (colour, shape, material, size) and one or two signs with a printed code.
+`object_scene` makes a scene from its number, `render` draws it, `questions` asks about it, `patch_labels`
+reports what each patch shows, and `test_questions` yields the fixed test set. Nothing is stored: everything
+is a function of a split, a seed and an index.
+"""
+
+from .labels import LABELS, patch_labels
+from .layout import (
+    COLOURS,
+    GRID_SIDE,
+    HELD_OUT_PAIRS,
+    LETTERS,
+    MATERIALS,
+    PICTURE_SIZE,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    ObjectScene,
+    SceneObject,
+    Sign,
+    grid_cell,
+    object_scene,
+)
+from .picture import render
+from .questions import CATEGORIES, VOCABULARY, Question, plural, questions, test_questions
+
+__all__ = [
+    "CATEGORIES",
+    "COLOURS",
+    "GRID_SIDE",
+    "HELD_OUT_PAIRS",
+    "LABELS",
+    "LETTERS",
+    "MATERIALS",
+    "PICTURE_SIZE",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "VOCABULARY",
+    "ObjectScene",
+    "Question",
+    "SceneObject",
+    "Sign",
+    "grid_cell",
+    "object_scene",
+    "patch_labels",
+    "plural",
+    "questions",
+    "render",
+    "test_questions",
+]
