@@ -21,7 +21,7 @@ from ..extras import needs
 # The oldest release is 5.15, from which on PaddleOCR-VL and Gemma 4 run. Before 5.14 masks took the place of
 # a query from `Cache.get_seq_length`, which must count dropped tokens for `generate`; since then they call
 # `get_query_offset`, which returns the entries that a shortened cache holds.
-with needs("transformers", "compress", "attaching reducers"):
+with needs("transformers", None, "attaching reducers"):
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.cache_utils import Cache, CacheLayerMixin

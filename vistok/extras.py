@@ -6,8 +6,10 @@ from importlib import metadata
 
 
 @contextmanager
-def needs(package: str, extra: str, purpose: str) -> Iterator[None]:
+def needs(package: str, extra: str | None, purpose: str) -> Iterator[None]:
     """Import a package that only `purpose` needs; errors name the extra that installs it.
+
+    `extra` is None for a package that every install has.
 
         with needs("lpips", "lpips", "LPIPS"):
             from lpips import LPIPS
@@ -22,14 +24,18 @@ def needs(package: str, extra: str, purpose: str) -> Iterator[None]:
         raise missing(error.name or package, extra, purpose) from error
 
 
-def missing(package: str, extra: str, purpose: str) -> ModuleNotFoundError:
+def missing(package: str, extra: str | None, purpose: str) -> ModuleNotFoundError:
     """The error for a `package` that is not installed, with the command that installs it."""
     return ModuleNotFoundError(
-        f'{purpose} needs {package}, which is not installed: pip install "vistok[{extra}]"', name=package
+        f"{purpose} needs {package}, which is not installed: pip install {_requirement(extra)}", name=package
     )
 
 
-def _check_release(package: str, extra: str, purpose: str) -> None:
+def _requirement(extra: str | None) -> str:
+    return f'"vistok[{extra}]"' if extra else "vistok"
+
+
+def _check_release(package: str, extra: str | None, purpose: str) -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -41,6 +47,6 @@ def _check_release(package: str, extra: str, purpose: str) -> None:
     if not requirement.specifier.contains(installed, prereleases=True):
         raise ImportError(
             f"{purpose} needs {package} {requirement.specifier}, and {installed} is installed: "
-            f'pip install --upgrade "vistok[{extra}]"',
+            f"pip install --upgrade {_requirement(extra)}",
             name=package,
         )

@@ -22,6 +22,7 @@ PACKAGES = (
     "torchvision",
     "torch_fidelity",
     "lpips",
+    "stlpips_pytorch",
     "open_clip_torch",
     "accelerate",
     "numpy",

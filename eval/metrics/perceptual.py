@@ -1,4 +1,4 @@
-"""LPIPS of every image against its reference, by the `lpips` package."""
+"""Perceptual distances of every image to its reference: LPIPS by the `lpips` package, and ST-LPIPS."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from ... import checkpoint
 from ...nn.lpips import build_lpips
+from ...nn.stlpips import build_stlpips
 from .image import check_pair
 from .metric import Metric
 from .precision import full_precision
-from .weights import find, hub_folder
+from .weights import WeightsMissing, find, hub_folder
 
 # File and the smallest side whose last feature map is not empty.
 BACKBONES = {
@@ -69,6 +70,41 @@ def load_lpips(
         raise ValueError(f"{path}: {error}") from error
 
 
+class ShiftTolerantLpips:
+    """ST-LPIPS of images and references, both float [B, 3, H, W] in [0, 1] -> float32 [B].
+
+    Raises ValueError for other shapes or ranges and for images smaller than the network takes, TypeError for
+    integer images. Its values are not comparable with those of LPIPS.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
+        self.network, self.device = network.to(device), torch.device(device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, references: Tensor) -> Tensor:
+        """One distance per image, 0 where both are equal."""
+        check_pair(images, references)
+        pair = (batch.to(self.device).float() for batch in (images, references))
+        with full_precision():
+            return self.network(*pair)
+
+
+def load_stlpips(
+    net: Literal["alex", "vgg"] = "alex",
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> ShiftTolerantLpips:
+    """ST-LPIPS on AlexNet or VGG16, from a weight file, a folder that holds it, or `stlpips-pytorch`.
+
+    That package contains the weights. Raises WeightsMissing where package or file is absent, and ValueError
+    for another `net` or a file that is not the published one.
+    """
+    try:
+        return ShiftTolerantLpips(build_stlpips(net, weights), device)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise WeightsMissing(str(error)) from error
+
+
 def _file(path: Path | None, net: str) -> Path | None:
     """The path of `--lpips-weights` for one network: a folder is for both, a file for the one in its name."""
     if path is None or not path.is_file():
@@ -100,5 +136,21 @@ METRICS = (
         make=lambda files, device: load_lpips("vgg", _file(files.lpips, "vgg"), device),
         card=True,
         rank=4,
+    ),
+    Metric(
+        "stlpips-alex",
+        "ST-LPIPS (AlexNet)",
+        better="lower",
+        needs="the stlpips-pytorch package",
+        make=lambda files, device: load_stlpips("alex", device=device),
+        rank=6,
+    ),
+    Metric(
+        "stlpips-vgg",
+        "ST-LPIPS (VGG)",
+        better="lower",
+        needs="the stlpips-pytorch package",
+        make=lambda files, device: load_stlpips("vgg", device=device),
+        rank=7,
     ),
 )

@@ -18,7 +18,7 @@ from ...compress.reducer import Reducer
 from ...extras import needs
 from .paired import ratios, timed
 
-with needs("transformers", "compress", "timing a vision-language model"):
+with needs("transformers", None, "timing a vision-language model"):
     import transformers as hf
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vistok.train import data
-from vistok.train.data import Folder, Mixture, Photos, Scenes, Shards, build, loader
+from vistok.train.data import Crops, Folder, Mixture, Photos, Scenes, Shards, build, loader
 from vistok.train.scenes import scene
 
 SIDE = 16
@@ -90,6 +90,7 @@ def make(request, folder):
     entries = {
         "scenes": {"kind": "scenes"},
         "photos": {"kind": "photos", "exclude": ["coffee", "chelsea"]},
+        "crops": {"kind": "crops", "path": str(folder)},
         "folder": {"kind": "folder", "path": str(folder)},
         "shards": {"kind": "shards", "pattern": str(folder / "shard.tar")},
     }
@@ -403,6 +404,46 @@ def test_missing_shards_and_shards_without_pictures_are_errors(tmp_path):
         Shards(SIDE, pattern=[])
 
 
+# Crops of a folder ------------------------------------------------------------------------------------------
+
+
+def ramp(width, height):
+    """A picture whose red grows from left to right and whose green grows from top to bottom."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, np.zeros_like(x)], -1).round().astype(np.uint8))
+
+
+def test_crops_have_every_scale_and_place_and_every_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_jitter", lambda rng, pixels: pixels)
+    ramp(96, 64).save(tmp_path / "ramp.png")
+    Image.new("RGB", (40, 40), (0, 0, 200)).save(tmp_path / "blue.png")
+    crops = [Crops(SIDE, path=tmp_path).sample(index).astype(int) for index in range(300)]
+    ramps = [crop for crop in crops if crop[..., 2].max() == 0]
+    assert 100 < len(ramps) < 200
+    spans = np.array([np.ptp(crop[..., 1]) for crop in ramps])  # of 255 for the whole height
+    assert spans.min() < 80 and spans.max() > 220
+    middles = np.array([crop[8, 8, 0] for crop in ramps])
+    assert middles.min() < 60 and middles.max() > 195
+
+
+def test_large_pictures_are_kept_at_four_times_the_size(tmp_path):
+    ramp(16 * SIDE + 40, 9 * SIDE).save(tmp_path / "large.png")
+    ramp(5 * SIDE, 3 * SIDE).save(tmp_path / "small.png")
+    source = Crops(SIDE, path=tmp_path)
+    for index in range(40):
+        source.sample(index)
+    sizes = {file.rsplit("/", 1)[1]: levels[0].size for file, levels in source._levels.items()}
+    assert sizes == {"large.png": (8 * SIDE + 20, 9 * SIDE // 2), "small.png": (5 * SIDE, 3 * SIDE)}
+
+
+def test_a_folder_without_pictures_and_a_broken_picture_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no picture under"):
+        Crops(SIDE, path=tmp_path)
+    (tmp_path / "broken.png").write_bytes(encoded(grey(3))[:40])
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        Crops(SIDE, path=tmp_path).sample(0)
+
+
 # Photographs ------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +531,10 @@ def test_one_source_stands_alone_and_several_are_mixed():
         ({"sources": "scenes"}, "give .*sources"),
         ({"sources": [{"kind": "scenes"}], "weights": [1]}, "give .*sources"),
         ({"sources": ["scenes"]}, "source 'scenes' is not a mapping"),
-        ({"sources": [{}]}, "unknown kind of source None: accepted are scenes, photos, folder, shards"),
+        (
+            {"sources": [{}]},
+            "unknown kind of source None: accepted are scenes, photos, crops, folder, shards",
+        ),
         ({"sources": [{"kind": "imagenet"}]}, "unknown kind of source 'imagenet'"),
         ({"sources": [{"kind": ["scenes"]}]}, "unknown kind of source"),
         ({"sources": [{"kind": "scenes", "exclude": []}]}, "given exclude: accepted are weight"),
@@ -498,6 +542,8 @@ def test_one_source_stands_alone_and_several_are_mixed():
         ({"sources": [{"kind": "scenes", 3: 4}]}, "given 3"),
         ({"sources": [{"kind": "folder"}]}, "given nothing: .*needed is path"),
         ({"sources": [{"kind": "folder", "path": None}]}, "path is None"),
+        ({"sources": [{"kind": "crops"}]}, "given nothing: .*needed is path"),
+        ({"sources": [{"kind": "crops", "path": 3}]}, "path is 3"),
         ({"sources": [{"kind": "folder", "path": ".", "flip": "no"}]}, "flip is 'no': give true or false"),
         ({"sources": [{"kind": "shards", "pattern": 3}]}, "pattern is 3"),
         ({"sources": [{"kind": "photos", "exclude": ["tea"]}]}, "cannot exclude tea"),
@@ -513,7 +559,8 @@ def test_a_bad_config_is_refused(config, message):
 def test_sizes_and_seeds_out_of_range_are_refused_at_once(folder):
     with pytest.raises(ValueError, match="size starts at 16"):
         Scenes(15)
-    for make in (Photos, lambda size, seed=0: Folder(size, seed, path=folder)):
+    of_folder = (lambda size, seed=0, kind=kind: kind(size, seed, path=folder) for kind in (Folder, Crops))
+    for make in (Photos, *of_folder):
         with pytest.raises(ValueError, match="size starts at 1 "):
             make(0)
         with pytest.raises(ValueError, match="seed at 0"):

@@ -28,10 +28,10 @@ IMPORT_NAMES = {
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "scipy": "scipy",
+    "stlpips-pytorch": "stlpips_pytorch",
     "tensorboard": "tensorboard",
     "timm": "timm",
     "torch-fidelity": "torch_fidelity",
-    "transformers": "transformers",
 }
 WITHOUT = """
 import sys
@@ -55,8 +55,8 @@ HINTS = [
     ("open_clip", "clip", "from vistok.nn.clip_text import CLIPTextEncoder; CLIPTextEncoder()"),
     ("open_clip", "clip", "from vistok.eval.metrics.clip import load_clip; load_clip()"),
     ("scikit-image", "train", "from vistok.train.data import photo_names; photo_names()"),
+    ("stlpips-pytorch", "perceptual", "from vistok.nn.stlpips import build_stlpips; build_stlpips('alex')"),
     ("torch_fidelity", "eval", "from vistok.eval.metrics.inception import Inception; Inception({})"),
-    ("transformers", "compress", "from vistok import compress; compress.attach"),
 ]
 
 
@@ -157,6 +157,15 @@ def test_a_release_older_than_declared_is_refused(monkeypatch, version):
             ImportError, match=rf'LPIPS needs lpips >=.*{re.escape(version)} is .*--upgrade "vistok\[lpips\]"'
         ),
         extras.needs("lpips", "lpips", "LPIPS"),
+    ):
+        pytest.fail("nothing may be imported")
+
+
+def test_a_package_that_every_install_has_is_named_without_an_extra(monkeypatch):
+    monkeypatch.setattr(extras.metadata, "version", lambda package: "4.57.0")
+    with (
+        pytest.raises(ImportError, match=r"attaching needs transformers >=.* 4\.57\.0 .*--upgrade vistok$"),
+        extras.needs("transformers", None, "attaching"),
     ):
         pytest.fail("nothing may be imported")
 

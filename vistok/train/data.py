@@ -9,8 +9,9 @@ import functools
 import importlib.util
 import itertools
 import math
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..extras import missing
 from ..images import load_image
 from .scenes import scene
-from .stored import Folder, Shards, as_list, check_size_and_seed
+from .stored import Folder, Shards, as_list, check_size_and_seed, pictures
 from .workers import start as start_workers
 from .workers import worker_started
 
 __all__ = [
+    "Crops",
     "Folder",
     "Mixture",
     "Photos",
@@ -136,7 +138,11 @@ def _pyramid(name: str) -> list[Image.Image]:
     """A photograph at full, half, quarter … size, so that a large crop need not read every pixel."""
     if name not in _photo_paths():
         raise ValueError(f"no photograph {name!r}; there are {', '.join(photo_names())}")
-    levels = [load_image(_photo_paths()[name])]
+    return _levels(load_image(_photo_paths()[name]))
+
+
+def _levels(image: Image.Image) -> list[Image.Image]:
+    levels = [image]
     while min(levels[-1].size) >= 64:
         levels.append(levels[-1].reduce(2))
     return levels
@@ -174,18 +180,61 @@ class Photos:
     def sample(self, index: int) -> np.ndarray:
         """Crop number `index`: uint8 [size, size, 3]."""
         rng = np.random.default_rng((self.seed, index))
-        levels = _pyramid(self.names[bisect.bisect_right(self._edges, rng.random() * self._edges[-1])])
-        width, height = levels[0].size
-        short = min(width, height)
-        side = math.exp(rng.uniform(math.log(min(self.size, 0.6 * short)), math.log(short)))
-        stretch = math.exp(rng.uniform(-0.05, 0.05))
-        wide, high = min(side * stretch, width), min(side / stretch, height)
-        left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
-        level = min(int(math.log2(max(1.0, side / self.size))), len(levels) - 1)
-        scale_x, scale_y = levels[level].width / width, levels[level].height / height
-        box = (left * scale_x, top * scale_y, (left + wide) * scale_x, (top + high) * scale_y)
-        crop = levels[level].resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        return _jitter(rng, np.asarray(crop))
+        name = self.names[bisect.bisect_right(self._edges, rng.random() * self._edges[-1])]
+        return _random_crop(rng, _pyramid(name), self.size)
+
+
+@dataclass
+class Crops:
+    """Random crops of every picture in a folder and its subfolders, at all scales, as of `Photos`.
+
+    For folders of few pictures, of which `Folder` would give the same squares again and again. Pictures stay
+    in memory, with short sides reduced to at most 4 * `size`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no picture in it.
+        OSError: a subfolder cannot be listed, or a picture cannot be read.
+        ValueError: a path, size or seed that is not one, or a picture that cannot be decoded.
+    """
+
+    size: int
+    seed: int = 0
+    path: str | Path = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_size_and_seed(self)
+        if not isinstance(self.path, str | os.PathLike):
+            raise ValueError(f"path is {self.path!r}: give a folder of pictures")
+        self.files = [str(path) for path in pictures(self.path).images]
+        self._levels: dict[str, list[Image.Image]] = {}
+
+    def sample(self, index: int) -> np.ndarray:
+        """Crop number `index`: uint8 [size, size, 3]."""
+        rng = np.random.default_rng((self.seed, index))
+        file = self.files[rng.integers(len(self.files))]
+        if file not in self._levels:
+            self._levels[file] = _levels(_reduced(load_image(file), 4 * self.size))
+        return _random_crop(rng, self._levels[file], self.size)
+
+
+def _reduced(image: Image.Image, least: int) -> Image.Image:
+    """The picture divided by the largest whole number that leaves its short side at `least` or more."""
+    return image.reduce(max(1, min(image.size) // least))
+
+
+def _random_crop(rng: np.random.Generator, levels: Sequence[Image.Image], size: int) -> np.ndarray:
+    """A crop of random scale, place and colour of the picture `levels`, uint8 [size, size, 3]."""
+    width, height = levels[0].size
+    short = min(width, height)
+    side = math.exp(rng.uniform(math.log(min(size, 0.6 * short)), math.log(short)))
+    stretch = math.exp(rng.uniform(-0.05, 0.05))
+    wide, high = min(side * stretch, width), min(side / stretch, height)
+    left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
+    level = min(int(math.log2(max(1.0, side / size))), len(levels) - 1)
+    scale_x, scale_y = levels[level].width / width, levels[level].height / height
+    box = (left * scale_x, top * scale_y, (left + wide) * scale_x, (top + high) * scale_y)
+    crop = levels[level].resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return _jitter(rng, np.asarray(crop))
 
 
 def _jitter(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
@@ -250,15 +299,21 @@ class Mixture:
         return self.sources[choice].sample(block * int(self._counts[choice]) + before)
 
 
-_KINDS: dict[str, type] = {"scenes": Scenes, "photos": Photos, "folder": Folder, "shards": Shards}
+_KINDS: dict[str, type] = {
+    "scenes": Scenes,
+    "photos": Photos,
+    "crops": Crops,
+    "folder": Folder,
+    "shards": Shards,
+}
 
 
 def build(config: Mapping[str, Any], size: int, seed: int) -> Source:
     """The source that a configuration describes; a `Mixture` when it lists several.
 
     `{"sources": [{"kind": "scenes", "weight": 1.0}, {"kind": "folder", "path": "photos"}]}`: `kind` is
-    scenes, photos, folder or shards, `weight` is 1 unless given, and the other keys are the fields of that
-    source. `size` is in pixels; every source gets its own seed, drawn from `seed`.
+    scenes, photos, crops, folder or shards, `weight` is 1 unless given, and the other keys are the fields of
+    that source. `size` is in pixels; every source gets its own seed, drawn from `seed`.
 
     Raises:
         ValueError: a missing list, an unknown kind, a key that is unknown or missing, or a value out of

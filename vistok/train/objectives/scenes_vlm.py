@@ -48,13 +48,13 @@ class ScenesVlmConfig(RunConfig):
 
 
 class ScenesVlmObjective(Objective):
-    """A vision-language model on scenes of known objects. Needs the extra `compress` (transformers)."""
+    """A vision-language model on scenes of known objects."""
 
     config_class: ClassVar[type] = ScenesVlmConfig
     loaded_by: ClassVar[str] = "transformers.AutoModelForImageTextToText.from_pretrained({})"
 
     def __init__(self, config: ScenesVlmConfig, device: torch.device, progress: bool) -> None:
-        with needs("transformers", "compress", "training a vision-language model"):
+        with needs("transformers", None, "training a vision-language model"):
             from .. import scene_batches, scene_learner, scenes_vlm
 
         self.config, self.device = config, device
