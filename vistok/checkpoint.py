@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import logging
 import pickle
@@ -235,6 +236,15 @@ def _check_extent(content: Any, path: Path) -> None:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes and its tensors would take {total:,}; fetch it again"
         )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a weights file, or of the shards of an index one after another, in hexadecimal digits."""
+    files = [path.parent / name for name in _shards(path)] if path.name.endswith(".index.json") else [path]
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 def _shards(index: Path) -> list[str]:

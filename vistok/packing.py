@@ -1,13 +1,16 @@
 """The packed form of tokens: bit packing, numbers, and a container with a checksum.
 
-The packed form, versions 1 to 3 (integers are LEB128 varints unless a width is named):
+The packed form, versions 1 to 4 (integers are LEB128 varints unless a width is named):
 
     "VTOK" | version: 1 byte | bytes that follow | header | payload | CRC32 of all before it: 4 bytes
 
     header   flags: 1 byte (bits 0-1 kind, 2 Q axis, 3 lengths, 4 tokenizer's name, 5-6 dtype of latents,
              7 names of the images: from version 2 on, which is written only for files that have them)
              version 3, written only for tokens with a grid: how many sides it has, and the sides
-             B | K | D, or Q and the Q codebook sizes | the tokenizer's byte count and UTF-8
+             version 4, written only for pictures in tiles: side of a tile, overlap, the number of pictures,
+             and height and width of each; B is then the number of tiles
+             B | K | D, or Q and the Q codebook sizes | the tokenizer's byte count and UTF-8 of its
+             name, after which its weights may be marked: a zero byte and 8 to 64 hexadecimal digits
              the names' byte count and UTF-8 of all, a zero byte between two
              lengths, each packed at K.bit_length() bits
     payload  the tokens of all images in order, padding left out; indices at ceil(log2(codebook size)) bits
@@ -21,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MAGIC = b"VTOK"
-VERSION = 3
+VERSION = 4
 _CHUNK = 1 << 16  # tokens packed at a time; a multiple of 8, so that every chunk ends on a whole byte
 _FREE_BYTES = 1 << 26  # a file may unpack to this many bytes whatever its size; see check_expansion
 

@@ -1,8 +1,8 @@
 """Find, recognise and load the weights of a class of models; `vistok.loading` has the public functions."""
 
-import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from .files import looks_like_path
 from .statedict import StateDict
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
+_DIGITS = 8
+"""Digits of the SHA-256 of weights that tokens carry."""
 _logger = logging.getLogger("vistok")
 
 
@@ -58,7 +60,9 @@ def load_pretrained(
     checkpoint.load_strictly(
         model, choice.tensors, dtype=kind, ignore=family.checkpoint_ignores, source=located.weights
     )
-    model.name = entry.name if entry else _own_name(config or located.config or {}, located.weights)
+    own = config or located.config or {}
+    model.name = entry.name if entry else _own_name(own, located.weights)
+    model.weights_digest = _own_digest(entry, own, located.weights)
     return model.requires_grad_(True).to(device=device).eval()
 
 
@@ -143,7 +147,7 @@ def _published(entry: Entry, hub_options: dict[str, Any]) -> checkpoint.Located:
 
 
 def _check_digest(path: Path, entry: Entry) -> None:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = checkpoint.digest(path)
     if digest != entry.sha256:
         raise ValueError(
             f"{path} is not the {entry.name} that this version of vistok ships (sha256 {digest[:12]}…, not "
@@ -222,6 +226,23 @@ def _report(choice: StateDict, choices: list[StateDict], source: Path) -> None:
         _logger.warning("%s: loading the average of its weights (%s)", source, choice.origin or "averaged")
     elif any(other.is_average for other in choices):
         _logger.warning("%s: its average does not fit this model; loading the weights themselves", source)
+
+
+def _own_digest(entry: Entry | None, config: Mapping[str, Any], source: Path) -> str | None:
+    """The mark of weights whose name may have had others, checked because tokens carry it.
+
+    Of a published model that ships with vistok it is computed from the file, whichever was given; of a model
+    that was saved from one it is in the config.json.
+    """
+    if entry is not None:
+        return checkpoint.digest(source)[:_DIGITS] if entry.sha256 else None
+    digest = config.get("weights_digest")
+    if digest is None or (isinstance(digest, str) and re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", digest)):
+        return digest if config.get("name") else None
+    raise ValueError(
+        f"the configuration of {source} has the weights_digest {configuration.shorten(digest)}; it has "
+        f"{_DIGITS} hexadecimal digits, or is left out"
+    )
 
 
 def _own_name(config: Mapping[str, Any], source: Path) -> str | None:

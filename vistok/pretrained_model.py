@@ -31,6 +31,8 @@ class PretrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.name: str | None = None
+        self.weights_digest: str | None = None
+        """First digits of the SHA-256 of the weights file, where weights of this name ship with vistok."""
 
     @classmethod
     def create(cls, **config: Any) -> Self:
@@ -117,4 +119,6 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which `load(folder)` reads back exactly."""
         config = {"family": self.family, "name": self.name, "config": dataclasses.asdict(self.config)}
+        if self.weights_digest is not None:
+            config["weights_digest"] = self.weights_digest
         checkpoint.save(folder, self.state_dict(), config)

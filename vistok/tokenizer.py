@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from typing import Any, ClassVar, overload
 
 import numpy as np
@@ -15,6 +16,7 @@ from .bounded_build import empty_weights
 from .pretrained_model import PretrainedModel
 from .quantizers import Quantizer
 from .registry import TOKENIZERS
+from .tiles import BATCH_SIZE, encode_tiles, takes_tiles
 from .tokens import Tokens
 
 
@@ -54,6 +56,11 @@ class Tokenizer(PretrainedModel):
     """Whether the model also gives features for understanding."""
     modality: ClassVar[str] = "image"
     """Kind of data: "image", "video" or "shape"."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "decode" in vars(cls):  # a family's own decode takes pictures in tiles as well as this class's
+            cls.decode = takes_tiles(cls.decode)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -131,6 +138,66 @@ class Tokenizer(PretrainedModel):
         tokens = self.as_tokens(codes)
         return tokens if count == tokens.num_tokens else tokens.prefix(count)
 
+    @overload
+    def encode_tiles(
+        self,
+        images: Tensor | Sequence[Tensor],
+        num_tokens: int | None = None,
+        *,
+        overlap: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> Tokens: ...
+
+    @overload
+    def encode_tiles(
+        self,
+        images: Tensor | Sequence[Tensor],
+        num_tokens: int | None = None,
+        *,
+        target_psnr: float,
+        overlap: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> AdaptiveTokens: ...
+
+    def encode_tiles(
+        self,
+        images: Tensor | Sequence[Tensor],
+        num_tokens: int | None = None,
+        *,
+        target_psnr: float | None = None,
+        overlap: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> Tokens | AdaptiveTokens:
+        """Pictures of any size → tokens, in tiles of `image_size`; `decode` returns the pictures' own sizes.
+
+        `images` are [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes. A picture has
+        ceil(H / image_size) rows of ceil(W / image_size) tiles (`tokens.grid`), of `num_tokens` tokens each;
+        where the last tiles reach beyond the picture, its edge continues. Neighbours share `overlap` pixels,
+        an even number, by default a sixteenth of their side; 0 codes every tile alone. `batch_size` tiles
+        are encoded at a time; `options` go to `encode`.
+
+        With `target_psnr` (dB, ordered tokenizers) each tile keeps the shortest prefix that reaches it, up to
+        `num_tokens`; where a whole picture then falls short, its tiles are encoded up to three more times,
+        each time to a higher target. The returned `psnr` and `reached` are those of whole pictures.
+
+        Raises:
+            ValueError: pictures of another shape or type, without pixels, with NaN or outside [0, 1]; an
+                overlap that is not even or not in 0..image_size; whatever `encode` refuses.
+        """
+        return encode_tiles(
+            self,
+            images,
+            num_tokens,
+            target_psnr=target_psnr,
+            overlap=overlap,
+            batch_size=batch_size,
+            **options,
+        )
+
+    @takes_tiles
     @torch.no_grad()
     def decode(
         self,
@@ -146,6 +213,9 @@ class Tokenizer(PretrainedModel):
         `condition` is what `conditions` names, one per image. `steps`, `guidance` and `generator` are for
         stochastic decoders; a deterministic one ignores the generator and refuses the other two, as a decoder
         without conditions refuses one.
+
+        Tokens of `encode_tiles` come back as pictures of their own sizes: [B, 3, H, W] where all have one,
+        else a list of [3, H, W].
         """
         self.check_decoding(condition=condition, steps=steps, guidance=guidance)
         latents, lengths = self.dequantize(tokens)
@@ -175,6 +245,10 @@ class Tokenizer(PretrainedModel):
         if not isinstance(tokens, Tokens):
             raise ValueError(
                 f"{self.label} decodes Tokens or a tensor of codes; a {type(tokens).__name__} was given"
+            )
+        if tokens.tiles is not None:
+            raise ValueError(
+                "these tokens are of pictures in tiles, which decode joins; their codes alone are not images"
             )
         codes = getattr(tokens, self.quantizer.kind)
         if codes is None:
@@ -210,6 +284,21 @@ class Tokenizer(PretrainedModel):
     def check_images(self, images: Tensor) -> Tensor:
         """Images in this model's dtype and on its device, or a ValueError that names what to change."""
         fix = f"use vistok.to_tensor(images, size={self.image_size})"
+        self._check_kind(images, fix)
+        tiled = f"{fix}, or encode_tiles for pictures of any size"
+        self.check_image_size(images.shape[2], images.shape[3], tiled)
+        self._check_range(images)
+        return images.to(self.device, self.dtype)
+
+    def check_pixels(self, images: Any, advice: str) -> None:
+        """Raise ValueError, which ends in `advice`, unless images are [B, 3, H, W] floats in [0, 1] of any
+        size."""
+        self._check_kind(images, advice)
+        if not images.shape[2] or not images.shape[3]:
+            raise ValueError(f"images of shape {list(images.shape)} have no pixels: {advice}")
+        self._check_range(images)
+
+    def _check_kind(self, images: Any, fix: str) -> None:
         if not isinstance(images, Tensor):
             raise ValueError(
                 f"images are a {type(images).__name__}; {self.label} takes a float tensor: {fix}"
@@ -225,7 +314,8 @@ class Tokenizer(PretrainedModel):
         if images.is_meta or images.layout != torch.strided:
             kind = "have no values (they are on the meta device)" if images.is_meta else "are sparse"
             raise ValueError(f"images {kind}; {self.label} takes dense tensors in memory: {fix}")
-        self.check_image_size(images.shape[2], images.shape[3], fix)
+
+    def _check_range(self, images: Tensor) -> None:
         if images.numel() and not torch.compiler.is_compiling():
             low, high = (float(bound) for bound in images.aminmax())
             if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails too; resizing overshoots by a rounding
@@ -233,7 +323,6 @@ class Tokenizer(PretrainedModel):
                     f"images span [{low:.4g}, {high:.4g}]; {self.label} takes [0, 1] without NaN: undo any "
                     "mean/std normalisation, clamp, or divide 8-bit values by 255"
                 )
-        return images.to(self.device, self.dtype)
 
     def check_latents(self, latents: Tensor) -> Tensor:
         """Latents [B, …] as they are, or a ValueError that names the first image whose latents are not

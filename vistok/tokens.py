@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .configuration import shorten
 from .files import atomic_write, check_source
 from .packing import (
     Reader,
@@ -23,10 +25,12 @@ from .packing import (
     unpack,
     varint,
 )
+from .tile_layout import TileLayout
 
 _KINDS = ("indices", "bits", "latents")
 _LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WEIGHTS = re.compile(r"[0-9a-f]{8,64}")
 _MOST_SIDES = 8  # of a grid in a file
 _HAS_CODEBOOK_AXIS, _HAS_LENGTHS, _HAS_TOKENIZER, _HAS_NAMES = 4, 8, 16, 128
 
@@ -42,6 +46,15 @@ class Tokens:
     image, such as its file's, and does not count when tokens are compared. `grid` has the sides of the grid
     that the K tokens fill, row by row, where there is one: (height, width), or (frames, height, width) of a
     video; several tokens may share a place, so K is a multiple of the product of the sides.
+
+    `tiles` is there for pictures that are larger or smaller than the images of their tokenizer
+    (`Tokenizer.encode_tiles`). The tensors and `lengths` then have one row per tile, picture after picture,
+    and B is the number of rows; everything else is per picture: `len`, indexing, iteration, `names` and
+    `bits_per_image`. `grid` is (rows, columns) of tiles where all pictures have the same, and None where they
+    differ; `prefix` keeps that many tokens of every tile.
+
+    `weights` identifies the weights of the tokenizer that wrote the tokens, where a name has had several: the
+    first digits of their SHA-256, in lower case. It goes with `tokenizer` only.
 
     Construction checks dtypes, shapes and devices (ValueError, or TypeError for what is not a tensor) but
     reads no values, so that it never waits for an accelerator; `validate` and `to_bytes` check the values.
@@ -59,6 +72,8 @@ class Tokens:
     codebook_sizes: tuple[int, ...] | None = None
     names: tuple[str, ...] | None = None
     grid: tuple[int, ...] | None = None
+    tiles: TileLayout | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes, shapes and devices, and set the padding to zero."""
@@ -75,12 +90,22 @@ class Tokens:
             raise TypeError(
                 f"Tokens takes the tokenizer's name as a str; got {type(self.tokenizer).__name__}"
             )
+        if self.tokenizer is not None and "\0" in self.tokenizer:
+            raise ValueError(
+                f"Tokens takes a tokenizer's name without zero bytes; got {shorten(self.tokenizer)}"
+            )
+        if self.weights is not None:
+            self._check_weights(self.weights)
         self._check_data()
+        if self.tiles is not None:
+            self._check_tiles(self.tiles)
         if self.codebook_sizes is not None:
             object.__setattr__(self, "codebook_sizes", self._checked_codebook_sizes(self.codebook_sizes))
         if self.names is not None:
             object.__setattr__(self, "names", self._checked_names(self.names))
-        if self.grid is not None:
+        if self.tiles is not None:
+            object.__setattr__(self, "grid", self.tiles.grid)
+        elif self.grid is not None:
             object.__setattr__(self, "grid", self._checked_grid(self.grid))
         if self.lengths is not None:
             self._check_lengths()
@@ -100,10 +125,30 @@ class Tokens:
                 f"Tokens takes {kind} as {layout}, the last axis not empty; got {list(data.shape)}"
             )
 
+    def _check_weights(self, weights: str) -> None:
+        if not isinstance(weights, str):
+            raise TypeError(f"Tokens takes weights as a str of digits; got {type(weights).__name__}")
+        if not self.tokenizer or not _WEIGHTS.fullmatch(weights):
+            raise ValueError(
+                "Tokens takes as weights 8 to 64 hexadecimal digits, beside a tokenizer; got "
+                f"{shorten(weights)} with tokenizer {self.tokenizer!r}"
+            )
+
+    def _check_tiles(self, tiles: TileLayout) -> None:
+        if not isinstance(tiles, TileLayout):
+            raise TypeError(f"Tokens takes tiles as a TileLayout; got {type(tiles).__name__}")
+        if tiles.total != self._rows:
+            raise ValueError(
+                f"Tokens of pictures in tiles have one row per tile, {tiles.total} for these {len(tiles)} "
+                f"pictures; got {self._rows}"
+            )
+        if self.grid not in (None, tiles.grid):
+            raise ValueError(f"the tiles of these pictures have the grid {tiles.grid}; got {self.grid}")
+
     def _check_lengths(self) -> None:
-        if self.lengths.dtype != torch.int64 or self.lengths.shape != (len(self),):
+        if self.lengths.dtype != torch.int64 or self.lengths.shape != (self._rows,):
             got = f"{self.lengths.dtype} {list(self.lengths.shape)}"
-            raise ValueError(f"Tokens takes lengths as int64 [B], here [{len(self)}]; got {got}")
+            raise ValueError(f"Tokens takes lengths as int64 [B], here [{self._rows}]; got {got}")
         if self.lengths.device != self.device:
             raise ValueError(
                 f"lengths are on {self.lengths.device}, {self._kind} on {self.device}: move one of them"
@@ -158,13 +203,18 @@ class Tokens:
         """Q codebooks, or D bits or channels."""
         return self._data.shape[2] if self._data.ndim == 3 else 1
 
+    @property
+    def _rows(self) -> int:
+        """B, the rows of the tensors: images, or tiles."""
+        return self._data.shape[0]
+
     def _with(self, data: Tensor, lengths: Tensor | None) -> "Tokens":
         return dataclasses.replace(self, **{self._kind: data}, lengths=lengths)
 
     def _full_lengths(self) -> Tensor:
         if self.lengths is not None:
             return self.lengths
-        return torch.full((len(self),), self.num_tokens, device=self.device)
+        return torch.full((self._rows,), self.num_tokens, device=self.device)
 
     def _signature(self) -> dict[str, object]:
         """The properties that two Tokens must share to be joined or equal."""
@@ -174,12 +224,14 @@ class Tokens:
             "shape of a token": list(self._data.shape[2:]),
             "codebook_sizes": self.codebook_sizes,
             "tokenizer": self.tokenizer,
-            "grid": self.grid,
+            "weights": self.weights,
+            "grid": self.grid if self.tiles is None else None,  # of tiles: of each picture, not of a part
+            "kind of tiles": self.tiles and f"{self.tiles.side} pixels, overlap {self.tiles.overlap}",
         }
 
     @property
     def num_tokens(self) -> int:
-        """K, the room for tokens per image; an image with a length has that many of them."""
+        """K, the room for tokens per image (or tile); one with a length has that many of them."""
         return self._data.shape[1]
 
     @property
@@ -189,12 +241,16 @@ class Tokens:
 
     @property
     def bits_per_image(self) -> Tensor:
-        """Payload bits of every image, int64 [B], before `to_bytes` rounds their sum up to a byte.
+        """Payload bits of every image, int64 [len], before `to_bytes` rounds their sum up to a byte.
 
         A token costs ceil(log2(size)) bits summed over its codebooks, D for bits, D times the dtype's width
         for latents. ValueError for indices without codebook_sizes.
         """
-        return self._full_lengths() * self._bits_per_token()
+        bits = self._full_lengths() * self._bits_per_token()
+        if self.tiles is None:
+            return bits
+        picture = torch.tensor(self.tiles.picture_of_tiles(), dtype=torch.int64, device=self.device)
+        return bits.new_zeros(len(self)).index_add(0, picture, bits)
 
     def _bits_per_token(self) -> int:
         if self._kind == "indices":
@@ -210,19 +266,26 @@ class Tokens:
         return self.codebook_sizes
 
     def __len__(self) -> int:
-        """B, the number of images."""
-        return self._data.shape[0]
+        """The number of images: B, or of pictures in tiles."""
+        return self._rows if self.tiles is None else len(self.tiles)
 
     def __getitem__(self, index: int | slice | list[int] | list[bool] | Tensor | np.ndarray) -> "Tokens":
         """Pick images; the batch axis stays, so `tokens[3]` is a batch of one, and so does K."""
         rows = _batch_index(index, len(self))
-        names = self.names
-        if names is not None:
-            kept = np.arange(len(self))[rows if isinstance(rows, slice) else rows.cpu().numpy()]
-            names = tuple(names[row] for row in kept)
-        picked = {self._kind: self._data[rows], "names": names}
+        names, tiles = self.names, self.tiles
+        if names is not None or tiles is not None:
+            images = np.arange(len(self))[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+            names = None if names is None else tuple(names[image] for image in images)
+        if tiles is not None:
+            tiles, picked_tiles = tiles.pick(images)
+            rows = torch.tensor(picked_tiles, dtype=torch.int64, device=self.device)
         return dataclasses.replace(
-            self, **picked, lengths=None if self.lengths is None else self.lengths[rows]
+            self,
+            **{self._kind: self._data[rows]},
+            lengths=None if self.lengths is None else self.lengths[rows],
+            names=names,
+            grid=self.grid if tiles is None else tiles.grid,
+            tiles=tiles,
         )
 
     def __iter__(self) -> Iterator["Tokens"]:
@@ -230,7 +293,8 @@ class Tokens:
         return (self[image] for image in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
-        """Same values, shape, dtype, tokenizer and codebook sizes, on any device.
+        """Same values, shape, dtype, tokenizer, weights, codebook sizes, grid and sizes of pictures, on any
+        device.
 
         Padding is ignored; lengths that are all K equal no lengths; latents compare bit for bit, so
         that a NaN equals itself.
@@ -238,6 +302,8 @@ class Tokens:
         if not isinstance(other, Tokens):
             return NotImplemented
         if self._signature() != other._signature() or self._data.shape != other._data.shape:
+            return False
+        if self.tiles != other.tiles:
             return False
         return torch.equal(
             _as_integers(self._data), _as_integers(other._data).to(self.device)
@@ -250,7 +316,7 @@ class Tokens:
             parts.append("lengths=int64 " + str(list(self.lengths.shape)))
         parts += [
             f"{name}={value!r}"
-            for name in ("tokenizer", "codebook_sizes", "grid")
+            for name in ("tokenizer", "weights", "codebook_sizes", "grid", "tiles")
             for value in (getattr(self, name),)
             if value is not None
         ]
@@ -262,7 +328,7 @@ class Tokens:
 
         Where K differs, the shorter are padded and lengths are set. Names stay if all parts have them.
         ValueError for an empty list and for parts that differ in kind, dtype, D or Q, codebook sizes,
-        tokenizer, grid or device. TypeError for a part that is not Tokens.
+        tokenizer, grid (or side and overlap of tiles) or device. TypeError for a part that is not Tokens.
         """
         parts = list(parts)
         if others := [part for part in parts if not isinstance(part, Tokens)]:
@@ -282,16 +348,23 @@ class Tokens:
         ragged = any(part.lengths is not None or part.num_tokens != num_tokens for part in parts)
         data = torch.cat([_pad_tokens(part._data, num_tokens) for part in parts])
         named = all(part.names is not None for part in parts)
+        tiles = parts[0].tiles
+        if tiles is not None:
+            tiles = dataclasses.replace(
+                tiles, sizes=tuple(size for part in parts for size in part.tiles.sizes)
+            )
         return dataclasses.replace(
             parts[0],
             **{parts[0]._kind: data},
             lengths=torch.cat([part._full_lengths() for part in parts]) if ragged else None,
             names=tuple(name for part in parts for name in part.names) if named else None,
+            grid=parts[0].grid if tiles is None else tiles.grid,
+            tiles=tiles,
         )
 
     def prefix(self, k: int) -> "Tokens":
-        """Keep the first k tokens of every image, k in 1..K; shorter images keep all of theirs. A part of a
-        grid has no grid."""
+        """Keep the first k tokens of every image or tile, k in 1..K; shorter ones keep all of theirs. A part
+        of a grid has no grid; a grid of tiles stays."""
         k = operator.index(k)
         if not 1 <= k <= self.num_tokens:
             raise ValueError(
@@ -314,7 +387,7 @@ class Tokens:
         if self.lengths is not None:
             _check_range(self.lengths, self.num_tokens, "length", f"{self.num_tokens} tokens per image")
         if self._kind == "indices":
-            indices = self._data.reshape(len(self), self.num_tokens, self._width)
+            indices = self._data.reshape(self._rows, self.num_tokens, self._width)
             for q in range(self._width):
                 size = 2**63 if self.codebook_sizes is None else self.codebook_sizes[q]
                 _check_range(indices[..., q], size - 1, "index", f"codebook {q} of size {size}")
@@ -331,9 +404,12 @@ class Tokens:
         data = self._data.detach().cpu()
         flags = _KINDS.index(kind)
         header = bytearray(1)
-        if self.grid is not None:
+        if self.tiles is not None:
+            sides = [side for size in self.tiles.sizes for side in size]
+            header += b"".join(map(varint, (self.tiles.side, self.tiles.overlap, len(self), *sides)))
+        elif self.grid is not None:
             header += b"".join(map(varint, (len(self.grid), *self.grid)))
-        header += varint(len(self)) + varint(self.num_tokens) + varint(self._width)
+        header += varint(self._rows) + varint(self.num_tokens) + varint(self._width)
         header += b"".join(map(varint, self.codebook_sizes or ()))
         if kind == "indices" and data.ndim == 3:
             flags |= _HAS_CODEBOOK_AXIS
@@ -341,7 +417,8 @@ class Tokens:
             flags |= _LATENT_DTYPES.index(data.dtype) << 5
         if self.tokenizer is not None:
             flags |= _HAS_TOKENIZER
-            name = self.tokenizer.encode()
+            marks = [self.tokenizer] if self.weights is None else [self.tokenizer, self.weights]
+            name = "\0".join(marks).encode()
             header += varint(len(name)) + name
         if self.names is not None:
             flags |= _HAS_NAMES
@@ -361,7 +438,9 @@ class Tokens:
             payload = np.packbits(data.numpy()).tobytes()
         else:
             payload = _as_integers(data).numpy().astype(f"<i{data.itemsize}", copy=False).tobytes()
-        version = 3 if self.grid is not None else 1 if self.names is None else 2
+        version = 1 if self.names is None else 2
+        if self.grid is not None or self.tiles is not None:
+            version = 3 if self.tiles is None else 4
         return seal(bytes(header) + payload, version=version)
 
     @classmethod
@@ -378,15 +457,22 @@ class Tokens:
         if kind_number >= len(_KINDS) or (version == 1 and flags & _HAS_NAMES):
             raise ValueError(f"corrupt vistok token file: unknown flags {flags:#04x}")
         kind, dtype = _KINDS[kind_number], _LATENT_DTYPES[dtype_number]
-        grid = _unpack_grid(reader) if version >= 3 else None
+        grid = _unpack_grid(reader) if version == 3 else None
+        tiles = _unpack_tiles(reader) if version == 4 else None
         batch, num_tokens, width = reader.varint(), reader.varint(), reader.varint()
         sizes = tuple(reader.varint() for _ in range(width)) if kind == "indices" else None
         if sizes is not None and not all(1 <= size <= 2**63 for size in sizes):
             raise ValueError(f"corrupt vistok token file: codebook sizes {sizes} are outside 1..2**63")
-        tokenizer = _unpack_text(reader) if flags & _HAS_TOKENIZER else None
+        tokenizer, weights = _unpack_tokenizer(reader) if flags & _HAS_TOKENIZER else (None, None)
         item = {"indices": 8, "bits": 1, "latents": dtype.itemsize}[kind]
         check_expansion(max(batch, 1) * max(num_tokens, 1) * width * item, len(reader.data))
-        names = _unpack_names(reader, batch) if flags & _HAS_NAMES else None
+        if tiles is not None and tiles.total != batch:
+            raise ValueError(
+                f"corrupt vistok token file: it has {batch} tiles, and pictures of the sizes in its header "
+                f"have {tiles.total}"
+            )
+        images = batch if tiles is None else len(tiles)
+        names = _unpack_names(reader, images) if flags & _HAS_NAMES else None
         lengths, count = None, batch * num_tokens
         if flags & _HAS_LENGTHS:
             lengths = unpack(reader, batch, [num_tokens.bit_length()])[:, 0]
@@ -413,9 +499,11 @@ class Tokens:
             **{kind: tensor.view(dtype) if kind == "latents" else tensor},
             lengths=None if lengths is None else torch.from_numpy(lengths),
             tokenizer=tokenizer,
+            weights=weights,
             codebook_sizes=sizes,
             names=names,
             grid=grid,
+            tiles=tiles,
         )
         tokens.validate()
         return tokens
@@ -451,11 +539,27 @@ def _unpack_grid(reader: Reader) -> tuple[int, ...]:
     return tuple(reader.varint() for _ in range(count))
 
 
-def _unpack_text(reader: Reader) -> str:
+def _unpack_tiles(reader: Reader) -> TileLayout:
+    side, overlap, count = reader.varint(), reader.varint(), reader.varint()
+    sizes = tuple((reader.varint(), reader.varint()) for _ in range(count))
     try:
-        return reader.take(reader.varint()).tobytes().decode()
+        return TileLayout(sizes, side, overlap)
+    except ValueError as error:
+        raise ValueError(f"corrupt vistok token file: {error}") from error
+
+
+def _unpack_tokenizer(reader: Reader) -> tuple[str, str | None]:
+    """A tokenizer's name and the mark of its weights, if the file has one."""
+    try:
+        text = reader.take(reader.varint()).tobytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError("corrupt vistok token file: the tokenizer's name is not UTF-8") from error
+    name, separator, weights = text.partition("\0")
+    if separator and not (name and _WEIGHTS.fullmatch(weights)):
+        raise ValueError(
+            f"corrupt vistok token file: the weights of its tokenizer are {shorten(weights)}, not digits"
+        )
+    return name, weights if separator else None
 
 
 def _unpack_names(reader: Reader, batch: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistok import Tokens
-from vistok.packing import seal
+from vistok.packing import VERSION, seal
 
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,9 +36,11 @@ def indices(draw):
     for column, size in zip(columns, sizes, strict=True):
         column.flatten()[:1] = size - 1  # the largest index is the one that a width too small would cut
     flat = len(sizes) == 1 and draw(st.booleans())
-    name = draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+    characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+    name = draw(st.none() | st.text(characters, max_size=12))
+    weights = draw(st.none() | st.from_regex(r"[0-9a-f]{8,64}", fullmatch=True)) if name else None
     data = columns[0] if flat else torch.stack(columns, dim=2)
-    return Tokens(indices=data, lengths=lengths, tokenizer=name, codebook_sizes=tuple(sizes))
+    return Tokens(indices=data, lengths=lengths, tokenizer=name, codebook_sizes=tuple(sizes), weights=weights)
 
 
 @st.composite
@@ -153,6 +155,52 @@ def test_sixty_four_tokens_of_sixteen_bits_take_128_bytes_and_under_40_around_th
     assert len(tokens.to_bytes()) - len(nameless.to_bytes()) == len("vistok-mini") + 1
 
 
+def marked(weights="0123abcd", **options):
+    return dataclasses.replace(example(**options), weights=weights)
+
+
+def test_the_mark_of_weights_takes_its_digits_and_a_byte_and_comes_back():
+    tokens = marked()
+    again = Tokens.from_bytes(tokens.to_bytes())
+    assert again == tokens and again.weights == "0123abcd" and again.tokenizer == "titok-l32"
+    assert len(tokens.to_bytes()) - len(example().to_bytes()) == 9
+    assert "weights='0123abcd'" in repr(tokens)
+
+
+def test_a_mark_stays_with_the_tokens_and_others_differ():
+    tokens = marked()
+    parts = [tokens[1:], tokens.prefix(2), Tokens.cat([tokens, tokens]), tokens.to("cpu"), next(iter(tokens))]
+    assert {part.weights for part in parts} == {"0123abcd"}
+    assert tokens != example() and tokens != marked("0123abce")
+    with pytest.raises(ValueError, match=r"parts of one weights: part 0 has 0123abcd, part 1 None"):
+        Tokens.cat([tokens, example()])
+
+
+@pytest.mark.parametrize("weights", ["", "0123abc", "0123ABCD", "0123abcg", "0" * 65, "0123abcd\0"])
+def test_a_mark_of_other_characters_is_refused(weights):
+    with pytest.raises(ValueError, match="8 to 64 hexadecimal digits"):
+        marked(weights)
+
+
+def test_a_mark_goes_with_a_name():
+    for name in (None, ""):
+        with pytest.raises(ValueError, match="beside a tokenizer"):
+            marked(name=name)
+    with pytest.raises(TypeError, match="got int"):
+        marked(12345678)
+    with pytest.raises(ValueError, match="without zero bytes"):
+        example(name="titok-l32\x000123abcd")
+
+
+def test_a_file_whose_mark_is_not_digits_is_refused():
+    data = bytearray(marked().to_bytes())
+    place = data.index(b"0123abcd")
+    data[place] = ord("x")
+    data[-4:] = zlib.crc32(data[:-4]).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="corrupt vistok token file: the weights of its tokenizer"):
+        Tokens.from_bytes(bytes(data))
+
+
 def test_the_docstring_promises_the_size_that_is_written():
     tokens = Tokens(indices=torch.randint(4096, (8, 32)), codebook_sizes=(4096,), tokenizer="titok-l32")
     assert len(tokens.to_bytes()) == 8 * 32 * 12 // 8 + 27
@@ -162,7 +210,7 @@ def test_the_docstring_promises_the_size_that_is_written():
 @given(ANY)
 def test_the_payload_is_the_sum_of_bits_per_image_rounded_up_to_a_byte(tokens):
     payload = -(-int(tokens.bits_per_image.sum()) // 8)
-    name = len((tokens.tokenizer or "").encode())
+    name = len((tokens.tokenizer or "").encode()) + len(tokens.weights or "") + (tokens.weights is not None)
     around = len(tokens.to_bytes()) - payload
     assert 0 < around - name <= 12 + 2 + 4 * 3 + len(tokens) + 8
 
@@ -245,8 +293,9 @@ def test_other_files_are_told_apart_by_their_magic_number(data):
 
 def test_a_newer_version_asks_for_an_upgrade():
     packed = bytearray(example().to_bytes())
-    packed[4] += 3
-    with pytest.raises(ValueError, match="version 4, newer than version 3 read here: upgrade vistok"):
+    packed[4] = VERSION + 1
+    newer = f"version {VERSION + 1}, newer than version {VERSION} read here: upgrade vistok"
+    with pytest.raises(ValueError, match=newer):
         Tokens.from_bytes(packed)
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Count = Annotated[
     int | None,
-    typer.Option("--tokens", help="Tokens per image, for tokenizers with a choice; with a target, the most."),
+    typer.Option(
+        "--tokens", help="Tokens per image or tile, for tokenizers with a choice; with a target, the most."
+    ),
 ]
 Target = Annotated[
     float | None,
@@ -35,7 +37,7 @@ TargetPSNR = Annotated[
         "--target-psnr", help="dB to reach with the fewest tokens, where any prefix decodes (mini, FlexTok)."
     ),
 ]
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images or tiles at a time.")]
 Images = Annotated[
     list[Path],
     typer.Argument(help="Image files, folders of them, or patterns ('*.png').", show_default=False),
@@ -164,6 +166,59 @@ def batches(
         if len(batch) == batch_size or (batch and number == len(inputs)):
             yield batch, torch.cat(pixels)
             batch, pixels = [], []
+
+
+def encoded_tiles(
+    model: "Tokenizer",
+    inputs: "list[ImageInput]",
+    count: int | None,
+    quality: dict[str, float],
+    batch_size: int,
+    bad: Skipped,
+) -> "Iterator[tuple[list[ImageInput], Tokens, list[dict[str, Any]]]]":
+    """Images, tokens of their tiles and one record per image, in groups of at least `batch_size` tiles: its
+    size, tiles and tokens, and with `target_psnr` the quality."""
+    check_quality(model, quality)
+    model.check_num_tokens(count)
+    for group, pictures in _whole_pictures(inputs, model.image_size, batch_size, bad):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* do not reach")  # reported once, for all groups
+            coded = model.encode_tiles(pictures, count, batch_size=batch_size, **quality)
+        measured: dict[str, list[Any]] = {}
+        if "target_psnr" in quality:
+            measured = {"psnr": coded.psnr.tolist(), "reached": coded.reached.tolist()}
+            coded = coded.tokens
+        records = []
+        for index, each in enumerate(group):
+            one, (height, width) = coded[index], coded.tiles.sizes[index]
+            tokens = one.num_tokens * one.tiles.total if one.lengths is None else int(one.lengths.sum())
+            record = {"image": str(each.path), "tokens": tokens, "tiles": one.tiles.total}
+            record |= {"width": width, "height": height}
+            records.append(record | {name: values[index] for name, values in measured.items()})
+        yield group, coded, records
+
+
+def _whole_pictures(
+    inputs: "list[ImageInput]", side: int, batch_size: int, bad: Skipped
+) -> "Iterator[tuple[list[ImageInput], list[torch.Tensor]]]":
+    """Readable images at their own sizes, in groups of at least `batch_size` tiles; a large one is a group of
+    its own or the last of one."""
+    from ..images import to_tensor
+
+    group: list[ImageInput] = []
+    pictures: list[torch.Tensor] = []
+    tiles = 0
+    for number, each in enumerate(progress(inputs, "encode"), start=1):
+        try:
+            picture = to_tensor(each.path, None)[0]
+            group.append(each)
+            pictures.append(picture)
+            tiles += -(-picture.shape[1] // side) * -(-picture.shape[2] // side)
+        except (ValueError, OSError) as error:
+            bad.add(each.path, error)
+        if group and (tiles >= batch_size or number == len(inputs)):
+            yield group, pictures
+            group, pictures, tiles = [], [], 0
 
 
 def progress(items: Any, title: str) -> Any:

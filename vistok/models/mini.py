@@ -8,6 +8,7 @@ code, and with it the transformers only learn what a linear code cannot do. `fit
 principal components.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,10 @@ from ..nn.transformer import Transformer
 from ..quantizers import FiniteScalarQuantizer, Quantized
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
+from ..tokens import Tokens
+
+FIRST_WEIGHTS = "f781327d"
+"""Start of the SHA-256 of the only vistok-mini that wrote tokens without a mark of its weights."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,25 @@ class MiniTokenizer(Tokenizer):
         values = self.quantizer.expand(latents)
         return self.decoder(F.pad(values, (0, 0, 0, self.num_tokens - count)), present)
 
+    def as_tokens(self, codes: Tensor) -> Tokens:
+        """Wrap codes [B, K] with the name of this tokenizer and the mark of its weights."""
+        tokens = super().as_tokens(codes)
+        return dataclasses.replace(tokens, weights=self.weights_digest) if self.name else tokens
+
+    def dequantize(self, tokens: Tokens | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (or bare codes) → latents [B, K, D] and lengths; tokens of other weights are refused."""
+        if isinstance(tokens, Tokens) and self.name and tokens.tokenizer == self.name:
+            self._check_weights(tokens.weights)
+        return super().dequantize(tokens)
+
+    def _check_weights(self, weights: str | None) -> None:
+        if self.weights_digest not in (weights, weights or FIRST_WEIGHTS):
+            raise ValueError(
+                f"these tokens were written by {self.name} with {_marked(weights)}, and {self.name} has "
+                f"{_marked(self.weights_digest)} here, which would decode them to other pictures: encode the "
+                "pictures again, or load the weights that wrote the tokens (option weights)"
+            )
+
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> TrainingOutput:
         """Training pass; `lengths` [B] keeps only the first tokens of each image (nested dropout)."""
         quantized: Quantized = self.quantizer(self.latents(images))
@@ -220,6 +244,10 @@ class MiniTokenizer(Tokenizer):
         latents[:, used] = scores * scale
         latents = latents.view(len(scores), self.num_tokens, -1)
         return self.quantizer.expand(self.quantizer(latents).latents).flatten(1)[:, used]
+
+
+def _marked(weights: str | None) -> str:
+    return f"weights {weights}" if weights else f"weights without a mark (the first ones, {FIRST_WEIGHTS})"
 
 
 register(
