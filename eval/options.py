@@ -37,6 +37,32 @@ def workers_or_cores(count: int | None) -> int:
     return worker_count(count)
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """The budgets of a comma-separated list, each a share of the visual tokens in (0, 1]."""
+    parts = names(text) or ()
+    try:
+        values = tuple(float(part) for part in parts)
+    except ValueError as error:
+        raise ValueError(
+            f"--keep {text!r}: give shares of the visual tokens, such as 1.0,0.5,0.25"
+        ) from error
+    if not values or not all(0 < value <= 1 for value in values):
+        raise ValueError(f"--keep {text!r}: each share of the visual tokens is above 0 and at most 1")
+    return values
+
+
+def loss(text: str) -> float:
+    """An allowed loss, "1%" or "0.01", as a share in [0, 1)."""
+    number = text.strip()
+    try:
+        value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError as error:
+        raise ValueError(f"--max-loss {text!r}: give points of accuracy, such as 1% or 0.01") from error
+    if not 0 <= value < 1:
+        raise ValueError(f"--max-loss {text!r}: give 0% or more, and less than 100% (0.01 is 1%)")
+    return value
+
+
 BASELINES = ("thumbnail", "JPEG", "WebP", "AVIF")
 LOOSE = Setting(loose=True)
 RECORDED = Setting(recorded=True)
@@ -226,3 +252,109 @@ class FidConfig:
     def files(self) -> WeightFiles:
         """Path of the metrics' network."""
         return WeightFiles(inception=self.inception)
+
+
+KEEPS = (1.0, 0.5, 0.25, 0.1, 0.05)
+REDUCERS = Option(
+    "--reducers", help="Comma-separated names of `vistok list --reducers`; by default all.", metavar="A,B,…"
+)
+Model = Annotated[
+    str,
+    Option("--model", help="Folder or hub repository of a transformers model, or scenes-vlm or scenes-qwen."),
+]
+QuestionData = Annotated[
+    str,
+    Option("--data", help="scenes (drawn here), FILE.jsonl, or a hub dataset (hf://owner/name)."),
+]
+QuestionCount = Annotated[
+    int | None, Option("--count", min=1, help="Use the first questions; 500 for scenes, else all.")
+]
+QuestionSplit = Annotated[
+    str | None, Option("--split", help="Split of a hub dataset, or of the scenes (test by default).")
+]
+ScorerName = Annotated[
+    str | None,
+    Option("--scorer", help="exact, choice, choice-likelihood, vqa, anls or cider; by default by the data."),
+]
+Questions = Annotated[
+    int, Option("--batch-size", min=1, help="Questions per batch; prompts are padded on the left.")
+]
+NewTokens = Annotated[int, Option("--max-new-tokens", min=1, help="Tokens per answer at most.")]
+Prompt = Annotated[
+    str | None,
+    Option("--prompt", help="Text around {question} and one image, for processors without chat template."),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Option("--dtype", help="Precision of the model: auto, float32, bfloat16 or float16."),
+    Setting(text=str),
+]
+
+
+@dataclass(frozen=True)
+class VlmConfig:
+    """Which model, reducers and budgets to compare on which questions (`vistok eval vlm --help`)."""
+
+    model: Model
+    reducers: Annotated[tuple[str, ...] | None, REDUCERS, Setting(text=str | None, parse=names)] = None
+    keep: Annotated[
+        tuple[float, ...],
+        Option("--keep", help="Shares of the visual tokens.", metavar="P,Q,…"),
+        Setting(text=str, parse=shares, default=",".join(f"{keep:g}" for keep in KEEPS)),
+    ] = KEEPS
+    positions: Annotated[
+        tuple[str, ...],
+        Option("--positions", help="keep, compact or paper; several are compared.", metavar="A,B,…"),
+        Setting(text=str, parse=names, default="keep"),
+    ] = ("keep",)
+    data: QuestionData = "scenes"
+    split: QuestionSplit = None
+    count: QuestionCount = None
+    scorer: ScorerName = None
+    prompt: Prompt = None
+    batch_size: Questions = 32
+    max_new_tokens: NewTokens = 32
+    dtype: Dtype = "auto"
+    seed: Seed = 0
+    speed: Annotated[
+        bool, Option("--speed/--no-speed", help="Measure times and memory after the answers."), LOOSE
+    ] = True
+    speed_repeats: Annotated[
+        int, Option("--speed-repeats", min=1, help="Paired runs per setting against the full model."), LOOSE
+    ] = 3
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Which model to find the cheapest reducer for, on which questions (`vistok tune --help`)."""
+
+    model: Model
+    data: QuestionData = "scenes"
+    max_loss: Annotated[
+        float,
+        Option("--max-loss", help="Points of accuracy that may be lost, such as 1%.", metavar="SHARE"),
+        Setting(text=str, parse=loss, default="1%"),
+    ] = 0.01
+    reducers: Annotated[tuple[str, ...] | None, REDUCERS, Setting(text=str | None, parse=names)] = None
+    keep: Annotated[
+        tuple[float, ...],
+        Option("--keep", help="Shares of the visual tokens to try.", metavar="P,Q,…"),
+        Setting(text=str, parse=shares, default="0.75,0.5,0.25,0.1,0.05"),
+    ] = (0.75, 0.5, 0.25, 0.1, 0.05)
+    combinations: Annotated[
+        bool, Option("--combinations/--no-combinations", help="Also try pairs of reducers of two stages.")
+    ] = True
+    split: QuestionSplit = None
+    count: QuestionCount = None
+    scorer: ScorerName = None
+    prompt: Prompt = None
+    batch_size: Questions = 32
+    max_new_tokens: NewTokens = 32
+    dtype: Dtype = "auto"
+    seed: Seed = 0
+    speed: Annotated[
+        bool, Option("--speed/--no-speed", help="Measure the time of the settings that are left."), LOOSE
+    ] = True
+    speed_repeats: Annotated[
+        int, Option("--speed-repeats", min=1, help="Paired runs per setting against the full model."), LOOSE
+    ] = 3

@@ -17,6 +17,7 @@ try:
     from .eval.commands.catalog import info, list_
     from .eval.commands.demo import demo
     from .eval.commands.reconstruct import reconstruct
+    from .eval.commands.tune import tune
     from .eval.commands.verify import verify
 except KeyboardInterrupt:  # Ctrl-C during the imports
     sys.exit(130)
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="Visual tokens: images to few tokens and back.",
     pretty_exceptions_enable=False,
 )
-for command in (demo, list_, info, reconstruct, encode, decode, train, verify):
+for command in (demo, list_, info, reconstruct, encode, decode, train, tune, verify):
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(eval_app, name="eval")
 

@@ -8,7 +8,8 @@ from .recon import recon
 from .reducers import reducers
 from .speed import speed
 from .tokens import tokens
+from .vlm import vlm
 
-app = typer.Typer(no_args_is_help=True, help="Measure tokenizers and reducers.")
-for command in (recon, tokens, fid, speed, reducers, lengths):
+app = typer.Typer(no_args_is_help=True, help="Measure tokenizers, reducers and vision-language models.")
+for command in (recon, tokens, fid, vlm, speed, reducers, lengths):
     app.command()(command)

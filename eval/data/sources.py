@@ -191,7 +191,7 @@ def _folder(root: str, split: str | None, column: str | None) -> Dataset:
         folder = pictures(root)
     except FileNotFoundError as error:
         if next(Path(root).rglob("*.parquet"), None):
-            return _rows(root, root, None, split, column)
+            return _rows(root, table_of(root, root, None, split), column)
         if next(Path(root).glob("*.tar"), None):
             raise FileNotFoundError(f"{error}; it holds tar files: give '{Path(root, '*.tar')}'") from None
         raise
@@ -297,7 +297,21 @@ class Rows(Dataset):
 
 
 def _hub(source: str, split: str | None, column: str | None) -> Dataset:
-    """A dataset of the hub, after one quick request whether the hub has it: `datasets` retries for long."""
+    return _rows(source, hub_table(source, split, accepted=_ACCEPTED), column)
+
+
+def hub_table(source: str, split: str | None, *, accepted: str) -> Any:
+    """One split of a hub dataset `owner/name` or `owner/name:configuration` as a `datasets.Dataset`.
+
+    One quick request checks whether the hub has it, because `datasets` retries for long. `accepted` is what
+    messages list instead.
+
+    Raises:
+        FileNotFoundError: the hub has no such dataset, or it is gated.
+        ConnectionError: the hub cannot be reached.
+        ValueError: not a name, or a split that is not there.
+        OSError, ImportError: as `table_of`.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -309,7 +323,7 @@ def _hub(source: str, split: str | None, column: str | None) -> Dataset:
     except RepositoryNotFoundError as error:  # gated ones too
         raise FileNotFoundError(
             f"there is no file or folder {source}, and the hub gives no dataset {repository!r} "
-            f"({type(error).__name__}): give {_ACCEPTED}; for a gated dataset log in with hf auth login"
+            f"({type(error).__name__}): give {accepted}; for a gated dataset log in with hf auth login"
         ) from error
     except Exception as error:  # the client raises many kinds for "no network"
         raise ConnectionError(
@@ -318,12 +332,19 @@ def _hub(source: str, split: str | None, column: str | None) -> Dataset:
             "--repo-type dataset --local-dir FOLDER, and give FOLDER"
         ) from error
     hub.announce(f"datasets/{repository}")
-    return _rows(source, repository, configuration or None, split, column)
+    return table_of(source, repository, configuration or None, split)
 
 
-def _rows(
-    source: str, path: str, configuration: str | None, split: str | None, column: str | None
-) -> Dataset:
+def table_of(source: str, path: str, configuration: str | None, split: str | None) -> Any:
+    """One split of the dataset at `path`, a folder of parquet files or a hub repository, as a
+    `datasets.Dataset`; `source` is its name in messages.
+
+    Raises:
+        OSError: it cannot be read as a dataset.
+        ValueError: a split that is not there, or none given where there are several.
+        FileNotFoundError: the split has no rows.
+        ImportError: without the package datasets.
+    """
     with needs("datasets", "eval", f"the hub dataset {source}"):
         import datasets
     try:
@@ -339,14 +360,21 @@ def _rows(
         table = datasets.load_dataset(path, configuration, split=split, data_files=own)
     except Exception as error:
         raise OSError(f"{source}, split {split}, cannot be read: {error}") from error
+    if not len(table):
+        raise FileNotFoundError(f"{source}, split {split}, has no rows")
+    return table
+
+
+def _rows(source: str, table: Any, column: str | None) -> Dataset:
+    import datasets
+
     images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
     column = _choose("column", column, images, list(table.features), source)
     table = table.select_columns([column])
     if column in images:
         table = table.cast_column(column, datasets.Image(decode=False))
-    if not len(table):
-        raise FileNotFoundError(f"{source}, split {split}, has no rows")
-    return Rows(source, "hub", [f"{source}:{split}:{row}" for row in range(len(table))], table, column)
+    names = [f"{source}:{table.split}:{row}" for row in range(len(table))]
+    return Rows(source, "hub", names, table, column)
 
 
 def _choose(what: str, name: str | None, fitting: list[str], there: list[str], source: str) -> str:

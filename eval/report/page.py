@@ -21,6 +21,8 @@ from .charts import Chart
 NUMBER = re.compile(r"[-−±]?[\d.,]+(e[-+]?\d+)?( ?[%×–(-].*)?( dB)?")
 LONG = 30
 """Letters of a word that a cell may break anywhere."""
+LONG_STRIP = 8
+"""Pictures in a strip above which they wrap over several rows."""
 NARROW = 3
 """Pictures in a strip up to which several strips are placed side by side."""
 
@@ -50,6 +52,11 @@ class Strip:
 
     pictures: list[tuple[str, Tensor]]
     caption: str
+
+    @property
+    def long(self) -> bool:
+        """Whether there are too many images for one row."""
+        return len(self.pictures) > LONG_STRIP
 
 
 @dataclass(frozen=True)

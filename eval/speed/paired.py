@@ -23,10 +23,10 @@ class Took(NamedTuple):
 def timed(work: Callable[[], Any], device: torch.device | None = None) -> tuple[Any, Took]:
     """The result of `work` and its time, after everything that was queued on the device (of all CUDA and
     MPS devices unless one is given)."""
-    _synchronise(device)
+    synchronise(device)
     start, computed = time.perf_counter(), time.process_time()
     result = work()
-    _synchronise(device)
+    synchronise(device)
     return result, Took(time.perf_counter() - start, time.process_time() - computed)
 
 
@@ -69,7 +69,8 @@ def spread(values: Sequence[float], style: str = ".2f") -> str:
     return f"{median(values):{style}} ({min(values):{style}}–{max(values):{style}})"
 
 
-def _synchronise(device: torch.device | None) -> None:
+def synchronise(device: torch.device | None) -> None:
+    """Wait for everything that was queued on the device (on all CUDA and MPS devices for None)."""
     kinds = {"cuda", "mps"} if device is None else {device.type}
     if "cuda" in kinds and torch.cuda.is_available():
         torch.cuda.synchronize(device)

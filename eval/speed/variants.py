@@ -45,11 +45,11 @@ class Variant:
 
     def warm_up(self) -> None:
         """One untimed pass, which records the peak memory above what was in use before it."""
-        before = _start_peak(self.inputs.device)
+        before = start_peak(self.inputs.device)
         value = self.encode(self.inputs) if self.encode else self.inputs
         if self.decode:
             self.decode(value)
-        self.peak_bytes = _peak(self.inputs.device, before)
+        self.peak_bytes = peak_bytes(self.inputs.device, before)
 
     @property
     def seconds(self) -> list[float]:
@@ -109,7 +109,7 @@ class Variant:
         }
 
 
-def _start_peak(device: torch.device) -> int:
+def start_peak(device: torch.device) -> int:
     """Reset earlier peaks; return the bytes in use now (of the device's allocator, or resident on Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -122,8 +122,8 @@ def _start_peak(device: torch.device) -> int:
         return -1
 
 
-def _peak(device: torch.device, before: int) -> int | None:
-    """Most bytes in use since `_start_peak`, above what was in use then; None where it cannot be read."""
+def peak_bytes(device: torch.device, before: int) -> int | None:
+    """Most bytes in use since `start_peak`, above what was in use then; None where it cannot be read."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
     return None if before < 0 else _status("VmHWM") - before

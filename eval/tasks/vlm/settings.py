@@ -1,0 +1,116 @@
+"""The settings that are compared: the full model, reducers at budgets, and the baselines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ....compress.reducer import Reducer, Stage
+from ....compress.registry import reducer_class, reducers
+
+POSITIONS = ("keep", "compact", "paper")
+BASELINES = ("random", "uniformgrid", "downsample")
+"""Reducers that are always among the settings."""
+DOWNSAMPLING = ("downsample", "native")
+"""Settings whose tokens show a smaller picture."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to answer: "full" is the stock model, "native" the processor's own budget, and "reducers" has
+    names with their budgets, shares of the visual tokens in (0, 1].
+
+    `keep` is the budget of "native", and the smallest of several reducers'.
+    """
+
+    kind: Literal["full", "native", "reducers"]
+    keep: float = 1.0
+    reducers: tuple[tuple[str, float], ...] = ()
+    positions: str = "keep"
+
+    @property
+    def name(self) -> str:
+        """The name without its budget, where it has one budget."""
+        if self.kind == "full":
+            return "full model"
+        if self.kind == "native":
+            return "native"
+        if len(self.reducers) == 1:
+            return self.reducers[0][0]
+        return " + ".join(f"{name} {keep:g}" for name, keep in self.reducers)
+
+    @property
+    def label(self) -> str:
+        """A name that no other setting has."""
+        if self.kind == "full":
+            return self.name
+        budget = "" if len(self.reducers) > 1 else f" {self.keep:g}"
+        return f"{self.name}{budget}" + (f", {self.positions}" if self.positions != "keep" else "")
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is one of the baselines."""
+        return self.kind == "native" or (len(self.reducers) == 1 and self.reducers[0][0] in BASELINES)
+
+    @property
+    def python(self) -> str:
+        """The line that attaches the reducers; empty for other kinds."""
+        if self.kind != "reducers":
+            return ""
+        positions = "" if self.positions == "keep" else f', positions="{self.positions}"'
+        if len(self.reducers) == 1:
+            name, keep = self.reducers[0]
+            return f'compress.attach(model, "{name}", keep={keep!r}{positions})'
+        instances = ", ".join(
+            f"compress.{reducer_class(name).__name__}(keep={keep!r})" for name, keep in self.reducers
+        )
+        return f"compress.attach(model, [{instances}]{positions})"
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `compress.attach` after the model."""
+        positions = {"positions": self.positions}
+        if len(self.reducers) == 1:
+            name, keep = self.reducers[0]
+            return {"reducer": name, "keep": keep, **positions}
+        instances: list[Reducer] = [reducer_class(name)(keep=keep) for name, keep in self.reducers]
+        return {"reducer": instances, **positions}
+
+
+FULL = Setting("full")
+
+
+def checked_names(names: Sequence[str] | None) -> list[str]:
+    """The names of reducers as the registry spells them, once each; all for None. Raises ValueError for
+    unknown ones and for an empty list."""
+    if names is None:
+        return list(reducers())
+    if not names:
+        raise ValueError(f"no reducer was named; there are {', '.join(reducers())}")
+    classes = {kind: name for name, kind in reducers().items()}
+    return list(dict.fromkeys(classes[reducer_class(name)] for name in names))
+
+
+def plan(
+    names: Sequence[str] | None, keeps: Sequence[float], positions: Sequence[str], *, native: bool
+) -> list[Setting]:
+    """The full model, then per budget (the largest first) the baselines and the named reducers.
+
+    Reducers inside the language model run at one of several `positions`, which are about what enters it.
+    `native` adds the processor's own budget. Raises ValueError for unknown reducers, budgets outside (0, 1]
+    and unknown positions.
+    """
+    if bad := [each for each in positions if each not in POSITIONS]:
+        raise ValueError(f"positions is {bad[0]!r}; it takes {', '.join(POSITIONS)}")
+    if not positions:
+        raise ValueError(f"no positions were named; they are {', '.join(POSITIONS)}")
+    if not keeps or not all(0 < keep <= 1 for keep in keeps):
+        raise ValueError(f"keep is {', '.join(map(str, keeps)) or 'empty'}; it takes shares in (0, 1]")
+    ordered = list(dict.fromkeys([*BASELINES, *checked_names(names)]))
+    settings = [FULL]
+    for keep in sorted(set(keeps), reverse=True):
+        if native and keep < 1:
+            settings.append(Setting("native", keep))
+        for name in ordered:
+            inside = reducer_class(name).stage in (Stage.LAYER, Stage.CACHE)
+            policies = dict.fromkeys(positions[:1] if inside else positions)
+            settings += [Setting("reducers", keep, ((name, keep),), policy) for policy in policies]
+    return settings
