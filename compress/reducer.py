@@ -310,6 +310,10 @@ class LayerTokens:
     record: Callable[[str, Tensor], None] = lambda name, value: None
 
 
+PUBLISHED_LAYERS = 32
+"""Layers of the language models that published schedules are for."""
+
+
 @dataclass(kw_only=True)
 class LayerReducer(Reducer):
     """Drops tokens before some layers of the language model, by their score there."""
@@ -322,6 +326,13 @@ class LayerReducer(Reducer):
         """0-based layers before which tokens are dropped → the share of the image's tokens kept from there
         on, by the paper's schedule."""
         raise NotImplementedError
+
+    def fitted(self, num_layers: int) -> "LayerReducer":
+        """This reducer, or for a model with too few layers for its schedule a copy with a shorter one.
+
+        Published schedules are for 32 layers. Raises ValueError where there are more cuts than layers.
+        """
+        return self
 
     def measured_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers whose modules `measure` is called with."""
@@ -380,6 +391,22 @@ def share_by_layer(**lists: Sequence[float]) -> dict[int, float]:
             f"{first} has {len(layers)} layers and {second} {len(shares)} shares; give one share per layer"
         )
     return dict(zip(layers, shares, strict=True))
+
+
+def scaled_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Layers of a 32-layer model, in rising order → those at the same relative depth, each another one.
+
+    Raises ValueError where `num_layers` has no room for them.
+    """
+    scaled: list[int] = []
+    for layer in layers:
+        nearest = round(layer * num_layers / PUBLISHED_LAYERS)
+        scaled.append(max(nearest, scaled[-1] + 1 if scaled else 1))
+    if scaled and scaled[-1] >= num_layers:
+        raise ValueError(
+            f"{len(layers)} cuts do not fit a model of {num_layers} layers; give a schedule of its own"
+        )
+    return tuple(scaled)
 
 
 def count_of(budget: float | int, tokens: int) -> int:

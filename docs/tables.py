@@ -19,7 +19,7 @@ from vistok.plugins import plugins
 ROOT = Path(__file__).parents[1]
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>[^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-PLUGINS = ("vistok.tokenizers", "vistok.generators", "vistok.reducers", "vistok.metrics")
+PLUGINS = ("vistok.tokenizers", "vistok.generators", "vistok.reducers", "vistok.metrics", "vistok.scorers")
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

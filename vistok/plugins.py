@@ -19,7 +19,8 @@ def modules_of(package: str) -> Iterator[ModuleType]:
 @cache
 def plugins(group: str) -> dict[str, Any]:
     """The objects behind the entry points of a group (`vistok.tokenizers`, `vistok.generators`,
-    `vistok.reducers`, `vistok.metrics`, `vistok.objectives`), by their names; imported once per process.
+    `vistok.reducers`, `vistok.metrics`, `vistok.scorers`, `vistok.objectives`), by their names; imported once
+    per process.
 
     A plug-in whose import fails is left out with one UserWarning that names it, its package and the error.
     """

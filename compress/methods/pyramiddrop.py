@@ -1,12 +1,12 @@
 """PyramidDrop: half of the tokens at a time, at three depths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..reducer import LayerReducer, LayerTokens, share_by_layer
+from ..reducer import LayerReducer, LayerTokens, scaled_layers, share_by_layer
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,12 @@ class PyramidDrop(LayerReducer):
     def cuts(self, num_layers: int) -> dict[int, float]:
         """A cut after as many layers as each entry of the list states."""
         return share_by_layer(layer_list=self.layer_list, image_token_ratio_list=self.image_token_ratio_list)
+
+    def fitted(self, num_layers: int) -> "PyramidDrop":
+        """A copy that cuts at the same relative depths, for a model with too few layers."""
+        if max(self.layer_list, default=0) < num_layers:
+            return self
+        return replace(self, layer_list=scaled_layers(self.layer_list, num_layers))
 
     def score(self, tokens: LayerTokens) -> Tensor:
         """Attention of the last prompt token [N]."""

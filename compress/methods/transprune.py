@@ -1,14 +1,14 @@
 """TransPrune: drop tokens that layers change little and that the instruction does not attend to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..reducer import LayerReducer, LayerTokens, share_by_layer
+from ..reducer import LayerReducer, LayerTokens, scaled_layers, share_by_layer
 
 
 @dataclass(kw_only=True)
@@ -47,6 +47,15 @@ class TransPrune(LayerReducer):
         return share_by_layer(
             pruning_layer_list=self.pruning_layer_list, image_token_ratio_list=self.image_token_ratio_list
         )
+
+    def fitted(self, num_layers: int) -> "TransPrune":
+        """A copy that cuts at the same relative depths, for a model with too few layers; it measures every
+        layer from the first cut to the last, as the published schedule does."""
+        if max(self.pruning_layer_list, default=0) < num_layers:
+            return self
+        cuts = scaled_layers(self.pruning_layer_list, num_layers)
+        measured = tuple(range(cuts[0], cuts[-1] + 1))
+        return replace(self, pruning_layer_list=cuts, accumulating_layer_list=measured)
 
     def measured_layers(self, num_layers: int) -> tuple[int, ...]:
         """The accumulating layers, 0-based."""

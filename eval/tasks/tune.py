@@ -85,7 +85,12 @@ class TuneResult:
 
 
 def candidates(
-    names: Sequence[str] | None, keeps: Sequence[float], *, native: bool, combinations: bool
+    names: Sequence[str] | None,
+    keeps: Sequence[float],
+    *,
+    native: bool,
+    combinations: bool,
+    layers: int | None = None,
 ) -> list[Setting]:
     """The full model and all settings of a search: each reducer at each budget below 1, and pairs of a
     reducer of features at one budget, of at most half of the tokens, with one of layers at the next smaller
@@ -96,7 +101,7 @@ def candidates(
     own_names = set(checked_names(names))
     settings = [
         setting
-        for setting in plan(names, keeps, ("keep",), native=native)
+        for setting in plan(names, keeps, ("keep",), native=native, layers=layers)
         if setting.kind != "reducers" or setting.reducers[0][0] in own_names
     ]
     if combinations:
@@ -107,7 +112,7 @@ def candidates(
         for first, second in pairwise(keep for keep in keeps if keep <= 0.5):
             for feature, layer in product(by_stage[Stage.FEATURES], by_stage[Stage.LAYER]):
                 pair = ((feature, first), (layer, second))
-                settings.append(Setting("reducers", second, pair))
+                settings.append(Setting("reducers", second, pair, layers=layers))
     return settings
 
 
@@ -175,6 +180,7 @@ def run(
         config.keep,
         native=has_native_budget(vlm.model),
         combinations=config.combinations,
+        layers=vlm.num_layers,
     )
     ends = np.cumsum(sizes).tolist()
     parts = [data.questions[end - size : end] for end, size in zip(ends, sizes, strict=True)]
@@ -317,7 +323,8 @@ class _Search:
     def _candidates(self) -> list[Candidate]:
         ratings, listed = self._ratings(), []
         for number, setting in enumerate(self.answers.settings[1:], start=1):
-            each = Candidate(setting.label, setting.python, self.answers.refused.get(setting.label))
+            refused = self.answers.refused.get(setting.label)
+            each = Candidate(setting.label, "" if refused else setting.python, refused)
             if number in ratings:
                 losses, each.flops = ratings[number]
                 each.questions, each.loss = len(losses), interval(losses, self.config.seed)

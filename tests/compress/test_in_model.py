@@ -256,6 +256,16 @@ def test_transprune_keeps_the_floor_of_its_shares_of_the_whole_image():
     assert counts(model, inputs(batch=1), reducer) == [16, 14, 9, 1]
 
 
+def test_published_schedules_fit_shallow_models_at_the_same_relative_depths():
+    assert PyramidDrop().fitted(32) == PyramidDrop() and TransPrune().fitted(13) == TransPrune()
+    assert PyramidDrop().fitted(16).layer_list == (4, 8, 12)
+    assert PyramidDrop().fitted(4).layer_list == (1, 2, 3)
+    fitted = TransPrune().fitted(6)
+    assert (fitted.pruning_layer_list, fitted.accumulating_layer_list) == ((1, 2, 3), (1, 2, 3))
+    with pytest.raises(ValueError, match="3 cuts do not fit a model of 3 layers"):
+        PyramidDrop().fitted(3)
+
+
 @pytest.mark.parametrize("keep", [0.03, 0.125, 0.5, 1.0])
 @pytest.mark.parametrize("make", [PyramidDrop, TransPrune], ids=["pyramiddrop", "transprune"])
 def test_keep_sets_the_last_share_and_scales_the_others(make, keep):

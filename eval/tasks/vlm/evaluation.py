@@ -68,7 +68,13 @@ def run(
             max_new_tokens=config.max_new_tokens,
             prompt=config.prompt,
         )
-    settings = plan(config.reducers, config.keep, config.positions, native=has_native_budget(vlm.model))
+    settings = plan(
+        config.reducers,
+        config.keep,
+        config.positions,
+        native=has_native_budget(vlm.model),
+        layers=vlm.num_layers,
+    )
     parts = [data.questions] + ([data.again.questions] if data.again is not None else [])
     answers = AnswerPass(
         vlm,

@@ -80,6 +80,11 @@ class VisionLanguageModel:
         """Where inputs go."""
         return self.model.device
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the language model."""
+        return self.model.config.get_text_config().num_hidden_layers
+
     @cached_property
     def placeholders(self) -> list[int]:
         """Ids of the tokens that stand for pictures and videos."""

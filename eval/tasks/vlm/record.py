@@ -136,7 +136,7 @@ def bare_row(setting: Setting, refused: str | None = None) -> Row:
         setting.keep,
         setting.positions,
         setting.baseline,
-        setting.python,
+        "" if refused else setting.python,
         refused,
     )
 

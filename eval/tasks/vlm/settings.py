@@ -1,10 +1,10 @@
 """The settings that are compared: the full model, reducers at budgets, and the baselines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ....compress.reducer import Reducer, Stage
+from ....compress.reducer import LayerReducer, Reducer, Stage
 from ....compress.registry import reducer_class, reducers
 
 POSITIONS = ("keep", "compact", "paper")
@@ -19,13 +19,15 @@ class Setting:
     """One way to answer: "full" is the stock model, "native" the processor's own budget, and "reducers" has
     names with their budgets, shares of the visual tokens in (0, 1].
 
-    `keep` is the budget of "native", and the smallest of several reducers'.
+    `keep` is the budget of "native", and the smallest of several reducers'. `layers` is the number of layers
+    that published schedules are fitted to, where the model has too few for them; None: they stay.
     """
 
     kind: Literal["full", "native", "reducers"]
     keep: float = 1.0
     reducers: tuple[tuple[str, float], ...] = ()
     positions: str = "keep"
+    layers: int | None = None
 
     @property
     def name(self) -> str:
@@ -57,22 +59,37 @@ class Setting:
         if self.kind != "reducers":
             return ""
         positions = "" if self.positions == "keep" else f', positions="{self.positions}"'
-        if len(self.reducers) == 1:
-            name, keep = self.reducers[0]
-            return f'compress.attach(model, "{name}", keep={keep!r}{positions})'
-        instances = ", ".join(
-            f"compress.{reducer_class(name).__name__}(keep={keep!r})" for name, keep in self.reducers
-        )
-        return f"compress.attach(model, [{instances}]{positions})"
+        written = [_written(each) for each in self._instances]
+        if len(written) > 1:
+            return f"compress.attach(model, [{', '.join(written)}]{positions})"
+        name = self.reducers[0][0]
+        reducer = f'"{name}"' if written[0].endswith("()") else written[0]
+        return f"compress.attach(model, {reducer}, keep={self.keep!r}{positions})"
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `compress.attach` after the model."""
         positions = {"positions": self.positions}
         if len(self.reducers) == 1:
-            name, keep = self.reducers[0]
-            return {"reducer": name, "keep": keep, **positions}
-        instances: list[Reducer] = [reducer_class(name)(keep=keep) for name, keep in self.reducers]
-        return {"reducer": instances, **positions}
+            return {"reducer": self._instances[0], "keep": self.keep, **positions}
+        return {"reducer": self._instances, **positions}
+
+    @property
+    def _instances(self) -> list[Reducer]:
+        """The reducers, several with their own budgets; those inside the language model fit its depth."""
+        several = len(self.reducers) > 1
+        instances = [reducer_class(name)(**{"keep": keep} if several else {}) for name, keep in self.reducers]
+        return [
+            each.fitted(self.layers) if self.layers and isinstance(each, LayerReducer) else each
+            for each in instances
+        ]
+
+
+def _written(reducer: Reducer) -> str:
+    """The call that makes a reducer, with the fields that are not the method's own."""
+    own = type(reducer)()
+    values = {each.name: getattr(reducer, each.name) for each in fields(reducer) if each.init}
+    changed = [f"{name}={value!r}" for name, value in values.items() if value != getattr(own, name)]
+    return f"compress.{type(reducer).__name__}({', '.join(changed)})"
 
 
 FULL = Setting("full")
@@ -90,13 +107,18 @@ def checked_names(names: Sequence[str] | None) -> list[str]:
 
 
 def plan(
-    names: Sequence[str] | None, keeps: Sequence[float], positions: Sequence[str], *, native: bool
+    names: Sequence[str] | None,
+    keeps: Sequence[float],
+    positions: Sequence[str],
+    *,
+    native: bool,
+    layers: int | None = None,
 ) -> list[Setting]:
     """The full model, then per budget (the largest first) the baselines and the named reducers.
 
     Reducers inside the language model run at one of several `positions`, which are about what enters it.
-    `native` adds the processor's own budget. Raises ValueError for unknown reducers, budgets outside (0, 1]
-    and unknown positions.
+    `native` adds the processor's own budget; `layers` is the depth of the language model. Raises ValueError
+    for unknown reducers, budgets outside (0, 1] and unknown positions.
     """
     if bad := [each for each in positions if each not in POSITIONS]:
         raise ValueError(f"positions is {bad[0]!r}; it takes {', '.join(POSITIONS)}")
@@ -112,5 +134,5 @@ def plan(
         for name in ordered:
             inside = reducer_class(name).stage in (Stage.LAYER, Stage.CACHE)
             policies = dict.fromkeys(positions[:1] if inside else positions)
-            settings += [Setting("reducers", keep, ((name, keep),), policy) for policy in policies]
+            settings += [Setting("reducers", keep, ((name, keep),), policy, layers) for policy in policies]
     return settings
