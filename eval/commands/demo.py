@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SIDE = 256  # pixels per picture
 MODEL = "scenes-vlm"
-SCENE = 3
+SCENE = 12
 """Number of the question of the test set that is asked."""
 REDUCERS = ("divprune", "visionzip", "random")
 KEEP = 0.1

@@ -34,8 +34,11 @@ def test_demo_in_a_process_of_its_own_writes_a_picture(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "64" in result.stdout and "PSNR" in result.stdout
+    rows = [line.split("│") for line in result.stdout.splitlines() if "correct" in line]
+    assert [[cell.strip() for cell in row[1:3]] for row in rows[:2]] == [["none", "192"], ["divprune", "19"]]
+    assert rows[0][4].strip() == "correct"
     picture = Image.open(tmp_path / "vistok-demo.png")
-    assert picture.width >= 5 * 256 and picture.height >= 256
+    assert picture.width >= 5 * 256 and picture.height >= 2 * 256
 
 
 def test_demo_takes_your_own_picture(run, tmp_path):
@@ -159,8 +162,8 @@ def test_reconstruct_keeps_both_of_two_images_with_one_name(run, tmp_path):
 
 
 def test_encode_then_decode_gives_what_the_library_gives(run, tmp_path):
-    status, out, _ = run("encode", PHOTO, ASSETS / "camera.jpg", "-o", "photos.vtok")
-    assert status == 0 and "2 images" in out
+    status, out, _ = run("encode", PHOTO, ASSETS / "camera.jpg", "-o", "photos.vtok", "--resize")
+    assert status == 0 and "2 images resized to 128×128, 64 tokens per image" in out
     tokens = vistok.Tokens.load(tmp_path / "photos.vtok")
     assert len(tokens) == 2 and tokens.bits_per_image.tolist() == [1024, 1024]
     assert (tmp_path / "photos.vtok").stat().st_size < 256 + 64
@@ -184,7 +187,8 @@ def karl(tmp_path_factory, small_and_quick):
 
 def test_a_target_quality_gives_each_photograph_its_own_length(run, tmp_path):
     photos = [PHOTO, ASSETS / "astronaut.jpg"]
-    status, out, err = run("encode", *photos, "-o", "two.vtok", "--target-psnr", 15, "--batch-size", 1)
+    target = ["--target-psnr", 15, "--resize", "--batch-size", 1]
+    status, out, err = run("encode", *photos, "-o", "two.vtok", *target)
     assert status == 0 and err == ""
     tokens = vistok.Tokens.load(tmp_path / "two.vtok")
     model = vistok.load("vistok-mini")
@@ -202,7 +206,7 @@ def test_a_target_quality_gives_each_photograph_its_own_length(run, tmp_path):
 def test_an_unreachable_target_is_one_warning_and_no_failure(run, tmp_path):
     photos = [PHOTO, ASSETS / "astronaut.jpg", ASSETS / "coffee.jpg"]
     target = ["--target-psnr", 22, "--batch-size", 1]
-    status, out, err = run("encode", *photos, "-o", "three.vtok", *target)
+    status, out, err = run("encode", *photos, "-o", "three.vtok", "--resize", *target)
     assert status == 0 and err.count("\n") == 1 and out.count("not reached") == 2
     assert err.startswith("warning: 2 of 3 images did not reach 22 dB") and "lower --target-psnr" in err
     status, out, err = run("reconstruct", *photos, *target, "--out", "out")
@@ -215,14 +219,15 @@ def test_an_unreachable_target_is_one_warning_and_no_failure(run, tmp_path):
 
 
 def test_tokens_is_the_most_a_target_may_take(run, tmp_path):
-    status, _, err = run("encode", PHOTO, "-o", "one.vtok", "--target-psnr", 22, "--tokens", 8)
+    status, _, err = run("encode", PHOTO, "-o", "one.vtok", "--target-psnr", 22, "--tokens", 8, "--resize")
     assert status == 0 and "1 of 1 image did not reach" in err
     assert vistok.Tokens.load(tmp_path / "one.vtok").lengths.item() <= 8
 
 
 def test_a_target_error_goes_to_who_chooses_lengths(run, karl, tmp_path):
     photos = [PHOTO, ASSETS / "astronaut.jpg", ASSETS / "camera.jpg"]
-    status, out, _ = run("encode", *photos, "-o", "k.vtok", "--tokenizer", karl, "--target", 0.2)
+    arguments = ["--tokenizer", karl, "--target", 0.2, "--resize"]
+    status, out, _ = run("encode", *photos, "-o", "k.vtok", *arguments)
     tokens = vistok.Tokens.load(tmp_path / "k.vtok")
     model = vistok.load(karl)
     pixels = torch.cat([vistok.to_tensor(photo, 32) for photo in photos])

@@ -1,5 +1,6 @@
 """Training losses, the discriminator and the schedules do what their papers say; no weights needed."""
 
+import dataclasses
 import math
 
 import pytest
@@ -148,11 +149,13 @@ def test_training_the_discriminator_separates_the_two_sides(pair):
 def test_perceptual_names_give_networks_and_weights():
     assert parse_perceptual_name("lpips") == {"lpips": 1.0}
     assert parse_perceptual_name("convnext_s") == {"convnext_s": 1.0}
+    assert parse_perceptual_name("stlpips-vgg") == {"stlpips-vgg": 1.0}
     assert parse_perceptual_name("lpips-convnext_s-1.0-0.1") == {"lpips": 1.0, "convnext_s": 0.1}
 
 
 @pytest.mark.parametrize(
-    "name", ["", "vgg", "lpips-0.5", "lpips-convnext_s", "lpips-convnext_s-1.0-0", "lpips-lpips-1-1"]
+    "name",
+    ["", "vgg", "stlpips", "lpips-0.5", "lpips-convnext_s", "lpips-convnext_s-1.0-0", "lpips-lpips-1-1"],
 )
 def test_other_perceptual_names_are_refused(name):
     with pytest.raises(ValueError, match=r"not understood; give 'lpips'"):
@@ -196,6 +199,60 @@ def test_vgg_file_in_a_folder_reaches_every_layer_of_lpips(lpips, tmp_path):
 
 
 # ---- reconstruction -------------------------------------------------------------------------------
+
+
+class Recorder(nn.Module):
+    """Stands for a network and keeps the batches that it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, *batches):
+        self.batches.append(batches)
+        return sum(batch.mean() for batch in batches)
+
+
+def test_networks_read_the_same_random_square_of_both_batches():
+    loss = adversarial_loss(crop=8)
+    loss.perceptual_loss = Recorder()
+    loss.config = dataclasses.replace(loss.config, perceptual_weight=1.0)
+    places = torch.arange(32 * 24.0).view(1, 1, 32, 24).expand(2, 3, -1, -1)  # each pixel is its own place
+    for _ in range(40):
+        parts = loss.generator_losses(places, places, 0)
+    assert parts["reconstruction"] == 0
+    corners = set()
+    for images, reconstructions in loss.perceptual_loss.batches:
+        assert torch.equal(images, reconstructions) and images.shape == (2, 3, 8, 8)
+        top, left = divmod(int(images[0, 0, 0, 0]), 24)
+        assert torch.equal(images, places[..., top : top + 8, left : left + 8])
+        corners.add((top, left))
+    assert len(corners) > 30
+    loss.discriminator = Recorder()
+    with pytest.raises(ValueError, match=r"crop is 8 and images are 7x24"):
+        loss.discriminator_step(places[..., :7, :], places[..., :7, :])
+
+
+def test_the_discriminator_reads_a_square_in_both_steps(pair):
+    loss = adversarial_loss(crop=16)
+    sizes = []
+    loss.discriminator.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape))
+    loss.generator_losses(*pair, 0)
+    loss.discriminator_step(*pair)
+    assert sizes == [(2, 3, 16, 16), (4, 3, 16, 16)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": 64}, "crop is 64 with perceptual_weight 0.0"),
+        ({"crop": 0, "perceptual_weight": 1.0}, "crop is 0 .* 1 pixel or more"),
+        ({"perceptual_precision": "fp8"}, "'fp8'; give 'float32' or 'bfloat16'"),
+    ],
+)
+def test_a_crop_or_precision_without_meaning_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReconstructionLossConfig(**options)
 
 
 @pytest.mark.parametrize(("kind", "distance"), [("l1", F.l1_loss), ("l2", F.mse_loss)])
