@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...extras import needs
 from ...files import atomic_write
 from .charts import Chart
 
@@ -84,9 +83,8 @@ class Report:
 
 
 def write_html(path: Path, report: Report) -> None:
-    """Write the page as a temporary file that is then renamed. Raises ModuleNotFoundError without jinja2."""
-    with needs("jinja2", "eval", "an HTML report"):
-        from jinja2 import Environment, PackageLoader
+    """Write the page as a temporary file that is then renamed."""
+    from jinja2 import Environment, PackageLoader
 
     environment = Environment(
         loader=PackageLoader("vistok.eval.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True

@@ -146,7 +146,7 @@ def _native_notes(record: VlmRecord) -> list[str]:
 
 
 def write_vlm(path: Path, result: Result) -> None:
-    """Write the page. Raises ModuleNotFoundError without jinja2 or matplotlib."""
+    """Write the page. Raises ModuleNotFoundError without matplotlib."""
     record = result.record
     full = record.rows[0]
     cards = [Card("full model", f"{100 * full.score['value']:.1f}%", _ends(full.score))]
