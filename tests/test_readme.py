@@ -61,8 +61,8 @@ def test_the_commands_run(command, folder, run):
     assert (name, status) == ("vistok", 0), errors
 
 
-def test_both_commands_are_run():
-    assert len(COMMANDS) == 2 and COMMANDS[0] == "vistok demo"
+def test_all_commands_are_run():
+    assert len(COMMANDS) == 3 and COMMANDS[0] == "vistok demo"
 
 
 def test_files_the_readme_points_to_exist():

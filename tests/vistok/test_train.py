@@ -160,7 +160,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     run(replace(plain, batch_size=4, gradient_accumulation=2), tmp_path / "two")
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     # Adam's first moment is linear in the gradients, the weights themselves hang on their signs.
-    moments = [[state["exp_avg"] for state in run["optimizer"]["state"].values()] for run in (one, two)]
+    moments = [[state["exp_avg"] for state in run["optimizer"][0]["state"].values()] for run in (one, two)]
     for together, accumulated in zip(*moments, strict=True):
         torch.testing.assert_close(together, accumulated, rtol=1e-3, atol=1e-6)
 
@@ -428,7 +428,7 @@ def test_the_discriminator_trains_from_its_first_step_on(tmp_path):
     state = checkpoint(tmp_path)
     assert any(key.startswith("discriminator.block_in") for key in state["objective"])
     assert float(state["objective"]["ema_real_logits_mean"]) != 0
-    assert len(state["adversary_optimizer"]["state"]) > 0
+    assert len(state["adversary_optimizer"][0]["state"]) > 0
 
 
 @pytest.mark.parametrize("which", ["optimizer", "discriminator_optimizer"])

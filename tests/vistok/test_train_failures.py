@@ -149,7 +149,7 @@ DAMAGES = {
         path, lambda content: content["ema"].update({next(iter(content["ema"])): torch.zeros(3)})
     ),
     "another moment": lambda path: _change(
-        path, lambda content: content["optimizer"]["state"][0].update(exp_avg=torch.zeros(3))
+        path, lambda content: content["optimizer"][0]["state"][0].update(exp_avg=torch.zeros(3))
     ),
 }
 
