@@ -154,14 +154,14 @@ def run(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = llava_shaped(device)
+        model, stock = llava_shaped(device), llava_shaped(device)
         features = torch.randn(tokens, 384, device=device)
         ids = torch.randint(3, 30_000, (9,), device=device)
         prompt = torch.cat([ids[:4], ids.new_full((tokens,), IMAGE_TOKEN), ids[4:]])[None]
         runs = [Prefill(reducer, keep) for reducer in reducers for keep in keeps]
         for one in runs:
             for measured in range(-2, repeats):
-                _measure(model, prompt, features, one, steps, measured >= 0)
+                _measure(model, stock, prompt, features, one, steps, measured >= 0)
     finally:
         torch.set_num_threads(before)
     return PrefillSpeed(sum(p.numel() for p in model.parameters()), tokens, threads, runs)
@@ -169,45 +169,52 @@ def run(
 
 def _measure(
     model: hf.LlavaForConditionalGeneration,
+    stock: hf.LlavaForConditionalGeneration,
     prompt: Tensor,
     features: Tensor,
     one: Prefill,
     steps: int,
     keep: bool,
 ) -> None:
-    def media() -> dict[str, Any]:
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])}}
+    """Time one prompt on `stock`, on `model` with the reducer, and shortened on `stock`, whose weights are
+    the same."""
 
-    _, full = timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
+    def prefill(which: hf.LlavaForConditionalGeneration, ids: Tensor, values: Tensor) -> Any:
+        media = {"image": BaseModelOutputWithPooling(pooler_output=[values])}
+        return timed(lambda: which(input_ids=ids, mm_encoder_outputs=media, use_cache=True, logits_to_keep=1))
+
+    _, full = prefill(stock, prompt, features)
     with attach(model, one.reducer, keep=one.keep, positions="compact") as session:
-        out, attached = timed(lambda: model(input_ids=prompt, **media(), use_cache=True, logits_to_keep=1))
+        out, attached = prefill(model, prompt, features)
         kept = session.explain()[0].tokens
-    short = features[kept.to(features.device)]
-    begin, end = prompt[:, :4], prompt[:, 4 + len(features) :]
-    ids = torch.cat([begin, prompt.new_full((1, len(short)), IMAGE_TOKEN), end], 1)
-    shorter = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[short])}}
-    expected, short_seconds = timed(lambda: model(input_ids=ids, **shorter, use_cache=True, logits_to_keep=1))
-    if not torch.allclose(out.logits, expected.logits, atol=1e-3):
-        raise RuntimeError(
-            f"{type(one.reducer).__name__} attached gives other logits than its shortened prompt"
-        )
-    if keep:
-        one.full.append(full.seconds)
-        one.short.append(short_seconds.seconds)
-        one.attached.append(attached.seconds)
-        one.extra_step += _extra_steps(model, one, cache_in(out), cache_in(expected), steps)
+        short = features[kept.to(features.device)]
+        begin, end = prompt[:, :4], prompt[:, 4 + len(features) :]
+        ids = torch.cat([begin, prompt.new_full((1, len(short)), IMAGE_TOKEN), end], 1)
+        expected, short_seconds = prefill(stock, ids, short)
+        if not torch.allclose(out.logits, expected.logits, atol=1e-3):
+            raise RuntimeError(
+                f"{type(one.reducer).__name__} attached gives other logits than its shortened prompt"
+            )
+        if keep:
+            one.full.append(full.seconds)
+            one.short.append(short_seconds.seconds)
+            one.attached.append(attached.seconds)
+            one.extra_step += _extra_steps(model, stock, cache_in(out), cache_in(expected), steps)
 
 
 def _extra_steps(
-    model: hf.LlavaForConditionalGeneration, one: Prefill, reduced: hf.Cache, plain: hf.Cache, steps: int
+    model: hf.LlavaForConditionalGeneration,
+    stock: hf.LlavaForConditionalGeneration,
+    reduced: hf.Cache,
+    plain: hf.Cache,
+    steps: int,
 ) -> list[float]:
     """Extra seconds per decode step, attached against the shortened prompt's cache, step by step in
     turn."""
     token = torch.full((1, 1), 7, device=model.device)
     differences = []
     for _ in range(steps):
-        with attach(model, one.reducer, keep=one.keep, positions="compact"):
-            _, attached = timed(lambda: model(input_ids=token, **with_cache(model, reduced), use_cache=True))
-        _, stock = timed(lambda: model(input_ids=token, **with_cache(model, plain), use_cache=True))
-        differences.append(attached.seconds - stock.seconds)
+        _, attached = timed(lambda: model(input_ids=token, **with_cache(model, reduced), use_cache=True))
+        _, alone = timed(lambda: stock(input_ids=token, **with_cache(stock, plain), use_cache=True))
+        differences.append(attached.seconds - alone.seconds)
     return differences

@@ -137,3 +137,14 @@ def test_a_difference_of_pictures_shows():
 def test_compiling_is_refused_where_it_is_not_timed():
     with pytest.raises(ValueError, match="--compile"):
         measure("flextok", 1, 1, compiled=True, **FLEXTOK)
+
+
+def test_prefill_times_pairs_of_equal_logits_and_further_decode_steps():
+    from vistok.compress import UniformGrid
+    from vistok.eval.speed import prefill
+
+    measured = prefill.run([UniformGrid()], (0.25,), repeats=2, tokens=64, steps=3)
+    (one,) = measured.runs
+    assert [len(each) for each in (one.full, one.short, one.attached)] == [2, 2, 2]
+    assert len(one.extra_step) == 2 * 3
+    assert measured.table()[0][:2] == ["UniformGrid", "0.25"]
