@@ -292,11 +292,29 @@ Dtype = Annotated[
 
 
 @dataclass(frozen=True)
-class VlmConfig:
-    """Which model, reducers and budgets to compare on which questions (`vistok eval vlm --help`)."""
+class AskingConfig:
+    """Which model is asked which questions, with which reducers, and how."""
 
     model: Model
     reducers: Annotated[tuple[str, ...] | None, REDUCERS, Setting(text=str | None, parse=names)] = None
+    data: QuestionData = "scenes"
+    split: QuestionSplit = None
+    count: QuestionCount = None
+    scorer: ScorerName = None
+    prompt: Prompt = None
+    batch_size: Questions = 32
+    max_new_tokens: NewTokens = 32
+    dtype: Dtype = "auto"
+    seed: Seed = 0
+    speed_repeats: Annotated[
+        int, Option("--speed-repeats", min=1, help="Paired runs per setting against the full model."), LOOSE
+    ] = 3
+
+
+@dataclass(frozen=True)
+class VlmConfig(AskingConfig):
+    """Which model, reducers and budgets to compare on which questions (`vistok eval vlm --help`)."""
+
     keep: Annotated[
         tuple[float, ...],
         Option("--keep", help="Shares of the visual tokens.", metavar="P,Q,…"),
@@ -307,35 +325,20 @@ class VlmConfig:
         Option("--positions", help="keep, compact or paper; several are compared.", metavar="A,B,…"),
         Setting(text=str, parse=names, default="keep"),
     ] = ("keep",)
-    data: QuestionData = "scenes"
-    split: QuestionSplit = None
-    count: QuestionCount = None
-    scorer: ScorerName = None
-    prompt: Prompt = None
-    batch_size: Questions = 32
-    max_new_tokens: NewTokens = 32
-    dtype: Dtype = "auto"
-    seed: Seed = 0
     speed: Annotated[
         bool, Option("--speed/--no-speed", help="Measure times and memory after the answers."), LOOSE
     ] = True
-    speed_repeats: Annotated[
-        int, Option("--speed-repeats", min=1, help="Paired runs per setting against the full model."), LOOSE
-    ] = 3
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(AskingConfig):
     """Which model to find the cheapest reducer for, on which questions (`vistok tune --help`)."""
 
-    model: Model
-    data: QuestionData = "scenes"
     max_loss: Annotated[
         float,
         Option("--max-loss", help="Points of accuracy that may be lost, such as 1%.", metavar="SHARE"),
         Setting(text=str, parse=loss, default="1%"),
     ] = 0.01
-    reducers: Annotated[tuple[str, ...] | None, REDUCERS, Setting(text=str | None, parse=names)] = None
     keep: Annotated[
         tuple[float, ...],
         Option("--keep", help="Shares of the visual tokens to try.", metavar="P,Q,…"),
@@ -344,17 +347,6 @@ class TuneConfig:
     combinations: Annotated[
         bool, Option("--combinations/--no-combinations", help="Also try pairs of reducers of two stages.")
     ] = True
-    split: QuestionSplit = None
-    count: QuestionCount = None
-    scorer: ScorerName = None
-    prompt: Prompt = None
-    batch_size: Questions = 32
-    max_new_tokens: NewTokens = 32
-    dtype: Dtype = "auto"
-    seed: Seed = 0
     speed: Annotated[
         bool, Option("--speed/--no-speed", help="Measure the time of the settings that are left."), LOOSE
     ] = True
-    speed_repeats: Annotated[
-        int, Option("--speed-repeats", min=1, help="Paired runs per setting against the full model."), LOOSE
-    ] = 3

@@ -1,13 +1,15 @@
 """The modules of a package and the entry points of other packages, without a central list."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def modules_of(package: str) -> Iterator[ModuleType]:
@@ -38,3 +40,20 @@ def plugins(group: str) -> dict[str, Any]:
 def skip_plugin(group: str, name: str, reason: str) -> None:
     """Warn that the plug-in `name` of a group is left out, and why."""
     warnings.warn(f"the plug-in {name!r} of {group} is left out: {reason}", stacklevel=3)
+
+
+def with_plugins(own: Iterable[T], group: str, fits: Callable[[Any], bool], expected: str) -> dict[str, T]:
+    """Objects by their `name`, and after them those of a group's entry points that fit and whose name is new.
+
+    Others are left out with a warning; `expected` is what they should be, such as "a Scorer".
+    """
+    known: dict[str, Any] = {each.name: each for each in own}
+    for name, value in plugins(group).items():
+        if not fits(value):
+            skip_plugin(group, name, f"it is {value!r}, which is not {expected}")
+        elif value.name in known:
+            kind = expected.split()[1].lower()
+            skip_plugin(group, name, f"another {kind} is called {value.name!r}")
+        else:
+            known[value.name] = value
+    return known

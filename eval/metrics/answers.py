@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Literal
 
-from ...plugins import modules_of, plugins, skip_plugin
+from ...plugins import modules_of, with_plugins
 from ..data.questions import LETTERS, VisualQuestion
 
 Score = Callable[[Sequence[str], Sequence[VisualQuestion]], Sequence[float]]
@@ -60,15 +60,7 @@ def scorers() -> dict[str, Scorer]:
     """All scorers by name: those in the `SCORERS` of this folder's files, and those that other packages add
     by entry points of the group `vistok.scorers`, each a `Scorer`."""
     own = [each for module in modules_of(__package__) for each in getattr(module, "SCORERS", ())]
-    known = {each.name: each for each in own}
-    for name, value in plugins("vistok.scorers").items():
-        if not isinstance(value, Scorer):
-            skip_plugin("vistok.scorers", name, f"it is {value!r}, which is not a Scorer")
-        elif value.name in known:
-            skip_plugin("vistok.scorers", name, f"another scorer is called {value.name!r}")
-        else:
-            known[value.name] = value
-    return known
+    return with_plugins(own, "vistok.scorers", lambda value: isinstance(value, Scorer), "a Scorer")
 
 
 def scorer_by_name(name: str | None, questions: Sequence[VisualQuestion]) -> Scorer:

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ...plugins import modules_of, plugins, skip_plugin
+from ...plugins import modules_of, with_plugins
 from ..options import WeightFiles
 
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -50,15 +50,12 @@ def metrics() -> dict[str, Metric]:
     """All metrics by name, in the order of tables: those in the `METRICS` of this folder's files, and those
     that other packages add by entry points of the group `vistok.metrics`, each a `Metric` with `make`."""
     own = [each for module in modules_of(__package__) for each in getattr(module, "METRICS", ())]
-    known = {each.name: each for each in sorted(own, key=lambda each: each.rank)}
-    for name, value in plugins("vistok.metrics").items():
-        if not isinstance(value, Metric) or value.make is None:
-            skip_plugin("vistok.metrics", name, f"it is {value!r}, which is not a Metric with make")
-        elif value.name in known:
-            skip_plugin("vistok.metrics", name, f"another metric is called {value.name!r}")
-        else:
-            known[value.name] = value
-    return known
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, Metric) and value.make is not None
+
+    ranked = sorted(own, key=lambda each: each.rank)
+    return with_plugins(ranked, "vistok.metrics", fits, "a Metric with make")
 
 
 def pair_metrics() -> dict[str, Metric]:

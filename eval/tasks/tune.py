@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...commands.options import binding
 from ...compress.native_budget import has_native_budget
 from ...compress.reducer import Stage
 from ...compress.registry import reducer_class
@@ -25,8 +24,8 @@ from ..metrics.answers import Scorer, scorer_by_name
 from ..metrics.summary import interval
 from ..options import TuneConfig
 from .vlm.answering import COUNTED, AnswerPass, Table
-from .vlm.evaluation import COST_NOTE, time_settings
-from .vlm.model import VisionLanguageModel, load
+from .vlm.evaluation import COST_NOTE, model_of, open_answers, time_settings
+from .vlm.model import VisionLanguageModel
 from .vlm.record import Row, row_of, texts_of
 from .vlm.settings import FULL, Setting, checked_names, plan
 
@@ -167,14 +166,7 @@ def run(
     scorer = scorer_by_name(config.scorer, data.questions)
     sizes = rounds(len(data))
     candidates(config.reducers, config.keep, native=True, combinations=config.combinations)  # checks them
-    if vlm is None:
-        vlm = load(
-            config.model,
-            dtype=config.dtype,
-            device=device,
-            max_new_tokens=config.max_new_tokens,
-            prompt=config.prompt,
-        )
+    vlm = vlm or model_of(config, device)
     settings = candidates(
         config.reducers,
         config.keep,
@@ -184,18 +176,7 @@ def run(
     )
     ends = np.cumsum(sizes).tolist()
     parts = [data.questions[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    answers = AnswerPass(
-        vlm,
-        parts,
-        settings,
-        out / "state",
-        process,
-        binding(config) | {"scorer": scorer.name, "questions": data.digest},
-        data.inventory,
-        batch_size=config.batch_size,
-        letters=scorer.reads == "letter",
-    )
-    answers.open()
+    answers = open_answers(config, vlm, data, parts, settings, scorer, out, process)
     search = _Search(answers, scorer, ends, config)
     answers.run(search.active, f"tune {config.model}")
     return TuneResult(search.record(data.source), answers.state)

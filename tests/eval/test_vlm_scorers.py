@@ -5,8 +5,8 @@ from types import ModuleType
 
 import pytest
 
+from vistok import plugins
 from vistok.eval.data.questions import VisualQuestion
-from vistok.eval.metrics import answers
 from vistok.eval.metrics.answers import Scorer, levenshtein, scorer_by_name, scorers, vqa_normalised
 
 
@@ -123,7 +123,7 @@ def test_other_packages_add_scorers_and_broken_ones_are_left_out(monkeypatch):
     length = Scorer("length", "length", lambda answers, questions: [float(len(each)) for each in answers])
     again = Scorer("exact", "exact", lambda answers, questions: [0.0] * len(answers))
     points = {"length": length, "again": again, "nonsense": 3}
-    monkeypatch.setattr(answers, "plugins", lambda group: points if group == "vistok.scorers" else {})
+    monkeypatch.setattr(plugins, "plugins", lambda group: points if group == "vistok.scorers" else {})
     scorers.cache_clear()
     try:
         with pytest.warns(UserWarning) as warnings:

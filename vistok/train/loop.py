@@ -92,7 +92,7 @@ class _Run:
             folder.restore(self._restore)
         self.ema = {name: value.to(self.accelerator.device) for name, value in self.ema.items()}
         if config.compile:
-            self.objective.compile()
+            self.learner.compile()
         self.objective.model, *self.optimizers = self.accelerator.prepare(self.learner, *self.optimizers)
         if self.adversary_optimizers:
             self.objective.adversary, *self.adversary_optimizers = self.accelerator.prepare(

@@ -55,10 +55,6 @@ class Objective:
     def prepare(self) -> None:
         """Do once, before the first step of a new run, what needs no gradients (fits in closed form)."""
 
-    def compile(self) -> None:
-        """Compile the model for `compile: true`; a subclass may compile parts of it alone."""
-        self.model.compile()
-
     def loss(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Named scalars of one batch at a step (from 0), with gradients where they have a weight."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,17 +17,20 @@ import torch
 from ....commands.options import binding
 from ....compress import attach
 from ....compress.native_budget import has_native_budget
-from ...data.questions import open_questions
+from ...data.questions import QuestionSet, VisualQuestion, open_questions
 from ...engine import passes
 from ...engine.state import State
 from ...metrics.answers import Scorer, scorer_by_name
-from ...options import VlmConfig
+from ...options import AskingConfig, VlmConfig
 from ...speed import answers as answer_times
 from .answering import COUNTED, AnswerPass
 from .model import Batch, VisionLanguageModel, load
 from .pictures import Example, examples
 from .record import Row, VlmRecord, bare_row, mark_losers, noise_of, row_of, texts_of
 from .settings import FULL, Setting, plan
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 COST_NOTE = (
     "Prefill FLOPs per prompt, two per multiply-add. In each layer of the language model, over all "
@@ -60,14 +63,7 @@ def run(
     data = open_questions(config.data, count=config.count, seed=config.seed, split=config.split)
     scorer = scorer_by_name(config.scorer, data.questions)
     plan(config.reducers, config.keep, config.positions, native=True)  # checks them before the model is read
-    if vlm is None:
-        vlm = load(
-            config.model,
-            dtype=config.dtype,
-            device=device,
-            max_new_tokens=config.max_new_tokens,
-            prompt=config.prompt,
-        )
+    vlm = vlm or model_of(config, device)
     settings = plan(
         config.reducers,
         config.keep,
@@ -76,18 +72,7 @@ def run(
         layers=vlm.num_layers,
     )
     parts = [data.questions] + ([data.again.questions] if data.again is not None else [])
-    answers = AnswerPass(
-        vlm,
-        parts,
-        settings,
-        out / "state",
-        process,
-        binding(config) | {"scorer": scorer.name, "questions": data.digest},
-        data.inventory,
-        batch_size=config.batch_size,
-        letters=scorer.reads == "letter",
-    )
-    answers.open()
+    answers = open_answers(config, vlm, data, parts, settings, scorer, out, process)
     own = sum(batch.start < len(data) for batch in answers.batches)
     everything = range(len(settings))
     if not answers.run(lambda batch: everything if batch < own else (0,), f"answer with {config.model}"):
@@ -114,6 +99,46 @@ def run(
         seconds=answers.state.seconds,
     )
     return Result(record, lambda: examples(answers.measure, data, record, settings), answers.state)
+
+
+def model_of(config: AskingConfig, device: torch.device) -> VisionLanguageModel:
+    """The model that a configuration names. Raises as `load`."""
+    return load(
+        config.model,
+        dtype=config.dtype,
+        device=device,
+        max_new_tokens=config.max_new_tokens,
+        prompt=config.prompt,
+    )
+
+
+def open_answers(
+    config: AskingConfig,
+    vlm: VisionLanguageModel,
+    data: QuestionSet,
+    parts: Sequence[Sequence[VisualQuestion]],
+    settings: Sequence[Setting],
+    scorer: Scorer,
+    out: Path,
+    process: "PartialState",
+) -> AnswerPass:
+    """The pass over the `parts` of the questions, with its state in `out`/state.
+
+    Raises as `AnswerPass.open`.
+    """
+    answers = AnswerPass(
+        vlm,
+        parts,
+        settings,
+        out / "state",
+        process,
+        binding(config) | {"scorer": scorer.name, "questions": data.digest},
+        data.inventory,
+        batch_size=config.batch_size,
+        letters=scorer.reads == "letter",
+    )
+    answers.open()
+    return answers
 
 
 def _rows(

@@ -84,10 +84,6 @@ class ScenesVlmObjective(Objective):
         )
         yield from start_workers(batches)
 
-    def compile(self) -> None:
-        """Compile the parts of the model."""
-        self.model.compile()
-
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """The losses of a step, of the tower alone in the first `visual_steps`."""
         return self.model(batch, only_visual=step < self.config.visual_steps)
