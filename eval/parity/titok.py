@@ -87,16 +87,16 @@ def _holds_vqgan(case: Case) -> bool:
     return any(key.startswith(("encoder.down.", "decoder.up.")) for key in case.keys)
 
 
-def _part(key: str) -> str:
+def part(key: str) -> str:
     """The part of a model that a key belongs to: encoder, decoder, quantize, …"""
     return key.split(".")[0]
 
 
 def _parts(case: Case) -> set[str]:
-    return {_part(key) for key in case.keys}
+    return {part(key) for key in case.keys}
 
 
-def _column(latents: Tensor) -> Tensor:
+def column(latents: Tensor) -> Tensor:
     """[B, K, C] → [B, C, 1, K], the layout of the original."""
     return latents.transpose(1, 2).unsqueeze(2)
 
@@ -111,10 +111,10 @@ def _rows(column: Tensor) -> Tensor:
 
 def _model(case: Case) -> TiTok:
     aware = "decoder.text_guidance_proj.weight" in case.keys or case.data.get("system") == "TATiTok"
-    return case.build(lambda: create("tatitok" if aware else "titok", **case.config), part=_part)
+    return case.build(lambda: create("tatitok" if aware else "titok", **case.config), part=part)
 
 
-class _Trunk:
+class Trunk:
     """Records a ViT's sequence after ln_pre, the first block, the whole last block, and ln_post."""
 
     def __init__(self, side: nn.Module) -> None:
@@ -142,36 +142,37 @@ class _Trunk:
 def _tokenizer(case: Case) -> Outputs:
     model, parts, sample = _model(case), _parts(case), None
     if {"encoder", "latent_tokens"} <= parts and case.records(*ENCODED):
-        trunk = _Trunk(model.encoder)
+        trunk = Trunk(model.encoder)
         latents = model.latents(case.images())
         yield from trunk.outputs(case, "enc")
-        yield "z", case.subsample("z", _column(latents))
+        yield "z", case.subsample("z", column(latents))
         if model.config.quantize_mode == "vae":
             posterior = DiagonalGaussian(latents)
-            yield "mean", _column(posterior.mode())
-            yield "logvar", _column(posterior.logvar)
+            yield "mean", column(posterior.mode())
+            yield "logvar", column(posterior.logvar)
             yield "kl", posterior.kl()
             if "sample" in case.tensors:
-                noise = case.normal(case.description("sample"), tuple(_column(posterior.mean).shape))
+                noise = case.normal(case.description("sample"), tuple(column(posterior.mean).shape))
                 sample = posterior.sample(noise=_rows(noise).to(latents))
-                yield "sample", _column(sample)
+                yield "sample", column(sample)
         elif "quantize" in parts:
-            yield from _quantized(model, latents)
+            yield from quantized_outputs(model, latents)
     if "decoder" in parts and case.records(*DECODED):
         if sample is None:
             sample = _decoder_input(case, model, parts)
         if "indices" in case.read:
-            yield "z_q", _column(sample)
+            yield "z_q", column(sample)
         yield from _decoded(case, model, parts, sample)
     elif "quantize" in parts and "z_q" in case.tensors and model.config.quantize_mode == "vq":
-        yield "z_q", _column(_decoder_input(case, model, parts))
+        yield "z_q", column(_decoder_input(case, model, parts))
 
 
-def _quantized(model: TiTok, latents: Tensor) -> Outputs:
+def quantized_outputs(model: TiTok, latents: Tensor) -> Outputs:
+    """Indices, margins and losses of the latents [B, K, C]."""
     yield "indices", model.quantize.encode(latents).unsqueeze(1)
     nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
     yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
-    yield "losses", _three(model.quantize(latents).losses)
+    yield "losses", quantizer_losses(model.quantize(latents).losses)
 
 
 def _decoder_input(case: Case, model: TiTok, parts: set[str]) -> Tensor:
@@ -184,7 +185,7 @@ def _decoder_input(case: Case, model: TiTok, parts: set[str]) -> Tensor:
 
 def _decoded(case: Case, model: TiTok, parts: set[str], latents: Tensor) -> Outputs:
     text = _text_guidance(case, model, len(latents))
-    trunk = _Trunk(model.decoder)
+    trunk = Trunk(model.decoder)
     output = model.decoder(latents, text)
     yield from trunk.outputs(case, "dec")
     if model.config.is_legacy:
@@ -214,7 +215,7 @@ def _decoded(case: Case, model: TiTok, parts: set[str], latents: Tensor) -> Outp
             yield "recon_from_ids", model.decoder(latents, text)[:, ::16]
 
 
-def _three(losses: dict[str, Tensor]) -> Tensor:
+def quantizer_losses(losses: dict[str, Tensor]) -> Tensor:
     """[quantizer, commitment, codebook], as recorded."""
     return torch.stack([losses["commitment"] + losses["codebook"], losses["commitment"], losses["codebook"]])
 
@@ -229,7 +230,7 @@ def _text_guidance(case: Case, model: TiTok, batch: int) -> Tensor | None:
 
 
 def _vqgan(case: Case) -> Outputs:
-    model: MaskGITVQGAN = case.build(lambda: create("maskgit-vqgan", **case.config), part=_part)
+    model: MaskGITVQGAN = case.build(lambda: create("maskgit-vqgan", **case.config), part=part)
     parts, size = _parts(case), None
     if "encoder" in parts and case.records(r"enc\..*", "z", "codes", "margin"):
         images = case.images()
@@ -348,7 +349,7 @@ def _training_step(case: Case) -> Outputs:
         latents = model.latents(images)
         if model.config.quantize_mode == "vae":
             posterior = DiagonalGaussian(latents)
-            noise = random.standard_normal(tuple(_column(posterior.mean).shape)).astype(np.float32)
+            noise = random.standard_normal(tuple(column(posterior.mean).shape)).astype(np.float32)
             output = model.pixels(
                 posterior.sample(noise=_rows(torch.from_numpy(noise)).to(latents)), text=text
             )
@@ -390,9 +391,9 @@ def _losses(case: Case) -> Outputs:
         yield from _clustering(case)
     if case.records(r"kl\..*", *IMAGE_LOSSES):
         posterior = DiagonalGaussian(_rows(case.recorded("kl.params")))
-        yield "kl.mean", _column(posterior.mean)
-        yield "kl.logvar", _column(posterior.logvar)
-        yield "kl.std", _column(posterior.std)
+        yield "kl.mean", column(posterior.mean)
+        yield "kl.logvar", column(posterior.logvar)
+        yield "kl.std", column(posterior.std)
         yield "kl.kl", posterior.kl()
         if case.records(*IMAGE_LOSSES):
             yield from _image_losses(case, posterior)
@@ -425,11 +426,11 @@ def _vector_quantizer(case: Case, owner: str) -> Outputs:
     with torch.enable_grad():
         quantized = quantizer(_rows(latents))
         total = sum(quantized.losses.values())
-        objective = (_column(quantized.latents) * case.recorded(f"{owner}.G")).sum() + total
+        objective = (column(quantized.latents) * case.recorded(f"{owner}.G")).sum() + total
         grad_z, grad_embedding = torch.autograd.grad(objective, [latents, quantizer.embedding.weight])
-    yield f"{owner}.zq", _column(quantized.latents)
+    yield f"{owner}.zq", column(quantized.latents)
     yield f"{owner}.indices", quantized.codes.unsqueeze(1)
-    yield f"{owner}.losses", _three(quantized.losses)
+    yield f"{owner}.losses", quantizer_losses(quantized.losses)
     yield f"{owner}.grad_z", grad_z
     yield f"{owner}.grad_embedding", grad_embedding
     yield f"{owner}.soft_entry", quantizer.decode_soft(case.recorded(f"{owner}.soft"))
@@ -442,7 +443,7 @@ def _clustering(case: Case) -> Outputs:
     quantizer.embed_prob.copy_(case.recorded("cvq.embed_prob_before"))
     quantized = quantizer(_rows(case.recorded("cvq.z")))
     yield "cvq.indices", quantized.codes.unsqueeze(1)
-    yield "cvq.zq", _column(quantized.latents)
+    yield "cvq.zq", column(quantized.latents)
     yield "cvq.quantizer_loss", sum(quantized.losses.values())
     yield "cvq.embed_prob_after", quantizer.embed_prob
     yield "cvq.embedding_after", quantizer.embedding.weight

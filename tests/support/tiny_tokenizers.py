@@ -64,6 +64,7 @@ CASES = {
     "titok-patches": ("titok", {**VIT, **SINGLE, "vit_enc_patch_size": 8}),
     "tatitok-vq": ("tatitok", {**VIT, **SINGLE, **TEXT}),
     "tatitok-vae": ("tatitok", {**VIT, **SINGLE, **TEXT, "quantize_mode": "vae"}),
+    "one-d-piece": ("one-d-piece", {**VIT, "use_l2_norm": True}),
     "maskgit-vqgan": (
         "maskgit-vqgan",
         {
@@ -213,6 +214,7 @@ def _livelier_karl(model):
 
 _LIVELIER = {
     "titok": _livelier_titok,
+    "one-d-piece": _livelier_titok,
     "tatitok": _livelier_titok,
     "maskgit-vqgan": _spread_codes,
     "flextok": _livelier_flextok,

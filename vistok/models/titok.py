@@ -175,7 +175,7 @@ class TiTokDecoder(nn.Module):
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, latents: Tensor, text: Tensor | None = None) -> Tensor:
-        """Latents [B, K, C], and for text-aware weights text states [B, 77, 768]."""
+        """Latents [B, k, C], the first k of K, and for text-aware weights text states [B, 77, 768]."""
         batch = len(latents)
         patches = (
             torch.cat([self.class_embedding, self.mask_token[0].expand(self.side**2, -1)])
@@ -183,7 +183,7 @@ class TiTokDecoder(nn.Module):
         )
         x = [
             patches.expand(batch, -1, -1),
-            self.decoder_embed(latents) + self.latent_token_positional_embedding,
+            self.decoder_embed(latents) + self.latent_token_positional_embedding[: latents.shape[1]],
         ]
         if text is not None:
             x.append(self.text_guidance_proj(text) + self.text_guidance_positional_embedding)
@@ -258,7 +258,8 @@ class TiTok(Tokenizer):
         if not own or ("decoder.text_guidance_proj.weight" in shapes) != cls.text_aware:
             return None
         if config and "model" in config:
-            return config
+            # One-D-Piece has the keys of a legacy TiTok and says so in its configuration.
+            return None if section(config, "model").get("type") == "one_d_piece" else config
         return _config_from_shapes(shapes)
 
     def latents(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..configuration import shorten
 from .losses import ReconstructionLossConfig
+from .schedule import NO_DECAY_NAMES
 
 MOST_WORKERS = 257
 
@@ -34,6 +35,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
     """Pattern of parameter names → factor on the learning rate."""
+    undecayed: tuple[str, ...] = NO_DECAY_NAMES
+    """Parts of the names of parameters that do not decay, beside all vectors; TiTok's by default."""
 
     def __post_init__(self) -> None:
         check_ranges(

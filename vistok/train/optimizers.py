@@ -49,7 +49,7 @@ def _groups(named: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig) 
     """Parameter groups, one per (weight decay, learning-rate scale)."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
-        decay = 0.0 if no_weight_decay(name, parameter) else config.weight_decay
+        decay = 0.0 if no_weight_decay(name, parameter, config.undecayed) else config.weight_decay
         scale = next((float(s) for pattern, s in config.scales.items() if fnmatch(name, pattern)), 1.0)
         groups.setdefault((decay, scale), []).append(parameter)
     return [{"params": p, "weight_decay": decay, "scale": scale} for (decay, scale), p in groups.items()]

@@ -1,6 +1,7 @@
 """Learning rates, the EMA decay and the weight-decay rule of the TiTok training recipes."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -47,9 +48,10 @@ def ema_decay(step: int, max_decay: float = 0.999) -> float:
     return min(max_decay, step / (9 + step))
 
 
-def no_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Whether AdamW leaves a parameter undecayed: vectors, norms, biases, tokens, positions and codebooks.
+def no_weight_decay(name: str, parameter: Tensor, names: Sequence[str] = NO_DECAY_NAMES) -> bool:
+    """Whether AdamW leaves a parameter undecayed: vectors, and parameters with one of `names` in theirs (by
+    default norms, biases, tokens, positions and codebooks).
 
     Parity: the rule matches substrings of the name, so `patch_embed.weight` is exempt as well.
     """
-    return parameter.ndim < 2 or any(part in name for part in NO_DECAY_NAMES)
+    return parameter.ndim < 2 or any(part in name for part in names)
