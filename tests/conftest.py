@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vistok import cli
-from vistok.models import titok
+from vistok.models import gigatok, titok
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,8 @@ def small_and_quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(titok.SIZES, "tiny", (64, 2, 2))
+        for family in (titok, gigatok):
+            patch.setitem(family.SIZES, "tiny", (64, 2, 2))
         yield
     torch.set_num_threads(threads)
 

@@ -65,6 +65,22 @@ CASES = {
     "tatitok-vq": ("tatitok", {**VIT, **SINGLE, **TEXT}),
     "tatitok-vae": ("tatitok", {**VIT, **SINGLE, **TEXT, "quantize_mode": "vae"}),
     "one-d-piece": ("one-d-piece", {**VIT, "use_l2_norm": True}),
+    "gigatok": (
+        "gigatok",
+        {
+            "image_size": SIDE,
+            "encoder_size": "tiny",
+            "decoder_size": "tiny",
+            "encoder_ch_mult": (1, 1, 2),
+            "decoder_ch_mult": (1, 1, 2),
+            "hidden_channels": 32,
+            "z_channels": 16,
+            "num_latent_tokens": 8,
+            "codebook_size": 64,
+            "distill_depth": 1,
+            "out_inner_dim": 16,
+        },
+    ),
     "maskgit-vqgan": (
         "maskgit-vqgan",
         {
@@ -186,6 +202,14 @@ def _livelier_titok(model):
     _spread_codes(model)
 
 
+def _livelier_gigatok(model):
+    """Attend more, so that tokens depend on the picture and pictures on the tokens."""
+    model.post_quant_conv.weight.mul_(10)
+    for block in [*model.s2to1encoder.transformer, *model.s1to2decoder.transformer]:
+        block.multihead_attn.out_proj.weight.mul_(10)
+    _spread_codes(model)
+
+
 def _livelier_flextok(model):
     """Use all levels."""
     model.encoder.module_dict["enc_to_latents"].proj.weight.mul_(4)
@@ -215,6 +239,7 @@ def _livelier_karl(model):
 _LIVELIER = {
     "titok": _livelier_titok,
     "one-d-piece": _livelier_titok,
+    "gigatok": _livelier_gigatok,
     "tatitok": _livelier_titok,
     "maskgit-vqgan": _spread_codes,
     "flextok": _livelier_flextok,

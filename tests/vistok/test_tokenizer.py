@@ -205,7 +205,8 @@ def test_training_forward_sends_gradients_to_every_part(case, model):
         assert output.images.shape == ((4, 1024, SIDE // 16, SIDE // 16) if proxy else (4, 3, SIDE, SIDE))
     loss.backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert silent == {name for name, _ in model.named_parameters() if name.startswith("vae.")}
+    frozen = ("vae.", "s1to2decoder.distill_mlp.")  # the latter learns from a teacher alone
+    assert silent == {name for name, _ in model.named_parameters() if name.startswith(frozen)}
 
 
 ONE_PASS = [  # others sample the posterior, end at proxy codes or learn something else than to draw
@@ -682,7 +683,9 @@ def test_maskgit_vqgan_has_the_published_keys():
 def test_published_configurations_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = create(name)
-    millions = sum(value.numel() for value in model.state_dict().values()) / 1e6
+    state = model.state_dict()
+    state.pop("quantize.codebook_used", None)  # a history of codes
+    millions = sum(value.numel() for value in state.values()) / 1e6
     assert millions == pytest.approx(entries()[name].parameters, abs=0.06)
 
 

@@ -18,7 +18,11 @@ class VectorQuantizer(Quantizer):
     Losses of a training forward: `commitment` (times `commitment_cost`), `codebook`, and with
     `entropy_weight` above 0 `entropy` = weight · (mean entropy of each latent's assignment - entropy of the
     mean assignment), nats, soft assignments at `entropy_temperature` (MaskGIT-VQGAN, arXiv 2202.04200;
-    MAGVIT-v2, arXiv 2310.05737, eq. 6).
+    MAGVIT-v2, arXiv 2310.05737, eq. 6); `entropy_offset` is added inside the logarithm of the mean.
+
+    With `rotation` the gradient reaches the encoder turned as the latent is turned to its code (Fifty et al.,
+    "Restructuring Vector Quantization with the Rotation Trick", 2024, arXiv 2410.06424) and not straight
+    through. With `usage_window` training forwards keep the last so many codes in the buffer `codebook_used`.
     """
 
     def __init__(
@@ -30,16 +34,25 @@ class VectorQuantizer(Quantizer):
         commitment_cost: float = 0.25,
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
+        entropy_offset: float = 0.0,
         clustering: bool = False,
         decay: float = 0.99,
+        rotation: bool = False,
+        usage_window: int = 0,
     ) -> None:
         super().__init__()
+        if rotation and not l2_norm:
+            raise ValueError("rotation needs l2_norm: it turns unit vectors; leave it out, or set l2_norm")
         self.codebook_sizes = (codebook_size,)
         self.l2_norm = l2_norm
         self.commitment_cost = commitment_cost
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
+        self.entropy_offset = entropy_offset
         self.decay = decay
+        self.rotation = rotation
+        if usage_window:
+            self.register_buffer("codebook_used", torch.zeros(usage_window))
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
         self.clustering = clustering
@@ -99,7 +112,10 @@ class VectorQuantizer(Quantizer):
                 losses["entropy"] = self.entropy_weight * self._entropy(compared, codebook)
             if self.clustering and self.training and self.embedding.weight.requires_grad:
                 self._update_clusters(latents.detach(), distances, codes)
-            quantized = compared + (rows - compared).detach()
+            if self.training and hasattr(self, "codebook_used"):
+                self._remember(codes.flatten())
+            straight = compared + (rows - compared).detach()
+            quantized = _rotated(compared, rows) if self.rotation else straight
         return Quantized(quantized.to(latents.dtype), codes, losses)
 
     def _entropy(self, latents: Tensor, codebook: Tensor) -> Tensor:
@@ -107,7 +123,19 @@ class VectorQuantizer(Quantizer):
         log_p = logits.log_softmax(-1)
         mean = log_p.exp().mean(0)
         each = -(log_p.exp() * log_p).sum(-1).mean()
-        return each + (mean * mean.clamp_min(1e-12).log()).sum()
+        return each + (mean * (mean + self.entropy_offset).clamp_min(1e-12).log()).sum()
+
+    @property
+    def recent_usage(self) -> float:
+        """The share of the codebook that occurs in `codebook_used`, 0..1; 0 is there from the start."""
+        return len(self.codebook_used.unique()) / self.embedding.num_embeddings
+
+    @torch.no_grad()
+    def _remember(self, codes: Tensor) -> None:
+        """Move the window of recent codes on."""
+        window = len(self.codebook_used)
+        recent = torch.cat([self.codebook_used, codes.to(self.codebook_used)])
+        self.codebook_used.copy_(recent[-window:])
 
     @torch.no_grad()
     def _update_clusters(self, latents: Tensor, distances: Tensor, codes: Tensor) -> None:
@@ -126,3 +154,19 @@ class VectorQuantizer(Quantizer):
         pull = torch.exp(-self.embed_prob * size * 10 / (1 - self.decay) - 1e-3).unsqueeze(-1)
         # `.data`: a loss of this very step may still hold the weight for its backward pass.
         self.embedding.weight.data.lerp_(anchors, pull)
+
+
+def _rotated(latents: Tensor, rows: Tensor) -> Tensor:
+    """Latents [..., D] turned to the directions of `rows` by a reflection and a rotation that pass gradients
+    on."""
+
+    def unit(x: Tensor) -> Tensor:
+        return x / (x.norm(dim=-1, keepdim=True) + 1e-6)
+
+    before, after = unit(latents.detach()), unit(rows.detach())
+    between = F.normalize(before + after, dim=-1)
+
+    def along(direction: Tensor) -> Tensor:
+        return (latents * direction).sum(-1, keepdim=True)
+
+    return latents - 2 * along(between) * between + 2 * along(before) * after

@@ -423,6 +423,19 @@ def proxy_code_loss(
     return total, {name: part.detach() for name, part in parts.items()}
 
 
+def feature_alignment_loss(features: Tensor, teacher: Tensor) -> Tensor:
+    """Minus the mean cosine of a decoder's features and a frozen teacher's at the same places, a scalar.
+
+    Both are [B, N, C]. Raises ValueError when the shapes differ. "Representation Alignment for Generation"
+    (2024, arXiv 2410.06940), equation 3, as GigaTok (2025, arXiv 2504.08736) uses it with DINOv2.
+    """
+    if features.shape != teacher.shape:
+        raise ValueError(
+            f"features are {list(features.shape)} and the teacher's {list(teacher.shape)}; both are [B, N, C]"
+        )
+    return -F.cosine_similarity(features.float(), teacher.float(), dim=-1).mean()
+
+
 def masked_token_loss(
     logits: Tensor, indices: Tensor, mask: Tensor, label_smoothing: float = 0.1, unmasked_weight: float = 0.1
 ) -> tuple[Tensor, Tensor]:

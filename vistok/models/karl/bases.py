@@ -1,12 +1,13 @@
 """The two-dimensional tokenizers that KARL distils: MAGE's VQGAN and MAR's KL autoencoder."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.convolution import ResidualBlock as LatentDiffusionBlock
+from ...nn.convolution import group_norm
 from ...nn.cpu.batching import in_chunks
 from ...nn.cpu.linear import linear
 from ...nn.cpu.upsample import upsample_conv
@@ -19,36 +20,12 @@ from .config import VAE_SCALE, KarlConfig
 # digits on flat pictures, which changes codes, and makes batches differ from single images.
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    """The norm of both base tokenizers; `base_norm_groups` is set once the whole is built."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-
-
-class VAEBlock(nn.Module):
-    """Two normalised 3×3 convolutions beside a shortcut, as in latent diffusion (arXiv 2112.10752)."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.norm1 = _group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = _group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, C', H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
 class GridAttention(nn.Module):
     """One head of self-attention over all cells of a grid."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _group_norm(channels)
+        self.norm = group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +84,7 @@ class GridEncoder(nn.Module):
     def __init__(self, config: KarlConfig) -> None:
         super().__init__()
         vae, widths = config.base == "vae", config.base_widths
-        block = VAEBlock if vae else ResidualBlock
+        block = LatentDiffusionBlock if vae else ResidualBlock
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=vae)
         self.down = nn.ModuleList()
         for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
@@ -117,7 +94,7 @@ class GridEncoder(nn.Module):
                 level.downsample = Resample(width, stride=2)
             self.down.append(level)
         self.mid = Middle(block, widths[-1], attention=vae)
-        self.norm_out = _group_norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         out = 2 * config.base_channels if vae else config.base_channels
         self.conv_out = nn.Conv2d(widths[-1], out, 3 if vae else 1, padding=1 if vae else 0)
 
@@ -139,7 +116,7 @@ class GridDecoder(nn.Module):
     def __init__(self, config: KarlConfig) -> None:
         super().__init__()
         vae, widths = config.base == "vae", config.base_widths
-        block = VAEBlock if vae else ResidualBlock
+        block = LatentDiffusionBlock if vae else ResidualBlock
         self.conv_in = nn.Conv2d(config.base_channels, widths[-1], 3, padding=1)
         self.mid = Middle(block, widths[-1], attention=vae)
         blocks = config.base_res_blocks + vae  # only the VAE's decoder has one more per level
@@ -149,7 +126,7 @@ class GridDecoder(nn.Module):
             if depth:
                 level.upsample = Resample(width, stride=1)
             self.up.append(level)
-        self.norm_out = _group_norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, grid: Tensor) -> Tensor:
