@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vistok import cli
-from vistok.models import gigatok, titok
+from vistok.models import gigatok, titok, xqgan
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def small_and_quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        for family in (titok, gigatok):
+        for family in (titok, gigatok, xqgan):
             patch.setitem(family.SIZES, "tiny", (64, 2, 2))
         yield
     torch.set_num_threads(threads)

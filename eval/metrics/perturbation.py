@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.karl.quantizer import PlacedQuantizer
@@ -25,6 +26,8 @@ from ...quantizers import (
     FiniteScalarQuantizer,
     GaussianQuantizer,
     LookupFreeQuantizer,
+    MultiScaleBinaryQuantizer,
+    MultiScaleVectorQuantizer,
     Quantizer,
     VectorQuantizer,
 )
@@ -191,6 +194,21 @@ def _(quantizer: LookupFreeQuantizer, count: int) -> Neighbours:
 @neighbours.register
 def _(quantizer: BinaryQuantizer, count: int) -> Neighbours:
     return _Flipped(nearest_flips(len(quantizer.embed), count))
+
+
+@neighbours.register
+def _(quantizer: MultiScaleVectorQuantizer, count: int) -> Neighbours:
+    # Every scale is perturbed by itself, by the rows as codes are compared.
+    _check(count, quantizer.codebook_sizes[0])
+    rows = quantizer.embedding.weight.detach()
+    rows = F.normalize(rows, dim=-1) if quantizer.l2_norm else rows
+    return _Listed(nearest_rows(rows, count).to(rows.device))
+
+
+@neighbours.register
+def _(quantizer: MultiScaleBinaryQuantizer, count: int) -> Neighbours:
+    flips = nearest_flips(quantizer.dim, count)
+    return _Flipped((flips.long() << torch.arange(quantizer.dim)).sum(-1, keepdim=True))
 
 
 @neighbours.register

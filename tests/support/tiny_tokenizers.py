@@ -21,6 +21,8 @@ VIT = {
 }
 SINGLE = {"finetune_decoder": False, "is_legacy": False, "token_size": 8, "codebook_size": 64}
 TEXT = {"text_context_length": 5, "text_embed_dim": 16}
+XQ = {"image_size": SIDE, "encoder_model": "tiny", "decoder_model": "tiny", "codebook_size": 64}
+SCALES = {"num_latent_tokens": 9, "v_patch_nums": (1, 2, 3), "share_quant_resi": 2}
 KARL = {
     "image_size": SIDE,
     "patch_size": 4,
@@ -81,6 +83,13 @@ CASES = {
             "out_inner_dim": 16,
         },
     ),
+    "xqgan-vq": ("xqgan", {**XQ, "num_latent_tokens": 4, "v_patch_nums": (2,), "codebook_embed_dim": 8}),
+    "xqgan-product": (
+        "xqgan",
+        {**XQ, "num_latent_tokens": 4, "v_patch_nums": (2,), "codebook_embed_dim": 6, "product_quant": 2},
+    ),
+    "imagefolder": ("xqgan", {**XQ, **SCALES, "codebook_embed_dim": 6, "product_quant": 2}),
+    "xqgan-binary": ("xqgan", {**XQ, **SCALES, "codebook_embed_dim": 6, "lfq": True}),
     "maskgit-vqgan": (
         "maskgit-vqgan",
         {
@@ -210,6 +219,23 @@ def _livelier_gigatok(model):
     _spread_codes(model)
 
 
+def _livelier_xqgan(model):
+    """Attend more; the scales of blocks begin near zero."""
+    model.encoder.model.patch_embed.proj.weight.mul_(10)
+    model.post_quant_conv.weight.mul_(10)
+    for block in [*model.encoder.model.blocks, *model.decoder.model.blocks]:
+        for scale in (block.ls1, block.ls2):
+            scale.gamma.fill_(1)
+        block.attn.proj.weight.mul_(10)
+    for branch, latents in zip(
+        model.branches, model.latents(pictures(8, seed=9)).chunk(len(model.branches), -1), strict=True
+    ):
+        if hasattr(branch, "embedding"):
+            rows = torch.arange(len(branch.embedding.weight)) % latents.shape[1]
+            noise = torch.randn_like(branch.embedding.weight)
+            branch.embedding.weight.copy_(latents.mean(0)[rows] + latents.std(0)[rows] * noise)
+
+
 def _livelier_flextok(model):
     """Use all levels."""
     model.encoder.module_dict["enc_to_latents"].proj.weight.mul_(4)
@@ -240,6 +266,7 @@ _LIVELIER = {
     "titok": _livelier_titok,
     "one-d-piece": _livelier_titok,
     "gigatok": _livelier_gigatok,
+    "xqgan": _livelier_xqgan,
     "tatitok": _livelier_titok,
     "maskgit-vqgan": _spread_codes,
     "flextok": _livelier_flextok,

@@ -11,6 +11,8 @@ from .binary import BinaryQuantizer, bits_to_integers, integers_to_bits
 from .finite_scalar import FiniteScalarQuantizer
 from .gaussian import DiagonalGaussian, GaussianQuantizer
 from .lookup_free import LookupFreeQuantizer
+from .multi_scale import MultiScaleBinaryQuantizer, MultiScaleVectorQuantizer
+from .perturbation import perturb, perturbation_ratio
 from .product import ProductQuantizer
 from .residual import ResidualQuantizer
 from .usage import bit_entropy, codebook_usage, perplexity
@@ -22,6 +24,8 @@ __all__ = [
     "FiniteScalarQuantizer",
     "GaussianQuantizer",
     "LookupFreeQuantizer",
+    "MultiScaleBinaryQuantizer",
+    "MultiScaleVectorQuantizer",
     "ProductQuantizer",
     "Quantized",
     "Quantizer",
@@ -32,4 +36,6 @@ __all__ = [
     "codebook_usage",
     "integers_to_bits",
     "perplexity",
+    "perturb",
+    "perturbation_ratio",
 ]

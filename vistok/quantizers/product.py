@@ -1,5 +1,7 @@
 """Product quantization: the channels in equal runs, each with a codebook of its own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,10 @@ class ProductQuantizer(CompositeQuantizer):
         columns = self.split(codes)
         return torch.cat([part.decode(code) for part, code in zip(self.parts, columns, strict=True)], -1)
 
-    def forward(self, latents: Tensor) -> Quantized:
-        """Every part's own latents and codes; losses averaged over the parts by name."""
-        results = [part(run) for part, run in zip(self.parts, self._runs(latents), strict=True)]
+    def forward(self, latents: Tensor, *shared: Any) -> Quantized:
+        """Every part's own latents and codes; losses averaged over the parts by name. Parts get the `shared`
+        arguments as well."""
+        results = [part(run, *shared) for part, run in zip(self.parts, self._runs(latents), strict=True)]
         names = dict.fromkeys(name for result in results for name in result.losses)
         losses = {
             name: torch.stack([r.losses[name] for r in results if name in r.losses]).sum() / len(results)

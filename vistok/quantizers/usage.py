@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def bit_entropy(bits: Tensor) -> Tensor:
@@ -29,6 +29,35 @@ def perplexity(indices: Tensor, codebook_sizes: Sequence[int]) -> Tensor:
         counts = column.unique(return_counts=True)[1]  # counting rows needs no table of the codebook's size
         values.append(torch.special.entr(counts / max(column.numel(), 1)).sum().exp())
     return torch.stack(values)
+
+
+class HitStatistics(nn.Module):
+    """Mixin of quantizers that keep a running mean of how often each code is chosen, in the buffer
+    `ema_vocab_hit_SV` (VAR, arXiv 2404.02905, and its successors)."""
+
+    def start_hits(self, *shape: int) -> None:
+        """Begin to count: codes of one kind [V], or of several scales [S, V]."""
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(shape))
+        self._hit_updates = 0
+
+    @torch.no_grad()
+    def count_hits(self, codes: Tensor, scale: int | None = None) -> None:
+        """Add the codes of one batch, of a scale where there are several."""
+        row = self.ema_vocab_hit_SV if scale is None else self.ema_vocab_hit_SV[scale]
+        hits = torch.bincount(codes.flatten(), minlength=len(row)).to(row)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(hits)
+        # Parity: updates are counted over all scales, so only the first scale starts as its first hits.
+        if self._hit_updates == 0:
+            row.copy_(hits)
+        else:
+            row.lerp_(hits, 0.1 if self._hit_updates < 100 else 0.01)
+        self._hit_updates += 1
+
+    def hit_usage(self, vectors: int) -> Tensor:
+        """The share of codes, per scale where there are several, that are chosen at least 0.08 times as often
+        as if all of `vectors` latents per update were spread evenly: 0..1."""
+        return (self.ema_vocab_hit_SV >= 0.08 * vectors / self.ema_vocab_hit_SV.shape[-1]).float().mean(-1)
 
 
 def _columns(indices: Tensor, codebook_sizes: Sequence[int]) -> list[tuple[Tensor, int]]:

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Quantized, Quantizer
+from .usage import HitStatistics
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(HitStatistics, Quantizer):
     """VQ (van den Oord et al., "Neural Discrete Representation Learning", 2017, arXiv 1711.00937).
 
     With `l2_norm` latents and codebook rows are compared, and returned, as unit vectors (ViT-VQGAN, arXiv
@@ -22,7 +23,8 @@ class VectorQuantizer(Quantizer):
 
     With `rotation` the gradient reaches the encoder turned as the latent is turned to its code (Fifty et al.,
     "Restructuring Vector Quantization with the Rotation Trick", 2024, arXiv 2410.06424) and not straight
-    through. With `usage_window` training forwards keep the last so many codes in the buffer `codebook_used`.
+    through. With `usage_window` training forwards keep the last so many codes in the buffer `codebook_used`,
+    with `hit_statistics` a running mean of hits in `ema_vocab_hit_SV`.
     """
 
     def __init__(
@@ -39,12 +41,15 @@ class VectorQuantizer(Quantizer):
         decay: float = 0.99,
         rotation: bool = False,
         usage_window: int = 0,
+        hit_statistics: bool = False,
     ) -> None:
         super().__init__()
         if rotation and not l2_norm:
             raise ValueError("rotation needs l2_norm: it turns unit vectors; leave it out, or set l2_norm")
         self.codebook_sizes = (codebook_size,)
         self.l2_norm = l2_norm
+        if hit_statistics:
+            self.start_hits(codebook_size)
         self.commitment_cost = commitment_cost
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
@@ -71,6 +76,10 @@ class VectorQuantizer(Quantizer):
         if self.l2_norm:
             latents, codebook = F.normalize(latents, dim=-1), F.normalize(codebook, dim=-1)
         return latents, codebook
+
+    def compared(self, latents: Tensor) -> Tensor:
+        """Latents [..., D] as they are compared with codes: as unit vectors when `l2_norm`."""
+        return self._compare(latents)[0]
 
     def distances(self, latents: Tensor) -> Tensor:
         """Squared distances [..., N] of latents [..., D] to all N codebook rows."""
@@ -114,6 +123,8 @@ class VectorQuantizer(Quantizer):
                 self._update_clusters(latents.detach(), distances, codes)
             if self.training and hasattr(self, "codebook_used"):
                 self._remember(codes.flatten())
+            if self.training and hasattr(self, "ema_vocab_hit_SV"):
+                self.count_hits(codes)
             straight = compared + (rows - compared).detach()
             quantized = _rotated(compared, rows) if self.rotation else straight
         return Quantized(quantized.to(latents.dtype), codes, losses)
