@@ -21,6 +21,16 @@ VIT = {
 }
 SINGLE = {"finetune_decoder": False, "is_legacy": False, "token_size": 8, "codebook_size": 64}
 TEXT = {"text_context_length": 5, "text_embed_dim": 16}
+MINI = {
+    "image_size": SIDE,
+    "patch_size": 8,
+    "thumbnail_size": 16,
+    "levels": [[3, [4, 4]], [3, [2, 2, 2, 2]]],
+    "width": 32,
+    "encoder_depth": 1,
+    "decoder_depth": 2,
+    "heads": 2,
+}
 XQ = {"image_size": SIDE, "encoder_model": "tiny", "decoder_model": "tiny", "codebook_size": 64}
 SCALES = {"num_latent_tokens": 9, "v_patch_nums": (1, 2, 3), "share_quant_resi": 2}
 KARL = {
@@ -45,19 +55,8 @@ KARL = {
     "base_codebook_size": 16,
 }
 CASES = {
-    "mini": (
-        "mini",
-        {
-            "image_size": SIDE,
-            "patch_size": 8,
-            "thumbnail_size": 16,
-            "levels": [[3, [4, 4]], [3, [2, 2, 2, 2]]],
-            "width": 32,
-            "encoder_depth": 1,
-            "decoder_depth": 2,
-            "heads": 2,
-        },
-    ),
+    "mini": ("mini", MINI),
+    "mini-refiner": ("mini", {**MINI, "refiner_width": 8}),
     "titok-legacy": ("titok", {**VIT, "use_l2_norm": True}),
     "titok-stage1": ("titok", {**VIT, "use_l2_norm": True, "finetune_decoder": False}),
     "titok-vq": ("titok", {**VIT, **SINGLE}),

@@ -380,6 +380,26 @@ def test_a_discriminator_without_images_to_judge_is_refused(tokenizer, base, tmp
         run(replace(BASE, tokenizer=tokenizer, freeze=(f"{base}*",), loss=loss, steps=1), tmp_path)
 
 
+def test_a_run_adds_a_part_to_the_tokenizer_that_it_starts_from(tmp_path):
+    run(replace(BASE, tokenizer=MINI, steps=2), tmp_path / "base")
+    start = tmp_path / "base" / "model"
+    base = load(start)
+    frozen = tuple(f"{part}*" for part in ("encoder", "decoder.[!r]"))
+    grown = replace(BASE, tokenizer=MINI | {"refiner_width": 8}, initial=str(start), freeze=frozen, steps=2)
+    run(grown, tmp_path / "grown")
+    result = load(tmp_path / "grown" / "model")
+    assert result.config.refiner_width == 8
+    assert all(torch.equal(value, result.state_dict()[key]) for key, value in base.state_dict().items())
+    assert result.decoder.refiner.leave.weight.any()
+
+
+def test_fields_that_change_the_initial_tokenizer_are_refused(tmp_path):
+    run(replace(BASE, tokenizer=MINI, steps=1), tmp_path / "base")
+    other = replace(BASE, tokenizer=MINI | {"width": 64}, initial=str(tmp_path / "base" / "model"), steps=1)
+    with pytest.raises(ValueError, match="may add parts and change none"):
+        run(other, tmp_path / "other")
+
+
 @pytest.mark.parametrize("freeze", [("nothing.*",), ("encoder.*", "latent_tokenz")])
 def test_a_pattern_that_freezes_nothing_is_refused(freeze, tmp_path):
     with pytest.raises(ValueError, match=f"{freeze[-1][:7]}.*matches no parameter"):

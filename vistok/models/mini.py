@@ -45,6 +45,8 @@ class MiniConfig:
     encoder_depth: int = 3
     decoder_depth: int = 3
     heads: int = 4
+    refiner_width: int = 0
+    """Channels of the convolutions that redraw the decoded picture; 0: none."""
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +63,8 @@ class MiniConfig:
         for name in ("image_size", "patch_size", "thumbnail_size", "width", "heads"):
             if not 1 <= getattr(self, name) <= 2**16:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is 1 to {2**16}")
+        if not 0 <= self.refiner_width <= 2**16:
+            raise ValueError(f"refiner_width is {self.refiner_width}; it is 0 to {2**16} channels")
         for name in ("encoder_depth", "decoder_depth"):
             if not 0 <= getattr(self, name) <= 1000:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is 0 to 1000 blocks")
@@ -108,6 +112,33 @@ class MiniEncoder(nn.Module):
         return x.flatten(1).index_add(1, self.used, self.linear_path(thumbnail).to(x.dtype)).view_as(x)
 
 
+class Refiner(nn.Module):
+    """The correction of a decoded picture: residual convolutions at full resolution, which know no position
+    and so cannot draw a pattern that is aligned with patches."""
+
+    def __init__(self, width: int, dilations: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+        super().__init__()
+        self.enter = _conv(3, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(_conv(width, width, dilation), nn.GELU(), _conv(width, width))
+            for dilation in dilations
+        )
+        self.leave = _conv(width, 3)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] around 0 → [B, 3, H, W] to add."""
+        x = self.enter(images)
+        for block in self.blocks:
+            x = x + block(F.gelu(x))
+        return self.leave(F.gelu(x))
+
+
+def _conv(inputs: int, outputs: int, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, padding_mode="replicate")
+
+
 class MiniDecoder(nn.Module):
     """Latents [B, K, D] → images: a transformer over latents and a query per patch, plus the linear path."""
 
@@ -124,6 +155,7 @@ class MiniDecoder(nn.Module):
         self.head = nn.Linear(width, 3 * config.patch_size**2)
         self.linear_path = nn.Linear(int(used.sum()), 3 * config.thumbnail_size**2)
         self.register_buffer("used", used.flatten().nonzero().flatten(), persistent=False)
+        self.refiner = Refiner(config.refiner_width) if config.refiner_width else None
 
     def forward(self, latents: Tensor, present: Tensor) -> Tensor:
         """Latents [B, K, D] and which of them are there, bool [B, K] → [B, 3, H, W], not clamped."""
@@ -137,7 +169,10 @@ class MiniDecoder(nn.Module):
             1, (3, self.thumbnail_size, -1)
         )
         coarse = F.interpolate(coarse, self.image_size, mode="bilinear", antialias=False)
-        return 0.5 + coarse + detail
+        picture = coarse + detail
+        if self.refiner is not None:
+            picture = picture + self.refiner(picture)
+        return 0.5 + picture
 
 
 @register_family("mini")

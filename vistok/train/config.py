@@ -100,11 +100,12 @@ class TrainConfig(RunConfig):
 
     `tokenizer` is `{name: registry name or family, …fields}` for `vistok.create`; `data` is what
     `vistok.train.data.build` takes. `teacher` names a MaskGIT-VQGAN checkpoint and makes the objective
-    TiTok's stage 1 (proxy codes); without it the objective is pixels. `freeze` lists patterns of parameter
-    names that do not train. `nested_dropout` is the share of images that keep only a random prefix of their
-    tokens (ordered tokenizers). `warm_start_images` fits what the family can fit in closed form to that many
-    images first. `validation` lists shipped photographs (`vistok.train.data`) or image files; keep them out
-    of `data`.
+    TiTok's stage 1 (proxy codes); without it the objective is pixels. `initial` names the tokenizer that
+    training starts from, by name or path; fields of `tokenizer` may then add parts to it. `freeze` lists
+    patterns of parameter names that do not train. `nested_dropout` is the share of images that keep only a
+    random prefix of their tokens (ordered tokenizers). `warm_start_images` fits what the family can fit in
+    closed form to that many images first. `validation` lists shipped photographs (`vistok.train.data`) or
+    image files; keep them out of `data`.
     """
 
     tokenizer: dict[str, Any]

@@ -1,5 +1,6 @@
 """Training a tokenizer: pixels, perception and an adversary, or a teacher's codes, on pictures."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ...checkpoint import misfits
 from ...files import atomic_write
 from ...images import load_image, side_by_side, to_pil, to_tensor
 from ...loading import create, load
@@ -86,11 +88,7 @@ class TokenizerObjective(Objective):
             yield "validation has no effect with a teacher: the model writes codes and no pictures"
 
     def _tokenizer(self) -> Tokenizer:
-        if self.config.initial:
-            tokenizer = load(self.config.initial)
-        else:
-            fields = dict(self.config.tokenizer)
-            tokenizer = create(fields.pop("name"), **fields)
+        tokenizer = self._start()
         if self.config.nested_dropout and not tokenizer.ordered:
             raise ValueError(
                 f"nested_dropout needs an ordered tokenizer; {tokenizer.label} decodes full length only"
@@ -198,10 +196,31 @@ class TokenizerObjective(Objective):
 
     def fresh(self) -> Tokenizer:
         """The tokenizer that the run started from; it is not the published model any more."""
-        fields = dict(self.config.tokenizer)
-        model = load(self.config.initial) if self.config.initial else create(fields.pop("name"), **fields)
+        model = self._start()
         model.name = None
         return model
+
+    def _start(self) -> Tokenizer:
+        """The tokenizer that training starts from: of fresh weights, or the initial one, to which fields of
+        `tokenizer` may add parts of fresh weights."""
+        fields = dict(self.config.tokenizer)
+        name = fields.pop("name")
+        if not self.config.initial:
+            return create(name, **fields)
+        initial = load(self.config.initial)
+        if name not in (initial.family, initial.name) or not fields:
+            return initial
+        grown = create(name, **dataclasses.asdict(initial.config) | fields)
+        if grown.config == initial.config:
+            return initial
+        _, unexpected, misshapen = misfits(grown, initial.state_dict())
+        if lines := unexpected + misshapen:
+            raise ValueError(
+                f"initial {self.config.initial} does not fit the fields of tokenizer; they may add parts and "
+                f"change none: {len(lines)} keys differ, such as {lines[0]}"
+            )
+        grown.load_state_dict(initial.state_dict(), strict=False)
+        return grown
 
     @torch.no_grad()
     def validate(self, model: Tokenizer, picture: Path) -> dict[str, float]:
