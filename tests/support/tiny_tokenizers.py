@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vistok import create, load
+from vistok.models.grid import GridTokenizer
 from vistok.registry import families
 
 SIDE, COUNT = 32, 6
@@ -89,6 +90,19 @@ CASES = {
     ),
     "imagefolder": ("xqgan", {**XQ, **SCALES, "codebook_embed_dim": 6, "product_quant": 2}),
     "xqgan-binary": ("xqgan", {**XQ, **SCALES, "codebook_embed_dim": 6, "lfq": True}),
+    "elm": (
+        "elm",
+        {
+            "nf": 32,
+            "res_blocks": 1,
+            "codebook_size": 6,
+            "emb_dim": 32,
+            "ch_mult": (1,) * 5,
+            "img_size": SIDE,
+            "attn_resolutions": (2,),
+            "code_weight": 0.1,
+        },
+    ),
     "maskgit-vqgan": (
         "maskgit-vqgan",
         {
@@ -152,7 +166,9 @@ def traits(case):
 ORDERED = [case for case in CASES if traits(case).ordered]
 ADAPTIVE = [case for case in CASES if traits(case).adaptive]
 STOCHASTIC = [case for case in CASES if traits(case).stochastic]
-FIXED_LENGTH = [case for case in CASES if case not in ORDERED + ADAPTIVE + ["maskgit-vqgan"]]  # any square
+FIXED_LENGTH = [  # grids are of any size
+    case for case in CASES if case not in ORDERED + ADAPTIVE and not issubclass(traits(case), GridTokenizer)
+]
 
 
 # ---- building ----------------------------------------------------------------------------------------------

@@ -5,11 +5,9 @@ twice: as the teacher of its first training stage and, inside its checkpoints, a
 second.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isqrt
 from typing import Any
 
 import torch
@@ -21,8 +19,7 @@ from ..nn.cpu.batching import in_chunks
 from ..nn.cpu.upsample import upsample_conv
 from ..quantizers import VectorQuantizer
 from ..registry import Entry, register, register_family
-from ..tokenizer import Tokenizer
-from ..tokens import Tokens
+from .grid import GridTokenizer
 from .ranges import require_color, require_depths, require_sizes
 
 GROUPS = 32  # of every group norm
@@ -170,7 +167,7 @@ class Decoder(nn.Module):
 
 
 @register_family("maskgit-vqgan")
-class MaskGITVQGAN(Tokenizer):
+class MaskGITVQGAN(GridTokenizer):
     """The two-dimensional f16 tokenizer: tokens are the row-major grid of codes, any size divisible by 16."""
 
     config_class = MaskGITVQGANConfig
@@ -213,56 +210,9 @@ class MaskGITVQGAN(Tokenizer):
         """Images [B, 3, H, W] → [B, H/16 · W/16, 256], row by row."""
         return self.encoder(images).flatten(2).transpose(1, 2)
 
-    def pixels(
-        self, latents: Tensor, lengths: Tensor | None = None, *, grid: tuple[int, int] | None = None
-    ) -> Tensor:
-        """Latents of a `grid` of h × w (by default square) [B, hw, 256] → images [B, 3, 16h, 16w], not
-        clamped."""
-        side = isqrt(latents.shape[1])
-        return self.decoder(latents.transpose(1, 2).unflatten(2, grid or (side, side)))
-
-    @property
-    def size_multiple(self) -> int:
-        """Sides of images are multiples of this, in pixels: 16 at the published size."""
-        return self.factor
-
-    def check_num_tokens(self, num_tokens: int | None) -> int:
-        """Accept any square grid; tokens that carry their `grid` may have another shape."""
-        if num_tokens is None:
-            return self.num_tokens
-        if num_tokens < 1 or isqrt(num_tokens) ** 2 != num_tokens:
-            raise ValueError(
-                f"{self.label} decodes square grids of tokens; {num_tokens} is not a square. For another "
-                "shape call decoder on a grid of latents [B, 256, h, w]"
-            )
-        return num_tokens
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
-        """Images [B, 3, H, W] in [0, 1], sides divisible by 16 → H/16 · W/16 tokens per image."""
-        codes = self.quantize.encode(self.check_latents(self.latents(self.check_images(images))))
-        if num_tokens not in (None, codes.shape[1]):
-            raise ValueError(
-                f"these images have {codes.shape[1]} tokens per image; {num_tokens} was asked for"
-            )
-        sides = images.shape[2] // self.factor, images.shape[3] // self.factor
-        return dataclasses.replace(self.as_tokens(codes), grid=sides)
-
-    @torch.no_grad()
-    def decode(
-        self,
-        tokens: Tokens | Tensor,
-        *,
-        condition: Any = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Tokens (or bare codes [B, K] of a square grid) → images [B, 3, H, W] in [0, 1]."""
-        self.check_decoding(condition=condition, steps=steps, guidance=guidance)
-        latents, _ = self.dequantize(tokens)
-        grid = tokens.grid if isinstance(tokens, Tokens) else None
-        return self.pixels(latents, grid=grid).clamp(0, 1)
+    def draw(self, grid: Tensor) -> Tensor:
+        """Latents [B, 256, h, w] → images [B, 3, 16h, 16w], not clamped."""
+        return self.decoder(grid)
 
 
 register(

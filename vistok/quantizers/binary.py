@@ -45,15 +45,20 @@ class BinaryQuantizer(Quantizer):
         self.proj = nn.Sequential(nn.Linear(dim, num_bits))
         self.embed = nn.Parameter(0.02 * torch.randn(num_bits, dim))
 
+    @property
+    def rows(self) -> Tensor:
+        """The embeddings of the bits [num_bits, dim]."""
+        return self.embed
+
     def logits(self, latents: Tensor) -> Tensor:
         """Latents [..., dim] → logits [..., num_bits] in float32 or better; a bit is set where above 0."""
-        num_bits, dim = self.embed.shape
+        num_bits, dim = self.rows.shape
         if latents.shape[-1] != dim:
             raise ValueError(f"latents have {latents.shape[-1]} channels; these {num_bits} bits read {dim}")
-        layer = self.proj[0]
-        dtype = torch.promote_types(torch.promote_types(latents.dtype, layer.weight.dtype), torch.float32)
+        weight, bias = self.proj[0].weight.flatten(1), self.proj[0].bias
+        dtype = torch.promote_types(torch.promote_types(latents.dtype, weight.dtype), torch.float32)
         with torch.autocast(latents.device.type, enabled=False):
-            return F.linear(latents.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+            return F.linear(latents.to(dtype), weight.to(dtype), bias.to(dtype))
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents [..., dim] → bits bool [..., num_bits]."""
@@ -61,11 +66,12 @@ class BinaryQuantizer(Quantizer):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Bits bool [..., num_bits] → the sum of their embeddings [..., dim]."""
-        if codes.dtype != torch.bool or codes.shape[-1] != len(self.embed):
+        rows = self.rows
+        if codes.dtype != torch.bool or codes.shape[-1] != len(rows):
             raise ValueError(
-                f"codes are {codes.dtype} [..., {codes.shape[-1]}]; give bool [..., {len(self.embed)}]"
+                f"codes are {codes.dtype} [..., {codes.shape[-1]}]; give bool [..., {len(rows)}]"
             )
-        return codes.to(self.embed.dtype) @ self.embed
+        return codes.to(rows.dtype) @ rows
 
     def forward(self, latents: Tensor) -> Quantized:
         """Straight-through bits: drawn in training mode, thresholded in eval mode."""
@@ -76,12 +82,17 @@ class BinaryQuantizer(Quantizer):
         else:
             bits = logits.detach() > 0
         passed = bits.to(logits.dtype) + (probability - probability.detach())
-        losses = {"code": self.code_weight * (probability * (1 - probability)).mean()}
+        losses = {"code": self.code_weight * self.code_loss(probability)}
         if self.entropy_weight:
             losses["entropy"] = self.entropy_weight * _entropy_loss(logits, probability)
         with torch.autocast(latents.device.type, enabled=False):
-            summed = passed @ self.embed.to(passed.dtype)
+            summed = passed @ self.rows.to(passed.dtype)
         return Quantized(summed.to(latents.dtype), bits, losses)
+
+    @staticmethod
+    def code_loss(probability: Tensor) -> Tensor:
+        """How undecided the bits are, a scalar in 0..1/4: the mean of p(1 - p)."""
+        return (probability * (1 - probability)).mean()
 
 
 def _entropy_loss(logits: Tensor, probability: Tensor) -> Tensor:
