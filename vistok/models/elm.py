@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.convolution import group_norm
+from ..nn.convolution import GridAttention, group_norm
 from ..nn.cpu.batching import in_chunks
 from ..nn.cpu.upsample import upsample_conv
 from ..quantizers import BinaryQuantizer
@@ -81,22 +81,6 @@ class Block(nn.Module):
         return h + (self.conv_out(x) if x.shape[1] != h.shape[1] else x)
 
 
-class Attention(nn.Module):
-    """One head of self-attention over all cells of a grid."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = group_norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, C, H, W]."""
-        h = self.norm(x)
-        rows = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(*rows)  # [B, 1, HW, C]
-        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
 class Halve(nn.Module):
     """A convolution of stride 2 after a row and a column of zeros; its key is `conv`."""
 
@@ -133,10 +117,10 @@ class ELMEncoder(nn.Module):
                 blocks.append(Block(before, width))
                 before = width
                 if config.attends(level):
-                    blocks.append(Attention(width))
+                    blocks.append(GridAttention(width))
             if level < last:
                 blocks.append(Halve(width))
-        blocks += [Block(before, before), Attention(before), Block(before, before)]
+        blocks += [Block(before, before), GridAttention(before), Block(before, before)]
         # Parity: no activation stands between the last norm and the convolution.
         blocks += [group_norm(before), nn.Conv2d(before, config.emb_dim, 3, padding=1)]
         self.blocks = nn.ModuleList(blocks)
@@ -158,14 +142,14 @@ class ELMGenerator(nn.Module):
         self.factor = 2 ** (len(config.widths) - 1)
         blocks: list[nn.Module] = [group_norm(config.emb_dim)] if config.norm_first else []
         blocks.append(nn.Conv2d(config.emb_dim, before, 3, padding=1))
-        blocks += [Block(before, before), Attention(before), Block(before, before)]
+        blocks += [Block(before, before), GridAttention(before), Block(before, before)]
         for level in reversed(range(len(config.widths))):
             width = config.widths[level]
             for _ in range(config.res_blocks):
                 blocks.append(Block(before, width))
                 before = width
                 if config.attends(level):
-                    blocks.append(Attention(width))
+                    blocks.append(GridAttention(width))
             if level:
                 blocks.append(Double(width))
         blocks += [group_norm(before), nn.Conv2d(before, config.n_channels, 3, padding=1)]

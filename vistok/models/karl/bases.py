@@ -6,8 +6,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.convolution import GridAttention, group_norm
 from ...nn.convolution import ResidualBlock as LatentDiffusionBlock
-from ...nn.convolution import group_norm
 from ...nn.cpu.batching import in_chunks
 from ...nn.cpu.linear import linear
 from ...nn.cpu.upsample import upsample_conv
@@ -18,22 +18,6 @@ from .config import VAE_SCALE, KarlConfig
 
 # Memory stays channels-first: channels-last is a tenth faster on a CPU, but its group norm loses up to three
 # digits on flat pictures, which changes codes, and makes batches differ from single images.
-
-
-class GridAttention(nn.Module):
-    """One head of self-attention over all cells of a grid."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = group_norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, C, H, W]."""
-        h = self.norm(x)
-        rows = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(*rows)  # [B, 1, HW, C]
-        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Resample(nn.Module):
