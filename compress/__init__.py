@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING, Any
 from ..checkout import check_checkout
 
 if TYPE_CHECKING:
+    from .guests.kvpress import Press as Press
     from .registry import list_reducers as list_reducers
     from .session import Session as Session
     from .session import attach as attach
+    from .vision.text_tower import TextTower as TextTower
 
 check_checkout(__file__, "compress")
-_HOMES = {"attach": "session", "Session": "session", "list_reducers": "registry"}
+_HOMES = {
+    "attach": "session",
+    "Session": "session",
+    "list_reducers": "registry",
+    "Press": "guests.kvpress",
+    "TextTower": "vision.text_tower",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`attach`, `Session`, `list_reducers` and the classes of all reducers, imported on first use."""
+    """What `_HOMES` lists, and the classes of all reducers, imported on first use."""
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     if name == "__all__":

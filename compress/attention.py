@@ -19,10 +19,14 @@ import torch
 from torch import Tensor, nn
 
 Probe = Callable[[nn.Module, Tensor, Tensor, Tensor | None, float | None], None]
-MaskChange = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]  # query, key, value, mask
+# From query, key, value, mask and scaling to the key, value and mask that are used.
+AttentionChange = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, float | None], tuple[Tensor, Tensor, Tensor | None]
+]
 
 _PROBES: ContextVar[dict[nn.Module, Probe] | None] = ContextVar("vistok_probes", default=None)
-_MASKS: ContextVar[dict[nn.Module, MaskChange] | None] = ContextVar("vistok_masks", default=None)
+_CHANGES: ContextVar[dict[nn.Module, AttentionChange] | None] = ContextVar("vistok_changes", default=None)
+_ROWS: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("vistok_rows", default=None)
 _PREFIX = "vistok_"
 
 
@@ -116,12 +120,41 @@ def watch(probes: dict[nn.Module, Probe] | None) -> dict[nn.Module, Probe] | Non
     return before
 
 
-def change_masks(changes: dict[nn.Module, MaskChange] | None) -> dict[nn.Module, MaskChange] | None:
-    """Make watched attention modules use the masks that `changes` return for theirs, in this thread of
-    execution and until the next call of this function; returns those that were set before."""
-    before = _MASKS.get()
-    _MASKS.set(changes)
+def change_attention(
+    changes: dict[nn.Module, AttentionChange] | None,
+) -> dict[nn.Module, AttentionChange] | None:
+    """Make watched attention modules use the keys, values and masks that `changes` return for theirs, in this
+    thread of execution and until the next call of this function; returns those that were set before."""
+    before = _CHANGES.get()
+    _CHANGES.set(changes)
     return before
+
+
+@contextmanager
+def on_rows(module: nn.Module, index: Tensor) -> Iterator[None]:
+    """While inside, the watched attention `module` attends from its queries at `index` [B, R] only, whose
+    places differ; the outputs of the others are zeros. For causal "sdpa" and "eager" attention."""
+    token = _ROWS.set((module, index))
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def _some_rows(function: Callable[..., Any], index: Tensor) -> Callable[..., Any]:
+    def attention(module, query, key, value, mask, *args, **kwargs):
+        length = query.shape[2]
+        rows = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        mask = mask_rows(mask, index, length, key.shape[2] - length)
+        output, weights = function(module, rows, key, value, mask, *args, **kwargs)
+        whole = output.new_zeros(len(output), length, *output.shape[2:])
+        whole = whole.scatter(1, index[:, :, None, None].expand_as(output), output)
+        if weights is not None:
+            full = weights.new_zeros(*weights.shape[:2], length, weights.shape[3])
+            weights = full.scatter(2, index[:, None, :, None].expand_as(weights), weights)
+        return whole, weights
+
+    return attention
 
 
 def watched(implementation: str) -> str:
@@ -144,11 +177,14 @@ def _reporting(stock: Callable[..., Any] | None) -> Callable[..., Any]:
         probes = _PROBES.get()
         if probes and (probe := probes.get(module)) is not None:
             probe(module, query, key, attention_mask, scaling)
-        masks = _MASKS.get()
-        if masks and (mask := masks.get(module)) is not None:
-            attention_mask = mask(query, key, value, attention_mask)
+        changes = _CHANGES.get()
+        if changes and (change := changes.get(module)) is not None:
+            key, value, attention_mask = change(query, key, value, attention_mask, scaling)
         # Each model file has an eager function of its own.
         function = stock or sys.modules[type(module).__module__].eager_attention_forward
+        rows = _ROWS.get()
+        if rows is not None and rows[0] is module:
+            function = _some_rows(function, rows[1])
         return function(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
 
     return attention

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from .reducer import (
     FeatureReducer,
     Image,
+    PixelReducer,
     Reducer,
     Selection,
     Stage,
@@ -32,6 +33,17 @@ def by_stage(reducers: Sequence[Reducer]) -> dict[Stage, list[Reducer]]:
             f"{' and '.join(type(reducer).__name__ for reducer in vision)} both merge in the blocks of the "
             "tower, whose tokens follow one plan; attach one of them"
         )
+    pixels = [reducer for reducer in stages.get(Stage.PIXELS, ()) if isinstance(reducer, PixelReducer)]
+    if len(pixels) > 1:
+        raise ValueError(
+            f"{' and '.join(type(reducer).__name__ for reducer in pixels)} both drop patches before the "
+            "tower, each by the whole picture; attach one of them"
+        )
+    if pixels and vision:
+        raise ValueError(
+            f"{type(vision[0]).__name__} plans its merges for whole pictures, of which "
+            f"{type(pixels[0]).__name__} drops patches; attach one of them"
+        )
     if len(features := stages.get(Stage.FEATURES, ())) > 1:
         stages[Stage.FEATURES] = [FeatureChain(reducers=tuple(features))]
     return stages
@@ -41,8 +53,9 @@ def by_stage(reducers: Sequence[Reducer]) -> dict[Stage, list[Reducer]]:
 class FeatureChain(FeatureReducer):
     """Feature reducers one after another; each gets the tokens that those before it left.
 
-    The budget is for the last one. Those before it use their own `keep`, or their paper's. Only
-    the first gets the tower's attention, states and pixels, which belong to whole pictures.
+    The budget is for the last one. Those before it use their own `keep`, or their paper's. The tower's
+    attention and states are recorded once for all. They belong to whole pictures: beside the first reducer
+    only those read them that do so token by token, after reducers that select. Pixels are for the first.
     """
 
     reducers: tuple[FeatureReducer, ...]
@@ -51,24 +64,45 @@ class FeatureChain(FeatureReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for reducer in self.reducers[1:]:
-            if reducer.tower_layers() or reducer.wants_states() is not None or reducer.wants_pixels:
+        for number, reducer in enumerate(self.reducers[1:], 1):
+            reads = bool(reducer.tower_layers()) or reducer.wants_states() is not None
+            by_token = reducer.by_token and not any(before.merges for before in self.reducers[:number])
+            if (reads and not by_token) or reducer.wants_pixels:
                 raise ValueError(
                     f"{type(reducer).__name__} reads what the tower made of the whole picture, so it must be "
                     f"the first reducer of features; {type(self.reducers[0]).__name__} is before it"
                 )
+        self._layers: dict[TowerLayer, bool | Literal["joined"]] = {}
+        for layer, kind in (item for reducer in self.reducers for item in reducer.tower_layers().items()):
+            if self._layers.setdefault(layer, kind) != kind:
+                raise ValueError(
+                    f"{self._names} read the attention of tower layer {layer!r} in different forms (such as "
+                    "logits and probabilities); attach one of them, or set another layer"
+                )
+        states = {layer for reducer in self.reducers if (layer := reducer.wants_states()) is not None}
+        if len(states) > 1:
+            raise ValueError(
+                f"{self._names} read the tower's states with the keys of layers "
+                f"{' and '.join(sorted(map(repr, states)))}; attach one of them, or set the same layer"
+            )
+        self._states = next(iter(states), None)
         self.keep = self.reducers[-1].keep
         self.wants_pixels = self.reducers[0].wants_pixels
+        self.reads_text = any(reducer.reads_text for reducer in self.reducers)
         positions = {reducer.paper_positions for reducer in self.reducers}
         self.paper_positions = "compact" if "compact" in positions else "keep"
 
-    def tower_layers(self) -> dict[TowerLayer, bool | str]:
-        """The tower layers whose attention the first reducer reads."""
-        return self.reducers[0].tower_layers()
+    @property
+    def _names(self) -> str:
+        return " and ".join(type(reducer).__name__ for reducer in self.reducers)
+
+    def tower_layers(self) -> dict[TowerLayer, bool | Literal["joined"]]:
+        """The tower layers whose attention any of the reducers reads."""
+        return self._layers
 
     def wants_states(self) -> TowerLayer | None:
-        """The tower layer whose states the first reducer reads."""
-        return self.reducers[0].wants_states()
+        """The tower layer whose keys any of the reducers reads."""
+        return self._states
 
     def reduce(self, image: Image, budget: float | int | None) -> Selection:
         """How many tokens the last reducer leaves; a fraction is of all of the image's tokens."""
@@ -80,7 +114,7 @@ class FeatureChain(FeatureReducer):
             if keeps_everything(own):
                 continue
             if own is not None:
-                own = min(count_of(own, whole.num_tokens), image.num_tokens)
+                own = min(count_of(own, whole.num_tokens + whole.dropped), image.num_tokens)
             selection = reducer.reduce(image, own)
             total = _then(total, selection)
             image = _reduced_image(image, selection)
@@ -107,6 +141,8 @@ def _then(first: Selection, second: Selection) -> Selection:
 
 def _reduced_image(image: Image, selection: Selection) -> Image:
     """The image for the next reducer, without what belongs to the whole picture."""
+    if selection.values is None:
+        return image.remaining(selection.kept)
     grid = image.grid
     if grid is not None:
         places = (selection.kept if selection.source is None else selection.source).cpu()
@@ -117,5 +153,4 @@ def _reduced_image(image: Image, selection: Selection) -> Image:
             tile=grid.tile[places].masked_fill(~is_patch, -1),
             index=grid.index[places].masked_fill(~is_patch, -1),
         )
-    features = image.features[selection.kept] if selection.values is None else selection.values
-    return replace(image, features=features, grid=grid, rows={}, states=None, keys=None, encode=None)
+    return replace(image, features=selection.values, grid=grid, rows={}, states=None, keys=None, encode=None)

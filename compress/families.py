@@ -7,9 +7,10 @@ features at the language model's boundary; others are refused with the reason.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ class Record:
 
     `lengths` are the tokens of each item, `arguments` those of `get_image_features` (sizes, grids),
     `rows`, `states` and `keys` hold, per item, what reducers need of the tower, `groups` [tiles, n]
-    records which patches were merged.
+    records which patches were merged, `patches_left` [tiles, n] which of them are left where the tower drops
+    the others, `entered` [N] per item which tokens' patches entered the tower (None:
+    all), `seconds` the time that it took to choose them.
     """
 
     modality: str
@@ -37,6 +40,9 @@ class Record:
     states: list[Tensor] | None = None
     keys: list[Tensor] | None = None
     groups: Tensor | None = None
+    patches_left: Tensor | None = None
+    entered: list[Tensor] | None = None
+    seconds: float = 0.0
     reduced: bool = False  # a functional call's features: nothing is left to drop
 
 
@@ -45,12 +51,13 @@ class Family:
     """How one model family lays out its visual tokens.
 
     `grids(host, record)`: one Grid per item, or None where the layout is not known; `pool`: the side of the
-    block of patches behind a token; `order`: how patches lie in the tower; `segment`: what counts as one
-    image in a prompt when it is not one item of `pooler_output`.
+    block of patches behind a token (a number or the field of the configuration that holds it); `order`: how
+    patches lie in the tower; `segment`: what counts as one image in a prompt when it is not one item of
+    `pooler_output`; `readable`: whether the tower's attention can be divided among the tokens.
 
     Orders: "raster" (a batch of tiles), "images" (one image after the other), "block" (units of pool²
     patches), "window" (the same, permuted by windows). Segments: "items", "runs" (of tiles), "tiles" (of a
-    sample).
+    sample), "stretches" (of neighbouring tokens, whatever the items are; their layout is not known).
     """
 
     grids: Callable[["Host", Record], list[Grid | None]] | None = None
@@ -59,6 +66,7 @@ class Family:
     segment: str = "items"
     bidirectional: bool = False
     first_position: int = 0
+    readable: bool = True
 
 
 @dataclass
@@ -92,7 +100,7 @@ class Host:
         if pool is None:  # Gemma 3 pools to a given number of tokens
             vision = self.config.vision_config
             return vision.image_size // vision.patch_size // math.isqrt(self.config.mm_tokens_per_image)
-        return pool if isinstance(pool, int) else int(getattr(self.config, pool))
+        return pool if isinstance(pool, int) else int(attrgetter(pool)(self.config))
 
     def layer_type(self, layer: int) -> str:
         """ "full_attention", "sliding_attention", … of a decoder layer."""
@@ -103,12 +111,36 @@ class Host:
         return self._patterns[layer][1]
 
     @cached_property
-    def attentions(self) -> list[nn.Module]:
-        """The attention modules of the decoder layers."""
-        return [layer.self_attn for layer in self.layers]
+    def attentions(self) -> list[nn.Module | None]:
+        """The attention modules of the decoder layers; None for layers with a running state in their place
+        (linear attention, convolutions)."""
+        return [getattr(layer, "self_attn", None) for layer in self.layers]
+
+    @cached_property
+    def recurrent(self) -> list[str]:
+        """The kinds of layers that keep a running state in place of keys ("linear_attention", "conv")."""
+        kinds = [self.layer_type(i) for i, attention in enumerate(self.attentions) if attention is None]
+        return sorted(set(kinds))
+
+    @cached_property
+    def first_attention(self) -> int:
+        """The first decoder layer that keeps keys and values."""
+        return next(i for i, attention in enumerate(self.attentions) if attention is not None)
+
+    def check_attention(self, reducers: Sequence[Any]) -> None:
+        """Raise TypeError, naming the first of the `reducers` inside the language model, where some layers
+        keep a running state."""
+        if self.recurrent:
+            raise TypeError(
+                f"the language model of {self.name} mixes attention with {', '.join(self.recurrent)}, whose "
+                f"state is made of all tokens read, so {type(reducers[0]).__name__} cannot drop tokens "
+                "inside it; use a reducer of features"
+            )
 
     def key_width(self, layer: int) -> int:
-        """Width of a layer's keys, heads times head width; that of values is the same."""
+        """Width of a layer's keys, heads times head width; that of values is the same. 0: it keeps none."""
+        if self.attentions[layer] is None:
+            return 0
         projection = getattr(self.attentions[layer], "k_proj", None)
         if isinstance(projection, nn.Linear):
             return projection.out_features
@@ -172,6 +204,33 @@ def _qwen(host: Host, record: Record) -> list[Grid | None]:
     return [_frames(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
 
 
+def _merged_by_image(host: Host, record: Record) -> list[Grid | None]:
+    """VideoLLaMA 3: each image states by how much its patches are merged."""
+    grids = record.arguments.get(f"{record.modality}_grid_thw")
+    merges = record.arguments.get(f"{record.modality}_merge_sizes")
+    if grids is None or merges is None:
+        return [None] * len(record.lengths)
+    pairs = zip(torch.as_tensor(grids).tolist(), torch.as_tensor(merges).tolist(), strict=True)
+    return [_frames(t, h // merge, w // merge) for (t, h, w), merge in pairs]
+
+
+def _kimi(host: Host, record: Record) -> list[Grid | None]:
+    grids = record.arguments.get(f"{record.modality}_grid_thw")
+    if grids is None:
+        return [None] * len(record.lengths)
+    rows, columns = host.config.vision_config.merge_kernel_size
+    return [_frames(1, h // rows, w // columns) for _, h, w in torch.as_tensor(grids).tolist()]
+
+
+def _shapes(host: Host, record: Record) -> list[Grid | None]:
+    """LFM2-VL: the patches of each tile, of which blocks are merged."""
+    shapes = record.arguments.get("spatial_shapes")
+    if shapes is None:
+        return [None] * len(record.lengths)
+    unit = host.config.downsample_factor
+    return [Grid.single(height // unit, width // unit) for height, width in torch.as_tensor(shapes).tolist()]
+
+
 def _frames(frames: int, height: int, width: int) -> Grid:
     tokens = height * width
     return Grid(
@@ -215,11 +274,17 @@ def tiled(lengths: list[int], columns: int | None, thumbnail_last: bool) -> Grid
     )
 
 
+_PACKED = Family(_qwen, pool="vision_config.spatial_merge_size", readable=False)
+_SHUFFLED = Family(_square, pool="downsample_factor")
+_STRETCHES = Family(segment="stretches", readable=False)
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(_square),
     "vipllava": Family(_square),
     "video_llava": Family(_square),
     "deepseek_vl": Family(_square),
+    "deepseek_vl_hybrid": Family(_square, readable=False),  # a token is one of each tower
+    "janus": Family(_square),
     "llava_next": Family(_anyres),
     "llava_next_video": Family(_anyres),
     "llava_onevision": Family(_anyres),
@@ -227,39 +292,128 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(_qwen, pool=2, order="window"),
     "qwen3_vl": Family(_qwen, pool=2, order="block"),
     "qwen3_vl_moe": Family(_qwen, pool=2, order="block"),
+    "qwen3_5": _PACKED,
+    "qwen3_5_moe": _PACKED,
+    "qwen2_5_omni_thinker": _PACKED,
+    "qwen3_omni_moe_thinker": _PACKED,
+    "glm4v": _PACKED,
+    "glm4v_moe": _PACKED,
+    "glm46v": _PACKED,
+    "glmga": _PACKED,
+    "glm_ocr": _PACKED,
+    "ernie4_5_vl_moe": _PACKED,
+    "paddleocr_vl": _PACKED,
+    "exaone4_5": _PACKED,
+    "hyperclovax_vision_v2": _PACKED,
+    "cosmos3_edge": _PACKED,
+    "cosmos3_omni": _PACKED,
+    "minimax_m3_vl": _PACKED,
+    "video_llama_3": Family(_merged_by_image, readable=False),
+    "kimi_k25": Family(_kimi, readable=False),
+    "lfm2_vl": Family(_shapes, pool="downsample_factor", readable=False),
+    "gemma4": Family(readable=False),
+    "gemma3n": Family(readable=False),
     "internvl": Family(pool=2, segment="runs"),
+    "qianfan_ocr": Family(pool=2, segment="runs"),
+    "idefics2": _STRETCHES,
+    "granite_docling": _STRETCHES,
+    "perception_lm": _STRETCHES,
     "idefics3": Family(pool="scale_factor", segment="tiles"),
     "smolvlm": Family(pool="scale_factor", segment="tiles"),
     "paligemma": Family(_square, bidirectional=True, first_position=1),
     "gemma3": Family(_square, pool=None, bidirectional=True),
     "mistral3": Family(_mistral3, pool="spatial_merge_size", order="images"),
     "lighton_ocr": Family(_mistral3, pool="spatial_merge_size", order="images"),
+    "aya_vision": _SHUFFLED,
+    "cohere2_vision": _SHUFFLED,
+    "ovis2": Family(_square, pool="vision_config.hidden_stride"),
+    "got_ocr2": Family(_square, readable=False),  # convolutions behind the tower overlap
+    "pp_chart2table": Family(_square, readable=False),
+    "step3p7": Family(_square, readable=False),
+    "aria": Family(readable=False),
+    "molmo2": Family(readable=False),
 }
 
 _ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+_RUNNING = {"linear_attention", "conv"}  # layers that keep a running state in place of keys
 
 _OTHER_CUTS = {"mllama", "blip-2", "instructblip"}
 
+_UNTESTED = "no reducer has been tested in it"
+_ENCODER_DECODER = "it is an encoder-decoder, and its pictures enter the encoder"
+_INDEXED = "its attention picks keys by an index of its own (indexed_attention), which cannot be shortened"
+_SLIDING = "its language model mixes attention with hybrid_sliding, whose state cannot be shortened"
+_MASKED = "no placeholder token marks the places of a picture in its prompt"
+_VOCABULARY = "pictures enter as codes of a tokenizer, which are text to its language model"
+_CROSSING = "pictures enter by cross-attention layers of its own, which reducers do not know"
+
 _REFUSED = {
+    "apertus1p5": _VOCABULARY,
+    "blip": _CROSSING,
+    "chameleon": _VOCABULARY,
+    "cohere_compass": _UNTESTED,
+    "deepseek_ocr2": _UNTESTED,
+    "diffusion_gemma": "it writes blocks of tokens by diffusion and not one after the other",
+    "dots3_note": _INDEXED,
+    "emu3": _VOCABULARY,
+    "evolla": "it reads proteins and not pictures",
+    "fast_vlm": _UNTESTED,
+    "florence2": _ENCODER_DECODER,
+    "fuyu": "it has no vision tower: patches enter the language model as they are",
+    "gemma4_unified": _UNTESTED,
+    "git": _MASKED,
+    "glm5_next": _INDEXED,
+    "granite4_vision": _UNTESTED,
+    "hunyuan_vl": _UNTESTED,
+    "hy_v4_vl": _INDEXED,
+    "idefics": _CROSSING,
+    "inkling2": _SLIDING,
+    "inkling2_loop": _SLIDING,
+    "inkling_mm_model": _SLIDING,
+    "instructblipvideo": "its Q-Former reads the frames of a video, in which no reducer has been tested",
+    "kosmos-2": _MASKED,
+    "kosmos-2.5": _MASKED,
+    "lfm3_vl": _UNTESTED,
     "llama4": "its vision features are projected inside the model's own forward, out of reach of hooks",
+    "minicpm_ocr": _UNTESTED,
+    "minicpmv4_6": _UNTESTED,
+    "minicpmv4_7": _UNTESTED,
+    "mistral4": "it is a language model without a vision tower",
+    "mistral_large4": _INDEXED,
+    "muse_glimmer": _UNTESTED,
+    "muse_spark": _UNTESTED,
+    "nemotron_h_omni": _UNTESTED,
     "phi4_multimodal": "it merges features inside its own embedding layer, out of reach of hooks",
+    "pi0": "it generates actions and not text",
+    "pix2struct": _ENCODER_DECODER,
+    "pp_formulanet": _ENCODER_DECODER,
+    "qwen4_exp": _UNTESTED,
+    "shieldgemma2": "it classifies pictures and generates no text",
+    "t5gemma2": _ENCODER_DECODER,
+    "udop": _ENCODER_DECODER,
+    "unlimited_ocr": (
+        "its language model mixes attention with reference_sliding_attention, whose state cannot be shortened"
+    ),
+    "vision-encoder-decoder": _ENCODER_DECODER,
 }
 
 
 def register_family(model_type: str, family: Family) -> None:
     """Describe how the visual tokens of models with this `config.model_type` lie, for a family that vistok
     does not know. Raises ValueError for a known one."""
-    if model_type in FAMILIES or model_type in _OTHER_CUTS:
+    if model_type in known_families():
         raise ValueError(f"the family {model_type!r} is known already; see `vistok list --families`")
     FAMILIES[model_type] = family
 
 
-def described_families() -> list[dict[str, str]]:
-    """One row per model family that is known by name: its `config.model_type` and where reducers act."""
-    rows = {name: "features, layers, cache, and the tower where its class is known" for name in FAMILIES}
-    rows |= dict.fromkeys(_OTHER_CUTS, "features at its Q-Former or cross-attention")
-    rows |= {name: f"none: {reason}" for name, reason in _REFUSED.items()}
-    return [{"model type": name, "reducers of": where} for name, where in sorted(rows.items())]
+def known_families() -> list[str]:
+    """Every `config.model_type` that is known by name, refused ones included, in alphabetical order."""
+    return sorted({*FAMILIES, *_OTHER_CUTS, *_REFUSED})
+
+
+def refusal(model_type: str) -> str | None:
+    """Why reducers are refused for all models of a `config.model_type`; None: they are not."""
+    return _REFUSED.get(model_type)
 
 
 def resolve(model: nn.Module) -> Host:
@@ -290,19 +444,13 @@ def resolve(model: nn.Module) -> Host:
         raise TypeError(
             f"reducers cannot attach to {name}: its language model {type(lm).__name__} has no `layers`"
         )
-    unknown = set(getattr(lm.config, "layer_types", None) or ()) - _ATTENTIONS
-    if unknown or not all(hasattr(layer, "self_attn") for layer in lm.layers):
-        what = ", ".join(sorted(unknown)) or "other modules than self_attn"
-        raise TypeError(
-            f"reducers cannot attach to {name}: its language model mixes attention with {what}, whose state "
-            "cannot be shortened"
-        )
+    attending = _attending_layers(name, lm)
     tower = core.get_encoder(modality="image")
     if not isinstance(tower, nn.Module) or tower is core:
         raise TypeError(f"reducers cannot attach to {name}: it has no vision tower")
     parts = {"core": core, "language model": lm}
-    kinds = {type(layer): layer for layer in lm.layers}
-    replaced = [layer for layer in lm.layers if "forward" in vars(layer)]
+    kinds = {type(layer): layer for layer in attending}
+    replaced = [layer for layer in attending if "forward" in vars(layer)]
     for layer in [*kinds.values(), *replaced]:
         check_parts(name, {**parts, "decoder layer": layer, "attention": layer.self_attn})
     ids = {
@@ -320,6 +468,21 @@ def resolve(model: nn.Module) -> Host:
         family=FAMILIES.get(kind, Family()),
         name=name,
     )
+
+
+def _attending_layers(name: str, lm: nn.Module) -> list[nn.Module]:
+    """The decoder layers with attention. Raises TypeError where others are of a kind that is not known."""
+    types = list(getattr(lm.config, "layer_types", None) or ())
+    unknown = set(types) - _ATTENTIONS - _RUNNING
+    attending = [layer for layer in lm.layers if hasattr(layer, "self_attn")]
+    running = [i for i, kind in enumerate(types[: len(lm.layers)]) if kind in _RUNNING]
+    if unknown or not attending or len(attending) + len(running) != len(lm.layers):
+        what = ", ".join(sorted(unknown)) or "other modules than self_attn"
+        raise TypeError(
+            f"reducers cannot attach to {name}: its language model mixes attention with {what}, whose state "
+            "cannot be shortened"
+        )
+    return attending
 
 
 def _check_unknown(model: nn.Module, core: nn.Module) -> None:

@@ -197,9 +197,10 @@ def holds_keys(cache: Cache | None, layer: int) -> bool:
     )
 
 
-def writes_cache(attention: nn.Module) -> bool:
-    """Whether an attention module has keys of its own; some layers of Gemma 3n and 4 use another's."""
-    return not getattr(attention, "is_kv_shared_layer", False)
+def writes_cache(attention: nn.Module | None) -> bool:
+    """Whether an attention module has keys of its own; some layers of Gemma 3n and 4 use another's, and
+    layers with a running state have no attention (None)."""
+    return attention is not None and not getattr(attention, "is_kv_shared_layer", False)
 
 
 def has_window(cache: Cache, layer: int) -> bool:
@@ -239,7 +240,7 @@ def replace_entries(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> N
 
 def check_growth(
     name: str,
-    attentions: Sequence[nn.Module],
+    attentions: Sequence[nn.Module | None],
     cache: Cache | None,
     before: Sequence[int],
     planned: Sequence[int],
@@ -261,6 +262,22 @@ def check_growth(
                 f"the cache of {name} holds {held} tokens in layer {layer} where {expected} were planned "
                 f"({old} before and {new} new ones); {release()} keeps its cache in a way that reducers do "
                 "not support, so no output was returned. Detach the reducer"
+            )
+
+
+def check_entries(name: str, cache: Cache, planned: Mapping[int, int]) -> None:
+    """Compare what layers of a cache hold after an eviction with the `planned` entries of each.
+
+    Raises RuntimeError naming the model, the release and the first layer where they differ.
+    """
+    for layer, expected in planned.items():
+        held = cache.layers[layer]
+        lengths = {entries(cache, layer), held.keys.shape[-2], held.values.shape[-2]}
+        if lengths != {expected}:
+            raise RuntimeError(
+                f"the cache of {name} holds {' and '.join(map(str, sorted(lengths)))} entries in layer "
+                f"{layer} where {expected} were planned after an eviction; {release()} keeps its cache in a "
+                "way that reducers do not support, so no output was returned. Detach the reducer"
             )
 
 
@@ -345,6 +362,23 @@ def forward_slot(module: nn.Module) -> str:
     """The attribute of `module` that holds its forward: where accelerate has wrapped one, the inner one, so
     that weights are still brought in around it."""
     return "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
+
+
+# Modules ----------------------------------------------------------------------------------------------------
+
+
+def final_norm(name: str, lm: nn.Module) -> nn.Module:
+    """The norm behind the last layer of the language model `lm` of a model called `name`.
+
+    Raises TypeError where it has none under a known name.
+    """
+    norm = getattr(lm, "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise TypeError(
+            f"the language model {type(lm).__name__} of {name} has no final norm called `norm` ({release()}) "
+            "behind which this reducer compares tokens; use a reducer that reads attention alone"
+        )
+    return norm
 
 
 # Masks and attention ----------------------------------------------------------------------------------------

@@ -33,11 +33,19 @@ class Span:
 @dataclass
 class Layout:
     """A (shortened) batch of sequences: `index` [B, L] is the place of each token in the full call, `valid`
-    [B, L] which entries are real (the rest is padding, on the left), `ragged` whether there is padding."""
+    [B, L] which entries are real (the rest is padding, on the left), `ragged` whether there is padding.
+    `shown` [B, L] is the token whose states stand at each place, where that is not `index` (for a mean of
+    several, -1 minus the place of one that was dropped)."""
 
     index: Tensor
     valid: Tensor
     ragged: bool
+    shown: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """The token whose states stand at each place [B, L], as `shown` has it."""
+        return self.index if self.shown is None else self.shown
 
 
 @dataclass
@@ -146,6 +154,8 @@ def _row_spans(
             for i, (a, b) in enumerate(pairwise(starts))
         ]
     runs = _runs(places)
+    if segment == "stretches":
+        return [_stretch(record, places[a:b], starts, first, a) for a, b in runs]
     if segment == "runs":  # tiles are items, an image is a run of them
         spans = []
         for a, b in runs:
@@ -165,6 +175,19 @@ def _row_spans(
             spans.append(Span(0, places[a:b], record, first, offset=a, grid=grid))
             start = i + 1
     return spans
+
+
+def _stretch(record: Record, places: Tensor, starts: list[int], first: int, start: int) -> Span:
+    """The image at a stretch of places, the `start`-th visual token of its prompt and those after it; items
+    begin at `starts`."""
+    end = start + len(places)
+    items = [i for i, (a, b) in enumerate(pairwise(starts)) if a < end and b > start]
+    return Span(0, places, record, first + items[0], offset=start - starts[items[0]], items=len(items))
+
+
+def stretches(places: Tensor) -> list[Tensor]:
+    """The places of an image [N] as stretches of neighbouring ones."""
+    return [places[a:b] for a, b in _runs(places)]
 
 
 def _runs(places: Tensor) -> list[tuple[int, int]]:

@@ -34,6 +34,11 @@ def list_reducers() -> list[str]:
     return list(reducers())
 
 
+def comparable_reducers() -> list[str]:
+    """The names of those that can be compared at one budget: `keep` alone sets how many tokens stay."""
+    return [name for name, kind in reducers().items() if kind.comparable]
+
+
 def reducer_class(name: str) -> type[Reducer]:
     """The class behind a name. Raises ValueError, with the nearest names, for others."""
     known = reducers()

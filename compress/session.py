@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -12,12 +12,22 @@ from torch import Tensor, nn
 from .chain import by_stage
 from .earlier import EarlierCalls
 from .families import Host, resolve
+from .guests.kvpress import Press, is_press
 from .language import cutpoints
 from .language.call import Call
 from .language.hooks import ModelHooks, Settings
 from .language.prepare import Prepared
 from .language.prompt_end import PromptLength
-from .reducer import Budget, Positions, Reducer, Stage, fraction_or_count
+from .reducer import (
+    Budget,
+    PixelReducer,
+    Positions,
+    ProcessorReducer,
+    Reducer,
+    Stage,
+    fraction_or_count,
+    keeps_everything,
+)
 from .registry import reducer_by_name
 from .report.counts import Report, count
 from .report.explain import Explanation, explain
@@ -31,7 +41,7 @@ _ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Session]] = WeakKeyDiction
 
 def attach(
     model: nn.Module,
-    reducer: Reducer | str | list[Reducer | str],
+    reducer: Reducer | str | Any | list[Reducer | str | Any],
     *,
     keep: Budget = None,
     positions: Positions = "keep",
@@ -39,13 +49,16 @@ def attach(
     """Make a stock model use fewer visual tokens, until `detach` (or the end of a `with` block).
 
     `model` is a transformers VLM; a timm VisionTransformer or a CLIP or SigLIP tower takes merging reducers.
-    `reducer` is a name (`list_reducers()`), an instance, or a list of these; those of one stage act in the
-    order given. `keep` is the budget of every stage: a fraction in (0, 1] of an image's tokens, a count of
-    tokens per image, or a function of the image that returns either; without it each method uses its own.
+    `reducer` is a name (`list_reducers()`), an instance, a press of kvpress (its settings are those of
+    `compress.guests.kvpress.Press`), or a list of these; those of one stage act in the order given. `keep` is
+    the budget of every stage: a fraction in (0, 1] of an image's tokens, a count of tokens per image, or a
+    function of the image that returns either; without it each method uses its own.
     Of several reducers at one stage it is the budget of the last; the others use their own, unless it is 1.0,
-    which keeps everything. `positions`:
-    kept tokens "keep" their position ids, are renumbered ("compact"), or as the paper of each method does
-    ("paper").
+    which keeps everything. How many patches a reducer of pixels drops depends on the picture: a budget is for
+    those beside it, and one of features counts the tokens that the image had before. `positions`:
+    kept tokens "keep" their position ids, are renumbered ("compact"), stand at evenly spaced positions within
+    the extent that their image had ("spread": along the sequence, or over rows and columns where positions
+    have several planes; text keeps its own), or as the paper of each method does ("paper").
 
     Weights and sources of the model stay as they are, and after `detach` its outputs are bit-identical.
     Logits and the last hidden state are returned at the length of the whole prompt, with zeros for dropped
@@ -53,15 +66,19 @@ def attach(
     began in other threads before this one continue without the reducer.
     Raises TypeError for models that cannot host a reducer and ValueError for a model with a session already.
     """
-    if positions not in ("keep", "compact", "paper"):
-        raise ValueError(f'positions is {positions!r}; it takes "keep", "compact" or "paper"')
+    if positions not in get_args(Positions):
+        raise ValueError(f'positions is {positions!r}; it takes "keep", "compact", "spread" or "paper"')
     items = reducer if isinstance(reducer, list | tuple) else [reducer]
     reducers = [reducer_by_name(item) if isinstance(item, str) else item for item in items]
+    reducers = [Press(press=item) if is_press(item) else item for item in reducers]
     if not reducers:
         raise ValueError("no reducer was given; see list_reducers() for names")
     for item in reducers:
         if not isinstance(item, Reducer):
-            raise TypeError(f"{item!r} is not a reducer; give a name from list_reducers() or an instance")
+            raise TypeError(
+                f"{item!r} is not a reducer; give a name from list_reducers(), an instance, or a press of "
+                "kvpress"
+            )
     stages = by_stage(reducers)
     if not isinstance(model, nn.Module):
         inner = isinstance(getattr(model, "model", None), nn.Module)  # as in a pipeline
@@ -88,6 +105,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a PEFT wrapper."""
     base = getattr(model, "get_base_model", None)
     return model if base is None else base()
+
+
+def _has_budget(reducer: Reducer) -> bool:
+    return not isinstance(reducer, PixelReducer)
 
 
 def _anchor(model: nn.Module) -> nn.Module:
@@ -129,6 +150,12 @@ class Session(InModel):
     def keep(self, keep: Budget) -> None:
         if keep is not None and not callable(keep):
             fraction_or_count(keep)
+        if keep is not None and not keeps_everything(keep) and not any(map(_has_budget, self.reducers)):
+            names = " and ".join(type(reducer).__name__ for reducer in self.reducers)
+            raise ValueError(
+                f"keep is {keep!r}, and how many patches {names} keeps depends on the pixels; leave keep "
+                "out, give 1.0 (everything stays), or attach a reducer with a budget beside it"
+            )
         self._settings.keep = keep
         if self.merging is not None:
             self.merging.keep = keep
@@ -250,6 +277,11 @@ class Session(InModel):
         for place in (standalone, cutpoints):
             self._elsewhere = place.attach(self.model, first, budget, self._undo)
             if self._elsewhere is not None:
+                if self._settings.positions == "spread":
+                    raise ValueError(
+                        'positions="spread" is for visual tokens in a prompt, of which '
+                        f"{type(self.model).__name__} has none; attach with positions='keep'"
+                    )
                 self.merging = getattr(self._elsewhere, "merging", None)
                 if self.merging is not None:
                     self.merging.earlier = EarlierCalls([self.model])
@@ -258,6 +290,9 @@ class Session(InModel):
         self._hooks = ModelHooks(self.model, self.host, self._stages, self._settings)
         self._hooks.attach(self._undo)
         self.merging = self._hooks.merging
+        for reducer in self._stages.get(Stage.PIXELS, ()):
+            if isinstance(reducer, ProcessorReducer):
+                reducer.install(self.model, self._settings.budget(reducer), self._undo)
 
     def _register(self) -> None:
         """Note that the model has a session. Raises ValueError when it has another one."""

@@ -44,13 +44,13 @@ class Matching:
         sources, or, with "prune", stays what it was."""
         if not self.source.shape[1]:
             return x
-        out = x.gather(1, _spread(self.kept, x))
+        out = _rows(x, self.kept)
         if mode == "prune":
             return out
-        moved, into = x.gather(1, _spread(self.source, x)), _spread(self.destination, x)
+        moved = _rows(x, self.source)
         if mode == "sum":
-            return out.scatter_add(1, into, moved)
-        return out.scatter_reduce(1, into, moved, reduce=mode, include_self=True)
+            return _add_rows(out, self.destination, moved)
+        return out.scatter_reduce(1, _spread(self.destination, x), moved, reduce=mode, include_self=True)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Merged tokens [B, M, D] → [B, N, D]: all in their old places, sources as copies of
@@ -63,9 +63,15 @@ class Matching:
         Returns the merged tokens [B, M, D] and their sizes [B, M, 1]. Sums are taken in float32 or wider.
         """
         exact = torch.promote_types(x.dtype, torch.float32)
-        weighed = x.to(exact) if size is None else x * size
-        total = self.merge(torch.ones_like(x[..., :1], dtype=exact) if size is None else size, "sum")
-        return (self.merge(weighed, "sum") / total).to(x.dtype), total
+        size = torch.ones_like(x[..., :1], dtype=exact) if size is None else size.to(exact)
+        total = self.merge(size, "sum")
+        if not self.source.shape[1]:
+            return x, total
+        # Weights of 1 where nothing merges leave those tokens as they are.
+        kept = _rows(x, self.kept).to(exact).mul_(_rows(size, self.kept) / total)
+        weights = _rows(size, self.source) / _rows(total, self.destination)
+        moved = _rows(x, self.source).to(exact) * weights
+        return _add_rows(kept, self.destination, moved).to(x.dtype), total
 
 
 def bipartite_soft_matching(
@@ -86,7 +92,7 @@ def bipartite_soft_matching(
     clamped to half the unprotected tokens. Equal similarities go to the lower place. Raises ValueError for a
     metric that is not [B, N, C].
     """
-    unit = _unit(metric)
+    unit = unit_rows(metric)
     batch, tokens, _ = unit.shape
     mask = torch.zeros(tokens, dtype=torch.bool)
     if isinstance(protected, Tensor):
@@ -125,7 +131,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
     ToMe's strided matching (arXiv 2210.09461, its published code): N → N // k tokens. The N mod k tokens at
     the end are dropped, and unmerging gives (N // k) k tokens. Raises ValueError if k is not in 1 to N.
     """
-    unit = _unit(metric)
+    unit = unit_rows(metric)
     batch, tokens, _ = unit.shape
     if not 1 <= k <= tokens:
         raise ValueError(f"k is {k}; it must be between 1 and the number of tokens, {tokens}")
@@ -181,12 +187,29 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
         return x @ y.transpose(1, 2)
 
 
-def _unit(metric: Tensor) -> Tensor:
+def unit_rows(metric: Tensor) -> Tensor:
     """Rows of unit length in float32 or wider; zero rows stay zero."""
     if metric.ndim != 3:
         raise ValueError(f"metric has shape {list(metric.shape)}; matching takes [B, N, C]")
     metric = metric.detach().to(torch.promote_types(metric.dtype, torch.float32))
     return metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens [B, n, D] of x [B, N, D] at the places `index` [B, n], copied row by row."""
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[2])
+
+
+def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Add `rows` [B, n, D] to x [B, M, D] in place, at the places `index` [B, n]; returns x."""
+    x.view(-1, x.shape[2]).index_add_(0, _flat(index, x.shape[1]), rows.flatten(0, 1))
+    return x
+
+
+def _flat(index: Tensor, tokens: int) -> Tensor:
+    """Places [B, n] among `tokens` as places in the flattened batch [B n]."""
+    first = torch.arange(len(index), device=index.device).mul_(tokens)
+    return (index + first[:, None]).flatten()
 
 
 def _spread(index: Tensor, x: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .duplicates import lowest_copies
+from .screening import is_faster, screened_order
+
 _PRECISION = threading.Lock()
 BLOCK = 96  # rows of the distance matrix in one product
 IDENTICAL = -1.0  # stands for the distance of identical rows: below every distance that rounding can give
@@ -182,10 +185,13 @@ def _pick_one(image: Tensor, count: int, dtype: torch.dtype, mask: Tensor | None
     rows = image if places is None else image[places]
     if count == 0:
         return torch.empty(0, dtype=torch.long)
+    order = screened_order(rows, count) if is_faster(*rows.shape, count, rows.device, dtype) else None
+    if order is not None:
+        return order if places is None else places[order]
     matrix = _array(cosine_distances(rows, dtype))
     np.fill_diagonal(matrix, np.inf)
     nearest = matrix.min(1)
-    group = _identical(rows, torch.from_numpy(nearest), dtype)
+    group = lowest_copies(rows, torch.from_numpy(nearest), dtype)
     if group is not None:
         matrix = _with_identical(torch.from_numpy(matrix), group).numpy()
         nearest = matrix.min(1)
@@ -222,7 +228,7 @@ def _pick_batch(images: Tensor, count: int, dtype: torch.dtype, mask: Tensor | N
     distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest = distances.amin(-1) if distances.numel() else distances.new_zeros(distances.shape[:2])
     for number, image in enumerate(images):
-        group = _identical(image, nearest[number], dtype)
+        group = lowest_copies(image, nearest[number], dtype)
         if group is not None:
             distances[number] = _with_identical(distances[number], group)
     if mask is not None:
@@ -239,23 +245,6 @@ def _pick_batch(images: Tensor, count: int, dtype: torch.dtype, mask: Tensor | N
         score = row.masked_fill(excluded, -torch.inf) if step == 0 else torch.minimum(score, row)
         score.scatter_(1, pick.unsqueeze(1), -torch.inf)
     return order
-
-
-def _identical(rows: Tensor, nearest: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The lowest place that holds the same row as each of rows [N, D], [N]; None if all differ.
-
-    Only rows with a neighbour within rounding (`nearest` [N]) are looked at; rows of zeros have none.
-    """
-    close = (nearest < (1e-4 if torch.finfo(dtype).eps < 1e-5 else 0.1)).nonzero().squeeze(1)
-    if len(close) < 2:
-        return None
-    _, kind = torch.unique(rows[close].to(dtype), dim=0, return_inverse=True)
-    lowest = torch.full((len(close),), len(rows), device=rows.device).scatter_reduce(0, kind, close, "amin")
-    if bool((lowest[kind] == close).all()):
-        return None
-    group = torch.arange(len(rows), device=rows.device)
-    group[close] = lowest[kind]
-    return group
 
 
 def _with_identical(distances: Tensor, group: Tensor) -> Tensor:

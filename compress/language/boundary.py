@@ -10,10 +10,20 @@ from torch import Tensor
 from ..families import Host
 from ..hosts import at_tokens, cache_argument, entries
 from ..layout import Layout, Span, compact, gather
-from ..reducer import Budget, FeatureReducer, Image, Selection, Stage, budget_of, keeps_everything
+from ..reducer import (
+    Budget,
+    FeatureReducer,
+    Image,
+    Selection,
+    Stage,
+    budget_of,
+    count_of,
+    keeps_everything,
+)
 from ..vision.shrink import encoder
 from .call import Call, past_columns, read_prompt
 from .masks import shrunk, slide
+from .spreading import spread_positions
 
 
 def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
@@ -49,16 +59,20 @@ def view(host: Host, span: Span, features: Tensor, text: Tensor) -> Image:
 class Border:
     """The reducer that acts between the projector and the first layer of the language model.
 
-    `budget` gives the budget of `reducer`, `groups` the tokens of an image that the tower made equal by
-    merging (rows [N, ...] that are equal are one group; None without merging), `renumbered` whether the
-    tokens that stay are numbered anew. `active` is False where nothing acts here.
+    `budget` gives the budget of `reducer`, `left` the tokens of an image that go on from a tower in which
+    patches merge or go (a mask [N]; None: all), `renumbered` whether the
+    tokens that stay are numbered anew, `closes_gaps` whether text starts behind what stays of a picture,
+    `spread` whether what stays of an image is spread over its extent.
+    `active` is False where nothing acts here.
     """
 
     active: bool
     reducer: FeatureReducer | None
     budget: Callable[[], Budget]
-    groups: Callable[[Span], Tensor | None]
+    left: Callable[[Span], Tensor | None]
     renumbered: bool
+    closes_gaps: bool = False
+    spread: bool = False
 
 
 def reduce_prompt(
@@ -75,13 +89,17 @@ def reduce_prompt(
     first layer that has hooks (the number of layers where none has).
     """
     call.kept = [torch.arange(len(span.places)) for span in call.prompt.spans]
+    call.whole_positions = call.positions
     embeds = changed = kwargs["inputs_embeds"]
     if border.active:
         with torch.no_grad() if not embeds.requires_grad else torch.enable_grad():
             stay, changed, call.kept = choose(host, call, embeds, border)
         kwargs = {**kwargs, "inputs_embeds": changed, "position_ids": call.positions}
         if not torch.equal(stay, call.start.valid):
-            kwargs = shorten(host, call, kwargs, stay, "compact" if border.renumbered else "keep")
+            if border.closes_gaps:
+                kwargs["position_ids"] = closed(call, call.positions)
+            positions = "compact" if border.renumbered else "spread" if border.spread else "keep"
+            kwargs = shorten(host, call, kwargs, stay, positions)
             call.positions = kwargs["position_ids"]
     for stage, budgets in inside.items():
         call.budgets[stage] = [_image_budgets(host, call, budget(), changed) for budget in budgets]
@@ -127,6 +145,8 @@ def choose(host: Host, call: Call, embeds: Tensor, border: Border) -> tuple[Tens
     decided once.
     """
     keep = border.budget()
+    if border.reducer is not None and border.reducer.reads_text:
+        call.check_prompt_end(type(border.reducer).__name__)
     stay = call.start.valid.clone()
     text_mask = call.start.valid & (call.prompt.image < 0) & ~call.answered
     changed = embeds
@@ -134,15 +154,25 @@ def choose(host: Host, call: Call, embeds: Tensor, border: Border) -> tuple[Tens
     decided: dict[tuple[int, int, int], tuple[Selection, Tensor]] = {}
     for span in call.prompt.spans:
         places = span.places.to(embeds.device)
-        features = embeds[span.row, places]
+        first, last = int(span.places[0]), int(span.places[-1])
+        in_one_piece = last - first + 1 == len(places)  # then a view is enough
+        features = embeds[span.row, first : last + 1] if in_one_piece else embeds[span.row, places]
         key = (id(span.record), span.item, span.offset)
         if key not in decided:
             with call.timed():
-                image = view(host, span, features, embeds[span.row, text_mask[span.row].to(embeds.device)])
+                text = text_mask[span.row].nonzero().squeeze(1)
+                image = view(host, span, features, embeds[span.row, text.to(embeds.device)])
+                image.text_before = int((text < first).sum())
+                image.text_ids = call.ids[span.row, text.to(call.ids.device)]
                 image.renumbered = border.renumbered
-                decided[key] = decide(image, border.reducer, keep, border.groups(span))
+                decided[key] = decide(image, border.reducer, keep, border.left(span), _entered(span))
         selection, numbers = decided[key]
-        if numbers[-1] != len(places) - 1 and places[-1] == call.last[span.row]:
+        if last == call.last[span.row] and numbers[-1] != len(places) - 1:
+            if (entered := _entered(span)) is not None and not entered[-1]:
+                raise ValueError(
+                    f"prompt {span.row} ends with an image whose last patches were dropped before the tower, "
+                    "and the output at its last token predicts the answer; end the prompt with text"
+                )
             # The last token's output predicts the answer: it stays even if it is visual.
             numbers = torch.cat([numbers[:-1], numbers.new_tensor([len(places) - 1])])
         if selection.values is not None:
@@ -152,33 +182,60 @@ def choose(host: Host, call: Call, embeds: Tensor, border: Border) -> tuple[Tens
         span.deepstack, span.shown = selection.deepstack, torch.arange(len(places))
         if selection.source is not None:
             span.shown[numbers.cpu()] = selection.source.cpu()
-        gone = torch.ones(len(places), dtype=torch.bool, device=stay.device)
-        gone[numbers.to(stay.device)] = False
-        stay[span.row, span.places[gone]] = False
+        row = stay[span.row].index_fill_(0, span.places, False)
+        row.index_fill_(0, span.places[numbers.to(stay.device)], True)
         kept.append(numbers)
     return stay, changed, kept
 
 
+def _entered(span: Span) -> Tensor | None:
+    """Which of an image's tokens have patches that entered the tower [N]; None: all."""
+    entered = None if span.record is None else span.record.entered
+    return None if entered is None else entered[span.item]
+
+
+def closed(call: Call, positions: Tensor) -> Tensor:
+    """Positions [planes, B, L] or [B, L] in which what follows a picture starts behind the largest position
+    of its tokens that stay, where patches were dropped before the tower."""
+    positions = positions.expand(*positions.shape[:-2], *call.start.valid.shape).clone()
+    planes = positions[-3:] if positions.ndim == 3 else positions[None]  # a fourth, in front, counts text
+    for span, kept in zip(call.prompt.spans, call.kept, strict=True):
+        after = int(span.places[-1]) + 1
+        if _entered(span) is not None and after < positions.shape[-1]:
+            largest = planes[:, span.row, span.places.to(kept.device)[kept].to(planes.device)].max()
+            planes[:, span.row, after:] += largest + 1 - planes[:, span.row, after].min()
+    return positions
+
+
 def decide(
-    image: Image, reducer: FeatureReducer | None, keep: Budget, groups: Tensor | None
+    image: Image,
+    reducer: FeatureReducer | None,
+    keep: Budget,
+    left: Tensor | None,
+    entered: Tensor | None = None,
 ) -> tuple[Selection, Tensor]:
     """The reducer's selection for one image, and the numbers of the kept tokens among all N.
 
-    Raises ValueError for features that are not finite, budgets above N and empty selections.
+    `left` [N] marks the tokens that go on from a tower in which patches merge or go.
+    `entered` [N] marks the tokens whose patches entered the tower; no other has features. A share is of all N
+    tokens, also where fewer are left. Raises ValueError for features that are not finite, budgets above N and
+    empty selections.
     """
     numbers = torch.arange(image.num_tokens, device=image.features.device)
-    if groups is not None:
-        first = torch.zeros(image.num_tokens, dtype=torch.bool)
-        group_rows, inverse = torch.unique(groups.cpu(), dim=0, return_inverse=True)
-        order = torch.full((len(group_rows),), image.num_tokens).scatter_reduce(
-            0, inverse, torch.arange(image.num_tokens), "amin"
-        )
-        first[order] = True
-        numbers = first.nonzero().squeeze(1).to(image.features.device)
+    if entered is not None:
+        numbers = entered.nonzero().squeeze(1).to(numbers.device)
+        image = replace(image.remaining(numbers), dropped=image.num_tokens - len(numbers))
+    if left is not None:
+        if not left.any():
+            raise ValueError(
+                "the vision tower dropped all patches that an image's tokens in the prompt are made of; "
+                "raise keep"
+            )
+        numbers = left.nonzero().squeeze(1).to(image.features.device)
         image.features = image.features[numbers]
         if image.grid is not None:
-            left = numbers.cpu()
-            image.grid = replace(image.grid, tile=image.grid.tile[left], index=image.grid.index[left])
+            places = numbers.cpu()
+            image.grid = replace(image.grid, tile=image.grid.tile[places], index=image.grid.index[places])
     if reducer is None:
         return Selection(numbers), numbers
     # One sum is cheaper than a mask of all values, and only then is a second look needed.
@@ -189,6 +246,9 @@ def decide(
             "pixel values and the precision of the vision tower"
         )
     budget = budget_of(keep, image, reducer.default_keep)
+    if image.dropped and budget is not None and not keeps_everything(budget):
+        count = count_of(budget, image.num_tokens + image.dropped)
+        budget = count if count < image.num_tokens else 1.0
     if keeps_everything(budget):
         return Selection(numbers), numbers
     selection = reducer.reduce(image, budget)
@@ -225,7 +285,10 @@ def shorten(
     call.layout = Layout(index, valid, ragged)
     kwargs = dict(kwargs)
     kwargs["inputs_embeds"] = gather(kwargs["inputs_embeds"], index)
-    kwargs["position_ids"] = _positions(kwargs["position_ids"], call.layout, positions)
+    if positions == "spread":
+        kwargs["position_ids"] = spread_positions(host, call, kwargs["position_ids"], index, valid)
+    else:
+        kwargs["position_ids"] = _positions(kwargs["position_ids"], call.layout, positions)
     if kwargs.get("visual_pos_masks") is not None:
         visual = kwargs["visual_pos_masks"]
         remaining = stay.to(visual.device)[visual]
@@ -262,18 +325,25 @@ def _positions(position_ids: Tensor, layout: Layout, positions: str) -> Tensor:
         kept = position_ids.expand(*index.shape[:2], -1).gather(2, index)
         if positions == "keep":
             return kept
-        start = kept.masked_fill(~layout.valid, torch.iinfo(kept.dtype).max).amin((0, 2), keepdim=True)
+        start = kept.masked_fill(~layout.valid, highest(kept)).amin((0, 2), keepdim=True)
     else:
         kept = position_ids.expand(index.shape[0], -1).gather(1, index)
         if positions == "keep":
             return kept
-        start = kept.masked_fill(~layout.valid, torch.iinfo(kept.dtype).max).amin(1, keepdim=True)
+        start = kept.masked_fill(~layout.valid, highest(kept)).amin(1, keepdim=True)
     return ((layout.valid.long().cumsum(1) - 1).clamp_min(0) + start).expand(kept.shape)
 
 
+def highest(positions: Tensor) -> float:
+    """The largest value of their type; Qwen3-Omni counts positions in floating point."""
+    kind = torch.finfo if positions.is_floating_point() else torch.iinfo
+    return kind(positions.dtype).max
+
+
 def _mask(host: Host, call: Call, mask: Any) -> Any:
-    layout, past = call.layout, call.entries[0]
-    valid = torch.cat([past_columns(call, 0), layout.valid], 1) if past else layout.valid
+    layout, first = call.layout, host.first_attention
+    past = call.entries[first]
+    valid = torch.cat([past_columns(call, first), layout.valid], 1) if past else layout.valid
     if isinstance(mask, dict):
         if mask["full_attention"] is None:  # nothing was masked; the model makes its own from two dimensions
             return valid.long()

@@ -26,6 +26,21 @@ class Lease:
 
 
 @dataclass
+class StepState:
+    """What a reducer that chooses at each step needs of a cache, layer by layer.
+
+    `images[i]` [B, entries] is the image that each entry of layer i shows (-1: none; those that came since
+    show none), `counts[i]` [B, images] how many entries of it a step attends to, `complete[i]` whether these
+    are all, `memory[i]` what the reducer keeps from step to step (tensors whose first dimension is B).
+    """
+
+    images: list[Tensor | None]
+    counts: list[Tensor | None]
+    complete: list[bool]
+    memory: list[dict[str, Tensor]]
+
+
+@dataclass
 class CacheState:
     """The entries of a reduced cache, and what masks and positions need to know of them.
 
@@ -36,7 +51,8 @@ class CacheState:
     renumbered, and `removed[i]` [B] is what layer i subtracts on top; `tail` counts the text tokens at the
     end, `lease` records whether the session still corrects masks and positions. `numbers[i]` [B, physical]
     are the places that the entries of a layer with a window had before some were evicted, out of `read[i]`:
-    the window continues to count those.
+    the window continues to count those. `skips`: later calls leave out parts of layers. `steps`
+    is for a reducer that chooses what each step attends to.
     """
 
     length: int
@@ -51,6 +67,8 @@ class CacheState:
     lease: Lease = field(default_factory=Lease)
     numbers: dict[int, Tensor] = field(default_factory=dict)
     read: dict[int, int] = field(default_factory=dict)
+    skips: bool = False
+    steps: StepState | None = None
 
     def numbered(self, layer: int, entries: int) -> Tensor | None:
         """The places [B, entries] that a layer's entries count as, those that came since included; None where
@@ -100,6 +118,11 @@ class ReducedDynamicCache(DynamicCache):
                 f"{later + state.tail} came after the last image; shorten the inputs up front with "
                 "session.prepare(inputs)"
             )
+        if count and state.steps is not None and any(state.steps.memory):
+            raise NotImplementedError(
+                f"{count} tokens cannot be taken back: what later tokens attend to depends on them with the "
+                "reducer attached; generate without drafts (assistant_model, prompt_lookup_num_tokens)"
+            )
         super().crop(tokens_to_remove)
         if (within := count - later) > 0:
             state.length, state.tail, state.next = (
@@ -110,6 +133,8 @@ class ReducedDynamicCache(DynamicCache):
             state.columns = [None if c is None else c[:, : c.shape[1] - within] for c in state.columns]
             state.numbers = {i: n[:, : n.shape[1] - within] for i, n in state.numbers.items()}
             state.read = {i: count - within for i, count in state.read.items()}
+            if state.steps is not None:
+                state.steps.images = [images[:, : images.shape[1] - within] for images in state.steps.images]
 
     def reset(self) -> None:
         """Empty the cache; it is a stock one again."""
@@ -144,6 +169,11 @@ class ReducedDynamicCache(DynamicCache):
             setattr(state, name, [once(x) for x in getattr(state, name)])
         state.numbers = {i: change(numbers) for i, numbers in state.numbers.items()}
         state.next = change(state.next)
+        if state.steps is not None:
+            for name in ("images", "counts"):
+                setattr(state.steps, name, [once(x) for x in getattr(state.steps, name)])
+            memory = [{name: change(x) for name, x in layer.items()} for layer in state.steps.memory]
+            state.steps.memory = memory
 
 
 def state_of(cache: Cache | None) -> CacheState | None:

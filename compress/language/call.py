@@ -16,7 +16,7 @@ from ..families import Host, Record
 from ..hosts import cache_argument, entries, keywords
 from ..layout import Layout, Prompt, find_spans
 from ..reducer import Stage
-from .cache import FUNCTIONAL, CacheState, Lease, adopt, check_kind, extended, state_of
+from .cache import FUNCTIONAL, CacheState, Lease, StepState, adopt, check_kind, extended, state_of
 from .features_made import MadeFeatures, record_of
 from .prompt_end import Generation, Hints, PromptLength, last_of_prompt
 
@@ -30,7 +30,7 @@ class Call:
     host: Host
     outer: "Call | None" = None
     outer_probes: Any = None
-    outer_masks: Any = None
+    outer_changes: Any = None
     prefill: bool = False
     passed: bool = False  # features that session.prepare has reduced already
     ids: Tensor | None = None
@@ -55,8 +55,9 @@ class Call:
     layouts: list[Layout] = field(default_factory=list)  # of every layer
     relative: Tensor | None = None  # [B, L'] places in the language model's input, once a layer has cut
     positions: Tensor | None = None  # [B, L'] or [planes, B, L'] as the language model got them
+    whole_positions: Tensor | None = None  # those of the whole prompt
     removed: list[Tensor | None] = field(default_factory=list)
-    scores: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by reducer and cut
+    scores: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # by reducer and cut
     measured: dict[int, Tensor] = field(default_factory=dict)  # by reducer
     deepstack: list[Tensor] | None = None
     full_mask: Tensor | None = None  # of full-attention layers, where the core makes masks
@@ -65,9 +66,16 @@ class Call:
     )  # of each reducer and span, inside the model
     derived: dict[Any, Any] = field(default_factory=dict)  # masks and rotations shared by layers
     held: dict[int, Layout] = field(default_factory=dict)  # layers whose cache holds less than they computed
+    heads: dict[int, Tensor] = field(default_factory=dict)  # [B, H_k, L'] where each head holds its own
+    attended: dict[int, Any] = field(default_factory=dict)  # what attention modules were called with
+    steps: StepState | None = None  # of a prompt whose later tokens choose what they attend to
+    made: dict[Any, Any] = field(default_factory=dict)  # parts of it that layers share
+    expected: set[int] = field(default_factory=set)  # layers that have not yet asked what to attend to
     limits: list[int | None] | None = None  # how many tokens each layer's cache holds at most
     columns: list[Tensor | None] | None = None  # which entries of the cache are real, once it is shortened
     kept: list[Tensor] = field(default_factory=list)  # token numbers of each span that entered the model
+    # by layer and part, how many tokens of each row were left out
+    skipped: dict[int, dict[str, list[int]]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def release(self) -> None:
@@ -76,9 +84,9 @@ class Call:
         state = state_of(self.cache)
         self.columns = None if state is None else state.columns
         self.cache = self.state = self.positions = self.deepstack = self.relative = None
-        self.full_mask = None
+        self.full_mask = self.whole_positions = None
         self.outputs, self.records, self.scores, self.derived, self.evicted = {}, {}, {}, {}, {}
-        self.measured = {}
+        self.measured, self.attended, self.made, self.steps = {}, {}, {}, None
         self.hints, self.last = Hints(), None
         for span in self.prompt.spans:
             span.record = span.deepstack = None
@@ -164,8 +172,7 @@ def _begin_prefill(host: Host, call: Call, arguments: dict, outputs: dict[str, A
     call.ids = arguments.get("input_ids")
     if call.ids is None:
         call.ids = _ids_of(host, arguments["inputs_embeds"])
-    media = torch.tensor(list(host.media_ids.values()), device=call.ids.device)
-    if not torch.isin(call.ids, media).any():
+    if not any(bool((call.ids == token).any()) for token in host.media_ids.values()):
         raise ValueError(
             f"images were given, but the prompt holds none of the placeholder tokens {host.media_ids}; "
             "build prompt and images together with the model's processor"
@@ -190,8 +197,9 @@ def _correct(call: Call, arguments: dict[str, Any]) -> None:
     tokens = arguments["input_ids"] if embeds is None else embeds
     batch, new = tokens.shape[:2]
     logical = cache.get_seq_length()
-    columns = extended(state, 0, entries(cache, 0), mask)
-    if columns is not None and (mask is not None or state.ragged[0]):
+    first = call.host.first_attention
+    columns = extended(state, first, entries(cache, first), mask)
+    if columns is not None and (mask is not None or state.ragged[first]):
         latest = columns.new_ones(batch, new) if mask is None else mask[:, logical : logical + new].bool()
         arguments["attention_mask"] = torch.cat([columns, latest.to(columns.device)], 1).long()
     if arguments.get("position_ids") is None or state.compact:
@@ -215,6 +223,7 @@ def read_prompt(host: Host, call: Call, length: int) -> None:
         if sum(record.lengths) == sum(lengths):  # not repeated for beams; items of old releases may be tiles
             lengths = record.lengths
         records[modality] = (record, lengths)
+        call.seconds += record.seconds
     call.full = length
     for modality, token in host.media_ids.items():
         if (
@@ -254,6 +263,8 @@ def finish(call: Call, cache: Cache, compact: bool, lease: Lease, evicting: bool
     columns, ragged, gap, removed = [], [], [], []
     shared: dict[tuple[int, int], tuple[Tensor, bool]] = {}
     for i, layout in enumerate(call.layouts):
+        # A running state counts no tokens: it has read as many as the attention beside it.
+        at = i if call.host.attentions[i] is not None else call.host.first_attention
         past = None if state is None else state.columns[i]
         if past is None and layout is call.start:
             columns.append(None)
@@ -261,11 +272,11 @@ def finish(call: Call, cache: Cache, compact: bool, lease: Lease, evicting: bool
         else:
             key = (id(past), id(layout))
             if key not in shared:
-                real = torch.cat([past_columns(call, i), layout.valid], 1)
+                real = torch.cat([past_columns(call, at), layout.valid], 1)
                 shared[key] = (real, not bool(real.all()))
             columns.append(shared[key][0])
             ragged.append(shared[key][1])
-        held = entries(cache, i)
+        held = entries(cache, at)
         gap.append(length - held if held else 0)
         before, now = None if state is None else state.removed[i], call.removed[i]
         removed.append(before if now is None else now if before is None else before + now)

@@ -178,6 +178,12 @@ def attach(
             f"{type(reducer).__name__} reads the attention of the vision tower, which is not recorded for "
             f"{name}; use a method that reads features alone, as DivPrune"
         )
+    if reducer.reads_text:
+        raise TypeError(
+            f"{type(reducer).__name__} ranks by the prompt's text, which does not enter the "
+            f"{'Q-Former' if kind == 'qformer' else 'cross-attention'} of {name}; use a method that reads "
+            "features alone, as DivPrune"
+        )
     point = CutPoint(model, reducer, keep, undo)
     point.attach_qformer() if kind == "qformer" else point.attach_mllama()
     return point

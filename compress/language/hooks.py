@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import change_masks, watch, watched
+from ..attention import change_attention, watch, watched
 from ..earlier import EarlierCalls, is_running
 from ..families import Host, Record
 from ..hosts import (
@@ -28,15 +27,16 @@ from ..hosts import (
     window_limit,
 )
 from ..layout import Span, flat
-from ..reducer import Budget, Positions, Reducer, Stage, keeps_everything
+from ..reducer import Budget, PixelReducer, Positions, Reducer, SkipReducer, Stage, keeps_everything
 from ..undo import InModel, Undo
 from ..vision import tower
 from ..vision.features import FeatureRecorder, check_groups
 from ..vision.merging import VisionMerging
+from ..vision.pixels import PixelPruning
 from .boundary import Border, enter, reduce_prompt
 from .cache import Lease, state_of
+from .cache_stage import CacheStage
 from .call import CURRENT, Call, begin, current, finish
-from .eviction import evict, hide_from_answers
 from .features_made import MadeFeatures
 from .layers import LayerCuts
 from .prepare import Prepared, prepare
@@ -95,6 +95,8 @@ class ModelHooks(InModel):
         self._earlier = EarlierCalls([model, host.core, host.lm, host.tower])
         self._vision = next(iter(stages.get(Stage.VISION, ())), None)
         self._feature = next(iter(stages.get(Stage.FEATURES, ())), None)
+        pixels = (each for each in stages.get(Stage.PIXELS, ()) if isinstance(each, PixelReducer))
+        self._pixels = next(pixels, None)
         self._layer, self._eviction = list(stages.get(Stage.LAYER, ())), list(stages.get(Stage.CACHE, ()))
         self._inside = {
             stage: [settings.budget(reducer, last=reducer is reducers[-1]) for reducer in reducers]
@@ -102,12 +104,20 @@ class ModelHooks(InModel):
             if reducers
         }
         self._border = Border(
-            active=self._feature is not None or self._vision is not None,
+            active=any(each is not None for each in (self._feature, self._vision, self._pixels)),
             reducer=self._feature,
             budget=settings.budget(self._feature),
-            groups=self._groups,
+            left=self._left,
             renumbered=self._compact([self._feature] if self._feature is not None else []),
+            closes_gaps=self._pixels is not None and self._pixels.positions == "engine",
+            spread=settings.positions == "spread",
         )
+        if (self._border.renumbered or self._border.spread) and self._border.closes_gaps:
+            raise ValueError(
+                f'{type(self._pixels).__name__}(positions="engine") keeps the positions of pictures, which '
+                f'positions="{settings.positions}" numbers anew; leave one of them out'
+            )
+        self._check_spread()
 
     def attach(self, undo: Undo) -> None:
         """Register the hooks; `undo` takes them out again."""
@@ -116,10 +126,20 @@ class ModelHooks(InModel):
         host, core, lm = self.host, self.host.core, self.host.lm
         self._cuts = None
         if self._inside:
+            host.check_attention([*self._layer, *self._eviction])
             self._cuts = LayerCuts(
-                host, self._layer, self._compact(self._layer), self._note, bool(self._eviction)
+                host,
+                self._layer,
+                self._compact(self._layer),
+                self._note,
+                bool(self._eviction),
+                spread=self.settings.positions == "spread",
             )
-        ranked = [r for r in self._layer if r.rows is not None] + self._eviction
+        self._cache_stage = CacheStage(host, self._eviction, self._note)
+        self._cache_stage.attach(undo)
+        ranked = [r for r in self._layer if r.reads_attention] + self._eviction
+        if self._feature is not None and self._feature.reads_text:
+            ranked.insert(0, self._feature)
         if ranked and self.model is core and not hasattr(core, "generate"):
             raise TypeError(
                 f"{type(ranked[0]).__name__} must know where the prompt ends, which a call of the whole "
@@ -174,12 +194,22 @@ class ModelHooks(InModel):
             )
             merging.earlier = self._earlier
             self._features.merging = self.merging = merging
+        if self._pixels is not None:
+            if pixels:
+                raise ValueError(
+                    f"{type(features).__name__} encodes the whole picture again, of which "
+                    f"{type(self._pixels).__name__} drops patches; attach one of them"
+                )
+            self._features.pruning = PixelPruning(host, self._pixels, self.settings.budget(self._pixels))
+            self._features.pruning.attach(undo)
         self._features.attach(undo)
 
     def _attach_attention(self, undo: Undo) -> None:
         """Make attention report to probes where reducers read it."""
         features = self._feature
-        text = bool(self._eviction) or any(reducer.rows is not None for reducer in self._layer)
+        text = bool(self._eviction) or any(
+            reducer.reads_attention or isinstance(reducer, SkipReducer) for reducer in self._layer
+        )
         vision = features is not None and (
             bool(features.tower_layers()) or features.wants_states() is not None
         )
@@ -242,12 +272,22 @@ class ModelHooks(InModel):
             )
         return positions == "compact"
 
-    def _groups(self, span: Span) -> Tensor | None:
-        """Which tokens of an image the tower made equal by merging: rows [N, ...] that are equal are a
-        group."""
+    def _check_spread(self) -> None:
+        """Raise ValueError where positions are to be spread and no reducer drops tokens before they are
+        used."""
+        drops = self._border.active or any(not isinstance(reducer, SkipReducer) for reducer in self._layer)
+        if self._border.spread and not drops:
+            names = [type(reducer).__name__ for reducer in [*self._layer, *self._eviction]]
+            raise ValueError(
+                f"{' and '.join(names)} drops no token before its position is used, so there is nothing to "
+                "spread; attach with positions='keep', or a reducer of features or layers beside it"
+            )
+
+    def _left(self, span: Span) -> Tensor | None:
+        """Which tokens of an image go on from the tower: see `FeatureRecorder.tokens_left`."""
         if span.record.groups is None:
             return None
-        return self._features.token_groups(span)
+        return self._features.tokens_left(span)
 
     # Hooks --------------------------------------------------------------------------------------------------
 
@@ -288,7 +328,7 @@ class ModelHooks(InModel):
             return None
         call.hints, call.prompt_length = hints or Hints(), self.settings.prompt_length
         # Another model's, if this one runs inside it.
-        call.outer, call.outer_probes, call.outer_masks = CURRENT.get(), watch(None), change_masks(None)
+        call.outer, call.outer_probes, call.outer_changes = CURRENT.get(), watch(None), change_attention(None)
         CURRENT.set(call)
         return (), arguments
 
@@ -297,7 +337,7 @@ class ModelHooks(InModel):
         if call is not None:
             CURRENT.set(call.outer)
             watch(call.outer_probes)
-            change_masks(call.outer_masks)
+            change_attention(call.outer_changes)
 
     def _core_after(self, core: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._hints.passed_by = False
@@ -317,43 +357,26 @@ class ModelHooks(InModel):
         if call.prefill:
             first = len(self.host.layers) if self._cuts is None else self._cuts.first
             kwargs = reduce_prompt(self.host, call, kwargs, self._border, self._inside, first)
+            self._start(call, kwargs["inputs_embeds"])
             self._observe(call)
+        else:
+            self._start(call)
+            self._cache_stage.follow(call)
         return (), kwargs
+
+    def _start(self, call: Call, embeds: Tensor | None = None) -> None:
+        """Plan what the layers do with a call; a prompt comes with its input embeddings [B, L', D]."""
+        for reducer in self._layer if call.prefill else ():
+            if reducer.reads_attention:
+                call.check_prompt_end(type(reducer).__name__)
+        if self._cuts is not None:
+            self._cuts.start(call, embeds)
 
     def _observe(self, call: Call) -> None:
         """Make the attention of the language model report to the reducers inside it."""
-        for reducer in self._layer:
-            if reducer.rows is not None:
-                call.check_prompt_end(type(reducer).__name__)
         if self._cuts is not None:
             watch(self._cuts.probes(call))
-        if not self._eviction:
-            return
-        name = type(self._eviction[0]).__name__
-        if call.unsettled is not None:
-            warnings.warn(
-                f"{name} evicts once the prompt has been read, and labels that reach back "
-                "to an image do not show where that is: it has no effect here. Set labels of prompt "
-                "tokens to -100, or session.prompt_length",
-                stacklevel=2,
-            )
-        if not bool(call.answered.any()):
-            return
-        if torch.is_grad_enabled() and recomputes(self.host.lm):
-            raise NotImplementedError(
-                f"{name} hides what it evicts from answers in this forward, and gradient "
-                "checkpointing would compute them again without that; turn gradient checkpointing off"
-            )
-        if self.host.kernel not in ("sdpa", "eager"):
-            raise NotImplementedError(
-                f"{name} must hide what it evicts from the answers in this forward, and "
-                f"{self.host.kernel} takes no such mask; load the model with attn_implementation='sdpa', or "
-                "give the prompt alone"
-            )
-        attentions = self.host.attentions
-        change_masks(
-            {attention: hide_from_answers(call, self._eviction, i) for i, attention in enumerate(attentions)}
-        )
+        self._cache_stage.observe(call)
 
     def _lm_after(self, lm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         call = current(self.host)
@@ -361,7 +384,8 @@ class ModelHooks(InModel):
             return None
         cache, kept = cache_in(output), wants_cache(lm, keywords(lm, args, kwargs))
         if kept and recomputes(lm):
-            kept = entries(cache, 0) > call.entries[0]
+            first = self.host.first_attention
+            kept = entries(cache, first) > call.entries[first]
         if call.prefill and len(call.layouts) != len(self.host.layers):
             raise RuntimeError(
                 f"{len(call.layouts)} of the {len(self.host.layers)} layers of {self.host.name} ran, so the "
@@ -370,18 +394,24 @@ class ModelHooks(InModel):
         if kept:
             planned = [layout.valid.shape[1] for layout in call.layouts] or [call.full] * len(call.entries)
             check_growth(self.host.name, self.host.attentions, cache, call.entries, planned)
+        watch(None)
+        change_attention(None)
+        self._cache_stage.check(call)
         if not call.prefill:
             return None
-        watch(None)
-        change_masks(None)
         call.cache = cache if kept else None
         if kept:
             call.limits = [window_limit(cache, i) for i in range(len(call.entries))]
         dropped = any(layout is not call.start for layout in call.layouts)
-        if kept and (dropped or call.state is not None or bool(self._eviction)):
-            finish(call, cache, self._border.renumbered, self.lease, bool(self._eviction))
-            if self._eviction:
-                evict(call, self._eviction)
+        continues = self._cuts is not None and self._cuts.continues(call)
+        if kept and (dropped or continues or call.state is not None or bool(self._eviction)):
+            evicting = bool(self._eviction) or (self._cuts is not None and self._cuts.truncates)
+            counts_anew = self._border.renumbered or self._border.closes_gaps
+            finish(call, cache, counts_anew, self.lease, evicting)
+            cache.reduction.skips = continues
+            self._cache_stage.finish(call)
+            if self._cuts is not None:
+                self._cuts.truncate(call)
         if call.layouts[-1] is not call.start:
             output.last_hidden_state = _restored(output.last_hidden_state, call)
         call.release()
@@ -397,6 +427,10 @@ def _restored(hidden: Tensor, call: Call) -> Tensor:
     """The states of the last layer at their places in the whole prompt; zeros where tokens were dropped."""
     layout = call.layouts[-1]
     index, valid = layout.index.to(hidden.device), layout.valid.to(hidden.device)
-    real = hidden.masked_fill(~valid[..., None], 0) if layout.ragged else hidden
+    if layout.shown is not None:  # means have no place of their own
+        shown = layout.shown.to(hidden.device)
+        index, valid = torch.where(shown < 0, -1 - shown, shown), valid & (shown >= 0)
+    ragged = layout.ragged or layout.shown is not None
+    real = hidden.masked_fill(~valid[..., None], 0) if ragged else hidden
     full = hidden.new_zeros(len(hidden) * call.full, hidden.shape[-1])
-    return full.index_copy(0, flat(index, call.full), real.flatten(0, 1)).view(len(hidden), call.full, -1)
+    return full.index_copy_(0, flat(index, call.full), real.flatten(0, 1)).view(len(hidden), call.full, -1)

@@ -9,19 +9,24 @@ from ..families import Host
 from ..hosts import at_tokens, release, takes
 from ..layout import Layout, gather
 from .cache import extended
+from .boundary import highest
 from .call import Call, past_columns
 from .masks import build, check, shrunk, slide, windowed
+from .spreading import spread_positions
+
+_PLACED = {"position_ids", "position_embeddings"}
 
 
 class LayerArguments:
     """The arguments of the decoder layers of `host`, made to fit the tokens that are left.
 
-    `compact`: after a cut, tokens are numbered anew. Raises RuntimeError when a host's masks are not of the
-    kind that its configuration names, and TypeError when a layer takes no positions by name.
+    `compact`: after a cut, tokens are numbered anew; `spread`: what is left of an image is spread over its
+    extent. Raises RuntimeError when a host's masks are not of the kind that its configuration names, and
+    TypeError when a layer takes no positions by name.
     """
 
-    def __init__(self, host: Host, compact: bool) -> None:
-        self.host, self.compact = host, compact
+    def __init__(self, host: Host, compact: bool, spread: bool) -> None:
+        self.host, self.compact, self.spread = host, compact, spread
         self._checked: set[str] = set()  # kinds of layers whose masks were compared with the host's
 
     def after_cut(self, call: Call) -> None:
@@ -41,10 +46,11 @@ class LayerArguments:
         if call.relative is None and shifted is None and not own_columns:
             return kwargs
         changed = {**kwargs, "attention_mask": self._mask(call, i, hidden, kwargs.get("attention_mask"))}
-        renumbered = shifted is not None or (self.compact and call.relative is not None)
+        renumbered = shifted is not None or ((self.compact or self.spread) and call.relative is not None)
         if call.relative is not None:
             left = {"attention_mask"}
-            left |= {"position_ids", "position_embeddings"} if renumbered else set()
+            if renumbered:  # with positions in several planes, layers get as position ids those of the text
+                left |= {"position_embeddings"} if call.positions.ndim == 3 else _PLACED
             length = call.entering.valid.shape[1]
             for name, value in kwargs.items():
                 key = ("tokens", name, id(value))  # the same rotations go to many layers
@@ -60,6 +66,8 @@ class LayerArguments:
     def _placed(self, i: int, embeddings: Any, positions: Tensor) -> dict[str, Any]:
         """The arguments that give layer i new positions. Raises TypeError when it takes none by name."""
         arguments = {"position_embeddings": embeddings, "position_ids": positions}
+        if positions.ndim == 3:
+            del arguments["position_ids"]
         known = {name: value for name, value in arguments.items() if takes(self.host.layers[i], name)}
         if not known:
             raise TypeError(
@@ -71,15 +79,19 @@ class LayerArguments:
     def _numbered(self, call: Call) -> tuple[Tensor, Tensor]:
         """Position ids [B, L'] that entered the language model, and the first real one of each row [B, 1]."""
         full = call.positions.expand(len(call.entering.valid), -1)
-        highest = torch.iinfo(full.dtype).max
-        return full, full.masked_fill(~call.entering.valid, highest).amin(1, keepdim=True)
+        return full, full.masked_fill(~call.entering.valid, highest(full)).amin(1, keepdim=True)
 
     def _renumbered(self, call: Call, i: int, hidden: Tensor, shifted: Tensor | None) -> tuple[Tensor, Any]:
         """Position ids of the tokens that are left, counted anew after a cut, and their rotations."""
         key = ("rotary", self.host.layer_type(i), id(shifted))
         if key not in call.derived:
-            positions, start = self._numbered(call)
-            if call.relative is not None:
+            if self.spread and call.relative is not None:
+                layout, whole = call.layout, call.whole_positions
+                positions = spread_positions(self.host, call, whole, layout.index, layout.valid)
+                positions = positions[-3:] if positions.ndim == 3 else positions
+            else:
+                positions, start = self._numbered(call)
+            if self.compact and call.relative is not None:
                 positions = (call.layout.valid.long().cumsum(1) - 1).clamp_min(0) + start
             if shifted is not None:
                 positions = positions - shifted[:, None]

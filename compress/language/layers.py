@@ -1,19 +1,24 @@
 """Dropping visual tokens between the layers of a language model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..algorithms.recycling import group_means
 from ..attention import Probe
 from ..families import Host
 from ..hosts import check_checkpointing, keywords, writes_cache
 from ..layout import Layout, compact, gather
-from ..reducer import LayerReducer
+from ..reducer import LayerReducer, LayerSelection, SkipReducer
 from ..undo import Undo
 from .call import Call, current
+from .eviction import evict
 from .layer_arguments import LayerArguments
 from .ranking import Ranking, Trace
+from .skipping import Skipping
 
 
 class LayerCuts:
@@ -27,10 +32,39 @@ class LayerCuts:
         compact_positions: bool,
         trace: Trace,
         evicting: bool,
+        *,
+        spread: bool = False,
     ) -> None:
-        self.host = host
+        self.host, self._trace = host, trace
         self.rankings = [Ranking(host, reducer, number, trace) for number, reducer in enumerate(reducers)]
-        self._arguments = LayerArguments(host, compact_positions)
+        self.skipping = [
+            Skipping(host, reducer, number)
+            for number, reducer in enumerate(reducers)
+            if isinstance(reducer, SkipReducer)
+        ]
+        self._arguments = LayerArguments(host, compact_positions, spread)
+        self._truncated = {k for ranking in self.rankings for k in ranking.truncated}
+        merging = [type(reducer).__name__ for reducer in reducers if reducer.merges]
+        if merging and self._truncated:
+            raise ValueError(
+                f"{merging[0]} moves tokens to other places, so the cache of earlier layers cannot be cut to "
+                "what another reducer keeps; attach it alone, or leave their cache whole"
+            )
+        for number, ranking in enumerate(self.rankings):
+            self._check_means(ranking, self.rankings[number + 1 :])
+        whole = [each for each in self.skipping if each.takes_all]
+        if self._truncated and evicting:
+            raise ValueError(
+                "one reducer cuts the cache of earlier layers to what it keeps and another evicts from the "
+                "cache by its own choice; attach one of them, or leave the cache of earlier layers whole"
+            )
+        if whole and (len(reducers) > 1 or evicting):
+            raise ValueError(
+                f"{type(whole[0].reducer).__name__} leaves out parts of layers for all tokens, text too, "
+                "beside which no other reducer works inside the model; attach it alone, or let it skip an "
+                "image's tokens only"
+            )
+        evicting = evicting or self.truncates
         if evicting and not all(writes_cache(attention) for attention in host.attentions):
             raise TypeError(
                 f"some layers of {host.name} use the keys of others, so nothing can be evicted from its "
@@ -38,6 +72,23 @@ class LayerCuts:
             )
         cuts = [k for ranking in self.rankings for k in ranking.cuts]
         self.first = min(cuts) if cuts and not evicting else 0
+
+    @staticmethod
+    def _check_means(first: Ranking, later: Sequence[Ranking]) -> None:
+        """Raise ValueError where a reducer makes means at a cut before which others have read attention."""
+        shared = [each for each in later if each.reads_before and set(each.cuts) & set(first.cuts)]
+        if first.reducer.merges and shared:
+            names = [type(each.reducer).__name__ for each in (first, shared[0])]
+            raise ValueError(
+                f"{names[0]} and {names[1]} both cut before layers "
+                f"{sorted(set(first.cuts) & set(shared[0].cuts))}; the first makes means there, of which the "
+                "second has no attention. Cut before different layers"
+            )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether caches of layers before a cut are shortened, too."""
+        return bool(self._truncated)
 
     def attach(self, undo: Undo) -> None:
         """Register the hooks."""
@@ -47,8 +98,47 @@ class LayerCuts:
                 undo.pre_hook(layer, self._before(i))
             if deepstack:
                 undo.hook(layer, self._after(i))
+        for part in (*self.rankings, *self.skipping):
+            part.attach(undo)
+
+    def start(self, call: Call, embeds: Tensor | None) -> None:
+        """Plan a call; a prompt comes with its input embeddings [B, L', D].
+
+        Raises NotImplementedError for answers in the same forward as the prompt, where a reducer cuts the
+        cache of layers that only they would attend to whole.
+        """
+        for skipping in self.skipping:
+            skipping.start(call)
+        if not call.prefill:
+            return
         for ranking in self.rankings:
-            ranking.attach(undo)
+            ranking.start(call, embeds)
+        if self._truncated and bool(call.answered.any()):
+            names = [type(r.reducer).__name__ for r in self.rankings if r.truncated]
+            raise NotImplementedError(
+                f"{names[0]} shortens the cache of layers that have run before it selects, and answers in "
+                "this forward attend to all of it: they would get other outputs than token by token. Give "
+                "the prompt alone, generate with a cache, or leave the cache of those layers whole"
+            )
+
+    def continues(self, call: Call) -> bool:
+        """Whether calls after this prompt leave out parts of layers, too."""
+        return any(each.continues(call) for each in self.skipping)
+
+    def truncate(self, call: Call) -> None:
+        """Cut the caches of layers before the last cut that asks for it to the tokens that it kept."""
+        if not self._truncated:
+            return
+        last = max(self._truncated)
+        kept = call.layouts[last]
+        for i, layout in enumerate(call.layouts):
+            gone = torch.zeros(len(layout.valid), call.entries[i] + layout.valid.shape[1], dtype=torch.bool)
+            if i < last:
+                for row in range(len(gone)):
+                    left = torch.isin(layout.index[row], kept.index[row, kept.valid[row]])
+                    gone[row, call.entries[i] :] = (layout.valid[row] & ~left).cpu()
+            call.evicted[i] = gone.to(layout.valid.device)
+        evict(call, (), self._trace)
 
     def probes(self, call: Call) -> dict[nn.Module, Probe]:
         """The attention probes of this call."""
@@ -82,9 +172,9 @@ class LayerCuts:
             for ranking in cutting:
                 # Row probes got this layer's or the previous one's queries with the current layout.
                 with call.timed():
-                    stay = ranking.decide(call, i, hidden, adjusted)
-                if stay is not None:
-                    hidden = self._cut(call, hidden, stay)
+                    selections = ranking.decide(call, i, hidden, adjusted)
+                if selections:
+                    hidden = self._cut(call, hidden, selections)
                     adjusted = self._arguments.at_prefill(call, i, hidden, kwargs)
             call.layouts.append(call.layout)
             call.removed.append(call.derived.get("removed"))
@@ -107,16 +197,69 @@ class LayerCuts:
 
         return hook
 
-    def _cut(self, call: Call, hidden: Tensor, stay: Tensor) -> Tensor:
+    def _cut(
+        self, call: Call, hidden: Tensor, selections: dict[int, tuple[Tensor, LayerSelection]]
+    ) -> Tensor:
         """Drop tokens from this layer on."""
         old = call.layout
+        stay = old.valid.clone()
+        for number, (places, selection) in selections.items():
+            row, kept = call.prompt.spans[number].row, selection.kept.to(places.device)
+            if selection.groups is not None:
+                hidden, kept = self._merge(call, hidden, row, places, selection)
+            stay[row, places] = False
+            stay[row, places[kept]] = True
         index, valid, ragged = compact(stay)
-        call.layout = Layout(old.index.gather(1, index), valid, ragged)
+        shown = None if call.layout.shown is None else call.layout.shown.gather(1, index)
+        call.layout = Layout(old.index.gather(1, index), valid, ragged, shown)
         call.relative = index if call.relative is None else call.relative.gather(1, index)
         call.measured = {number: gather(values, index) for number, values in call.measured.items()}
         call.scores = {key: gather(values, index) for key, values in call.scores.items()}
         self._arguments.after_cut(call)
         return gather(hidden, index)
+
+    def _merge(
+        self, call: Call, hidden: Tensor, row: int, places: Tensor, selection: LayerSelection
+    ) -> tuple[Tensor, Tensor]:
+        """Write the means of dropped tokens of an image to places of dropped tokens.
+
+        `places` [N] are the image's. Returns the hidden states and which of the places stay [n + means]. Kept
+        tokens hold their places and the means get the last free ones, unless tokens are numbered anew: then
+        only the order counts, and means come last.
+        """
+        kept, members = selection.kept.to(places.device), selection.members.to(places.device)
+        groups = selection.groups.to(places.device)
+        count = int(groups.max()) + 1
+        free = torch.ones_like(places, dtype=torch.bool)
+        free[kept] = False
+        slots = torch.cat([kept, free.nonzero().squeeze(1)[-count:]])
+        source = torch.cat([kept, kept.new_full((count,), -1)])
+        slots, order = slots.sort()
+        if not self._arguments.compact:
+            source = source[order]
+
+        def changed(states: Tensor, at: Tensor) -> Tensor:
+            """States [B, L, ...] whose row has at places `at` [N] what goes on."""
+            at, own = at.to(states.device), source.to(states.device)
+            image = states[row, at].flatten(1) if states.ndim > 2 else states[row, at][:, None]
+            means = group_means(image[members.to(image.device)], groups.to(image.device), count)
+            values = image[own.clamp_min(0)].masked_scatter((own < 0)[:, None], means.to(image))
+            states = states.clone()
+            states[row, at[slots.to(states.device)]] = values.view(-1, *states.shape[2:])
+            return states
+
+        call.measured = {number: changed(values, places) for number, values in call.measured.items()}
+        if call.deepstack:
+            entered = places if call.relative is None else call.relative[row, places]
+            call.deepstack = [changed(features, entered) for features in call.deepstack]
+        tokens = call.layout.tokens[row, places]
+        unused = tokens[free.nonzero().squeeze(1)[-count:]]
+        shown = call.layout.tokens.clone()
+        shown[row, places[slots]] = tokens[source.clamp_min(0)].masked_scatter(
+            source < 0, -1 - torch.where(unused < 0, -1 - unused, unused)
+        )
+        call.layout = replace(call.layout, shown=shown)
+        return changed(hidden, places), slots
 
 
 def _all(probes: list[Probe]) -> Probe:

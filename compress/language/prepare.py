@@ -18,8 +18,9 @@ from torch import Tensor
 from ..families import MEDIA, Host, Record
 from ..hosts import ENCODES_BEFORE_FORWARD, release
 from ..layout import compact, gather
-from .boundary import Border, choose
+from .boundary import Border, choose, closed
 from .call import Call, read_prompt
+from .spreading import spread_positions
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def prepare(host: Host, border: Border, inputs: Mapping[str, Any]) -> Prepared:
         is_placeholder = ids == host.media_ids[modality]
         features = torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])
         embeds = embeds.masked_scatter(is_placeholder[..., None], features.to(embeds))
-    stay, changed, kept = choose(host, call, embeds, border)
+    stay, changed, call.kept = choose(host, call, embeds, border)
     index, valid, _ = compact(stay)
     short: dict[str, Any] = {}
     pad = host.lm.config.pad_token_id or 0
@@ -74,9 +75,9 @@ def prepare(host: Host, border: Border, inputs: Mapping[str, Any]) -> Prepared:
         short[key] = value
     short["attention_mask"] = valid.long()
     if not border.renumbered:
-        short["position_ids"] = _positions(host, call, inputs, index)
+        short["position_ids"] = _positions(host, call, inputs, index, valid, border)
     short["mm_encoder_outputs"] = {
-        modality: _shortened(call, modality, output, changed, kept)
+        modality: _shortened(call, modality, output, changed, call.kept)
         for modality, output in call.outputs.items()
     }
     return Prepared(short, ids)
@@ -97,16 +98,21 @@ def _encode(host: Host, inputs: Mapping[str, Any]) -> tuple[Call, dict[str, Any]
     return call, {key: value for key, value in inputs.items() if key not in used}
 
 
-def _positions(host: Host, call: Call, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
+def _positions(
+    host: Host, call: Call, inputs: Mapping[str, Any], index: Tensor, valid: Tensor, border: Border
+) -> Tensor:
     """Position ids of the whole prompt at the kept places."""
     mask = call.start.valid.long()
     plain = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0) + host.family.first_position
     if not hasattr(host.core, "get_rope_index"):
-        return plain.gather(1, index)
+        return spread_positions(host, call, plain, index, valid) if border.spread else plain.gather(1, index)
     parameters = inspect.signature(host.core.get_rope_index).parameters
     arguments = {name: inputs[name] for name in parameters if name in inputs and name != "attention_mask"}
     planes, host.core.rope_deltas = host.core.get_rope_index(**arguments, attention_mask=mask)
     planes = torch.cat([plain[None], planes.to(plain)])
+    if border.spread:
+        return spread_positions(host, call, planes, index, valid)
+    planes = closed(call, planes) if border.closes_gaps else planes
     return planes.gather(2, index.expand(len(planes), *index.shape))
 
 

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..algorithms.anyres import split_budget
 from ..algorithms.grid import Grid
-from ..algorithms.select import top_k_mask
 from ..reducer import FeatureReducer, Image, TowerLayer
 
 
@@ -27,6 +24,8 @@ class FasterVLM(FeatureReducer):
 
     layer: TowerLayer = "features"
 
+    by_token: ClassVar[bool] = True
+
     def tower_layers(self) -> dict[TowerLayer, bool]:
         """Probabilities of one layer."""
         return {self.layer: True}
@@ -38,12 +37,4 @@ class FasterVLM(FeatureReducer):
     def select(self, features: Tensor, grid: Grid | None, count: int, scores: Tensor | None = None) -> Tensor:
         """Mask [N] of the highest `scores` [N] of each tile, as even a share of `count` as the tiles can
         give."""
-        scores = self.need(scores)
-        if grid is None:
-            return top_k_mask(scores, count)
-        tile = grid.tile.to(scores.device)
-        inside = tile == tile[tile >= 0].unique()[:, None]  # [tiles, N]
-        capacity = inside.sum(1)
-        counts = split_budget(torch.ones(len(inside)), min(count, int(capacity.sum())), capacity)
-        best = top_k_mask(scores.masked_fill(~inside, -torch.inf), counts)
-        return self.completed(best.any(0), count)
+        return self.highest_of_each_tile(self.need(scores), grid, count)

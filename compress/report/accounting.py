@@ -14,6 +14,15 @@ def llm_block_macs(n: int, d: int, m: int, kv_dim: int | None = None) -> int:
     return 2 * n * d * (d + kv_dim) + 2 * n * n * d + 3 * n * d * m
 
 
+def skipped_macs(
+    d: int, m: int, kv_dim: int, n: int, *, projections: int = 0, rows: int = 0, keys: int = 0, mlp: int = 0
+) -> int:
+    """Multiply-adds that a block on `n` tokens saves where some skip parts of it: so many `projections` of
+    queries and outputs, `rows` of attention, `keys` and values, and passes through the gated MLP of hidden
+    width `m`; `d` and `kv_dim` as in `llm_block_macs`."""
+    return 2 * projections * d * d + 2 * rows * n * d + 2 * keys * d * kv_dim + 3 * mlp * d * m
+
+
 def vit_block_macs(n: int, C: int) -> int:
     """Multiply-adds of one ViT block on `n` tokens, class token included: width `C`, MLP width 4 C.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..hosts import writes_cache
-from .accounting import llm_block_macs
+from .accounting import llm_block_macs, skipped_macs
 
 if TYPE_CHECKING:
     from ..families import Host
@@ -35,7 +36,9 @@ class ImageReport:
 class Report:
     """The last prompt with images. Floating-point operations are counted (two per multiply-add), not
     measured, and cover the language model's layers at prefill; cache bytes are those held after it; `seconds`
-    is the time spent in the reducers themselves. They are None for models where they are not counted."""
+    is the time spent in the reducers themselves. They are None for models where they are not counted.
+    `skipped` has, per layer that tokens skip parts of, how often each part (`accounting.skipped_macs`) was
+    left out, over all prompts."""
 
     reducers: list[str]
     images: list[ImageReport]
@@ -44,6 +47,7 @@ class Report:
     cache_bytes: int | None = None
     cache_bytes_full: int | None = None
     seconds: float | None = None
+    skipped: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @property
     def average_tokens(self) -> float:
@@ -97,14 +101,16 @@ def count(host: Host, call: Call, reducers: list[str]) -> Report:
             for lengths, columns in zip(entering, call.columns, strict=True)
         ]
     limits = call.limits or [None] * len(layouts)
+    flops = _flops(host, entering)
     return Report(
         reducers,
         images,
-        _flops(host, entering),
+        None if flops is None else flops - _skipped(host, entering, call),
         _flops(host, full),
         _cache_bytes(host, held, limits),
         _cache_bytes(host, full, limits),
         call.seconds,
+        {i: {part: sum(rows) for part, rows in parts.items()} for i, parts in call.skipped.items()},
     )
 
 
@@ -112,13 +118,28 @@ def _lengths(valid: torch.Tensor) -> list[int]:
     return valid.sum(1).tolist()
 
 
-def _flops(host: Host, lengths: list[list[int]]) -> int:
-    config = host.lm.config
+def _flops(host: Host, lengths: list[list[int]]) -> int | None:
+    """Operations of the language model; None where layers keep a running state, whose cost is not counted."""
+    config, layers = host.lm.config, len(lengths)
+    widths = getattr(config, "intermediate_size", None)
+    if host.recurrent or widths is None:
+        return None
+    widths = widths if isinstance(widths, Sequence) else [widths] * layers
     return 2 * sum(
-        llm_block_macs(n, config.hidden_size, config.intermediate_size, host.key_width(i))
+        llm_block_macs(n, config.hidden_size, widths[i], host.key_width(i))
         for i, rows in enumerate(lengths)
         for n in rows
     )
+
+
+def _skipped(host: Host, lengths: list[list[int]], call: Call) -> int:
+    """Operations of tokens that skip parts of a layer."""
+    config, macs = host.lm.config, 0
+    for i, parts in call.skipped.items():
+        for row, n in enumerate(lengths[i]):
+            counts = {part: values[row] for part, values in parts.items()}
+            macs += skipped_macs(config.hidden_size, config.intermediate_size, host.key_width(i), n, **counts)
+    return 2 * macs
 
 
 def _cache_bytes(host: Host, lengths: list[list[int]], limits: list[int | None]) -> int:

@@ -19,7 +19,8 @@ class Explanation:
 
     `tile` and `index` [n] are the encoder input that each shows and the row-major place in it (-1: no
     patch, as newline vectors), `boxes` [n, 4] the part of the picture as (top, left, bottom, right), each
-    from 0 to 1. They are None where the layout is not known.
+    from 0 to 1. They are None where the layout is not known. In a cache whose heads hold tokens of their own
+    `tokens` are those that some head holds, and `heads` [H_k, n] marks which head holds which.
     """
 
     row: int
@@ -27,6 +28,7 @@ class Explanation:
     num_tokens: int
     tokens: Tensor
     grid: Grid | None
+    heads: Tensor | None = None
 
     @property
     def tile(self) -> Tensor | None:
@@ -88,11 +90,21 @@ def explain(call: Call, layer: int, cache: bool) -> list[Explanation]:
     layer %= len(call.layouts)
     layout = call.held.get(layer, call.layouts[layer]) if cache else call.layouts[layer]
     places = layout.index.masked_fill(~layout.valid, -1)
+    shown = call.layouts[layer].shown
     explanations = []
     for span in call.prompt.spans:
         in_layer = torch.isin(span.places, places[span.row]).cpu()
         tokens = in_layer.nonzero().squeeze(1)
+        if shown is not None:  # states have moved to other places
+            index = call.layouts[layer].index[span.row]
+            numbers = [int((index == place).nonzero()[-1]) for place in span.places[tokens]]
+            moved = shown[span.row, numbers].to(span.places.device)
+            tokens = torch.searchsorted(span.places, moved.clamp_min(0)).masked_fill(moved < 0, -1).cpu()
+        heads = None
+        if cache and layer in call.heads:
+            by_head = call.layouts[layer].index[span.row].masked_fill(~call.heads[layer][span.row], -1)
+            heads = torch.stack([torch.isin(span.places, held).cpu()[in_layer] for held in by_head])
         if span.shown is not None:
-            tokens = span.shown[tokens]
-        explanations.append(Explanation(span.row, span.number, len(span.places), tokens, span.grid))
+            tokens = span.shown[tokens.clamp_min(0)].masked_fill(tokens < 0, -1)
+        explanations.append(Explanation(span.row, span.number, len(span.places), tokens, span.grid, heads))
     return explanations

@@ -5,7 +5,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from ..reducer import TowerLayer, VisionReducer
 from ..undo import Undo
 from . import shrink
 from .packed import PackedMerging
+from .pixels import Entering, PixelPruning, order_of
 
 _PACKED = ("grid_thw", "cu_seqlens", "image_sizes", "spatial_shapes", "pixel_position_ids")
 _ENCODING: ContextVar[bool] = ContextVar("vistok_encoding", default=False)
@@ -57,7 +58,7 @@ class FeatureRecorder:
         self,
         host: Host,
         layers: dict[TowerLayer, bool | Literal["joined"]],
-        states: TowerLayer | Literal[False] | None,
+        states: TowerLayer | None,
         done: Callable[[str, Any, Record], None],
         earlier: EarlierCalls,
         *,
@@ -65,12 +66,14 @@ class FeatureRecorder:
     ) -> None:
         self.host, self.layers, self.states, self.done, self.merging = host, layers, states, done, None
         self.pixels, self.earlier = pixels, earlier
-        if layers or states:
+        self.pruning: PixelPruning | None = None
+        reads = bool(layers) or states is not None
+        if reads:
             _check_readable(host)
         if pixels:
             shrink.check(host)
-        self.attentions = tower_attentions(host.tower) if layers or states else []
-        for layer in [*layers, states or "features"]:
+        self.attentions = tower_attentions(host.tower) if reads else []
+        for layer in [*layers, "features" if states is None else states]:
             if layer != "features" and not -len(self.attentions) <= layer < len(self.attentions):
                 raise ValueError(
                     f"the reducer reads attention of tower layer {layer}, but {type(host.tower).__name__} "
@@ -98,9 +101,12 @@ class FeatureRecorder:
             arguments = {**arguments.pop("kwargs", {}), **arguments}
             if self.merging is not None:
                 self.merging.reset()
-            with _encoding(), self._watching() as rows:
+            pruning = (
+                nullcontext(Entering()) if self.pruning is None else self.pruning.running(modality, arguments)
+            )
+            with _encoding(), self._watching() as rows, pruning as entering:
                 output = stock(*args, **{**kwargs, "return_dict": True})
-            record = self._record(modality, output, arguments, rows)
+            record = self._record(modality, output, arguments, rows, entering)
             if not self.pixels:  # or the record would keep pictures in memory
                 record.arguments = {k: v for k, v in arguments.items() if not k.startswith("pixel_values")}
             self.done(modality, output, record)
@@ -113,15 +119,18 @@ class FeatureRecorder:
         watched: dict[TowerLayer, list[Tensor]] = {layer: [] for layer in self.layers}
         keys: list[Tensor] = []
         probes: dict[nn.Module, list[Callable[..., None]]] = {}
-        for layer, kind in self.layers.items():
+        layers: dict[nn.Module, list[TowerLayer]] = {}  # a layer may have several names
+        for layer in self.layers:
+            layers.setdefault(self._attention(layer), []).append(layer)
 
-            def rows(module, query, key, mask, scaling, layer=layer, kind=kind):
-                if kind == "joined":
-                    query, key, scaling = _joined(query), _joined(key), None
-                watched[layer].append(_class_rows(query, key, scaling, mask, bool(kind)))
+        def rows(module: nn.Module, *observed: Any) -> None:
+            tower_rows = _TowerRows(*observed)
+            for layer in layers[module]:
+                watched[layer].append(tower_rows.of_kind(self.layers[layer]))
 
-            probes.setdefault(self._attention(layer), []).append(rows)
-        if self.states and not self.packed and self.host.pool == 1:
+        for module in layers:
+            probes.setdefault(module, []).append(rows)
+        if self.states is not None and not self.packed and self.host.pool == 1:
             probe = lambda module, query, key, *_: keys.append(key.transpose(1, 2))  # noqa: E731
             probes.setdefault(self._attention(self.states), []).append(probe)
         with ExitStack() as stack:
@@ -144,13 +153,34 @@ class FeatureRecorder:
         """How many tower layers it takes to make the features."""
         return self.used_layers[-1]
 
+    def tokens_left(self, span: Span) -> Tensor | None:
+        """Which of an image's tokens go on from a tower in which patches merge or go, bool [N]: the first of
+        those that are made of the same merged patches, or those of which a patch is left. None where the
+        layout of the tokens is not known."""
+        if span.record.patches_left is not None:
+            patches = self._behind_tokens(span, span.record.patches_left)
+            return None if patches is None else patches[:, -(self.host.pool**2) :].any(1)
+        groups = self.token_groups(span)
+        if groups is None:
+            return None
+        rows, inverse = torch.unique(groups, dim=0, return_inverse=True)
+        places = torch.arange(len(groups))
+        first = torch.full((len(rows),), len(groups)).scatter_reduce(0, inverse, places, "amin")
+        return torch.zeros(len(groups), dtype=torch.bool).index_fill(0, first, True)
+
     def token_groups(self, span: Span) -> Tensor | None:
         """The patches behind each of an image's tokens, by the groups that merging made of them
         [N, pool²]; tokens with equal rows are equal. None where the layout of the tokens is not known."""
+        return self._behind_tokens(span, span.record.groups)
+
+    def _behind_tokens(self, span: Span, values: Tensor) -> Tensor | None:
+        """Values of the tower's patches [tiles, n] at those behind each of an image's tokens [N, pool²], with
+        the number of the tile in front where there are several. Separators get negative numbers, each
+        another. None where the layout of the tokens is not known."""
         grid, record = span.grid, span.record
         if isinstance(self.merging, PackedMerging):
             patches = self._packed_patches(span)
-            return self._unknown(span) if patches is None else record.groups.cpu()[0, patches]
+            return self._unknown(span) if patches is None else values.cpu()[0, patches]
         if grid is None:
             return self._unknown(span)
         first = self._tiles(record)[span.item][0]
@@ -163,10 +193,10 @@ class FeatureRecorder:
         patch_cols = (cols[:, None] * pool + offsets)[:, None, :]
         patches = (patch_rows * width * pool + patch_cols).flatten(1)  # [N, pool²]
         tile = (first + grid.tile.clamp_min(0))[:, None]
-        groups = torch.cat([tile, record.groups.cpu()[tile, patches]], 1)
+        behind = torch.cat([tile, values.cpu()[tile, patches]], 1)
         separators = grid.tile < 0
-        groups[separators] = -1 - torch.arange(int(separators.sum()))[:, None]  # no two are equal
-        return groups
+        behind[separators] = -1 - torch.arange(int(separators.sum()))[:, None]  # no two are equal
+        return behind
 
     def _unknown(self, span: Span) -> None:
         warnings.warn(
@@ -190,12 +220,14 @@ class FeatureRecorder:
         blocks = places.unfold(0, pool, pool).unfold(1, pool, pool).flatten(2).flatten(0, 1)
         return blocks if len(blocks) == len(span.places) else None
 
-    def _record(self, modality: str, output: Any, arguments: dict[str, Any], watched: Any) -> Record:
+    def _record(
+        self, modality: str, output: Any, arguments: dict[str, Any], watched: Any, entering: Entering
+    ) -> Record:
         rows, keys = watched
         lengths = [len(item) for item in output.pooler_output]
         if self.host.family.segment == "tiles":
             lengths = lengths_of_samples(lengths, arguments)
-        record = Record(modality, lengths, arguments)
+        record = Record(modality, lengths, arguments, entered=entering.masks, seconds=entering.seconds)
         tiles = self._tiles(record)
         for layer, parts in rows.items():
             if not self.packed and sum(map(len, parts)) != tiles[-1][1]:
@@ -217,6 +249,8 @@ class FeatureRecorder:
                     "features, such as divprune"
                 )
             record.groups = trace.patch_groups(first) if first < last else trace.exit_groups()
+            if self.merging.reducer.prunes:
+                record.patches_left = trace.patches_left()
         return record
 
     def _tiles(self, record: Record) -> list[tuple[int, int]]:
@@ -252,8 +286,16 @@ class FeatureRecorder:
                 for piece, grid in zip(pieces, grids, strict=True)
             ]
         units = rows.unflatten(-1, (-1, pool * pool)).mean(-1)
+        entered = None if record.entered is None else torch.cat(record.entered).to(units.device)
+        if entered is not None and units.shape[-1] == len(entered):  # of a layer with all patches
+            entered = None
         if order == "window":
-            units = units[..., self._window_order(record).argsort()]
+            windows = self._window_order(record)
+            windows = windows if entered is None else order_of(windows, entered)
+            units = units[..., windows.argsort()]
+        if entered is not None:  # of tokens whose patches did not enter the tower there is nothing
+            whole = units.new_zeros(*units.shape[:-1], len(entered))
+            units = whole.index_copy(-1, entered.nonzero().squeeze(1), units)
         return [
             piece.unflatten(-1, (b - a, -1))[0].transpose(0, 1)
             for piece, (a, b) in zip(units.split(record.lengths, -1), tiles, strict=True)
@@ -272,6 +314,25 @@ class FeatureRecorder:
         )[0]
 
 
+class _TowerRows:
+    """What reducers read of the attention of one layer in one forward, computed once for all of them."""
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        self.query, self.key, self.mask, self.scaling = query, key, mask, scaling
+        self._rows: dict[tuple[bool, bool], Tensor] = {}
+
+    def of_kind(self, kind: bool | Literal["joined"]) -> Tensor:
+        """The rows [T, H, n] as probabilities (True), logits (False) or "joined" probabilities."""
+        joined, softmax = kind == "joined", bool(kind)
+        if (joined, softmax) not in self._rows:
+            query, key, scaling = self.query, self.key, self.scaling
+            if joined:
+                query, key, scaling = _joined(query), _joined(key), None
+            logits, probabilities = _class_rows(query, key, scaling, self.mask)
+            self._rows.update({(joined, False): logits, (joined, True): probabilities})
+        return self._rows[joined, softmax]
+
+
 def _joined(heads: Tensor) -> Tensor:
     """[T, H, n, d] as one head [T, 1, n, H · d]."""
     return heads.transpose(1, 2).flatten(2)[:, None]
@@ -286,16 +347,17 @@ def _all(functions: list[Callable[..., None]]) -> Callable[..., None]:
 
 
 def _class_rows(
-    query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None, softmax: bool
-) -> Tensor:
-    """The class token's attention to each patch [T, H, n]; in towers without one, what each patch receives on
-    average."""
+    query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Logits and probabilities of the class token's attention to each patch [T, H, n]; in towers without one,
+    of what each patch receives on average."""
     tokens = key.shape[2]
     if math.isqrt(tokens - 1) ** 2 == tokens - 1 and math.isqrt(tokens) ** 2 != tokens:
         row = mask_of_first(mask)
-        return attention_rows(query[:, :, :1], key, scaling=scaling, mask=row, softmax=softmax)[:, :, 0, 1:]
+        logits = attention_rows(query[:, :, :1], key, scaling=scaling, mask=row, softmax=False)[:, :, 0]
+        return logits[..., 1:], logits.softmax(-1)[..., 1:]
     received = column_sums(query, key, scaling=scaling, mask=mask) / query.shape[2]
-    return received if softmax else received.clamp_min(1e-12).log()
+    return received.clamp_min(1e-12).log(), received
 
 
 def mask_of_first(mask: Tensor | None) -> Tensor | None:
@@ -306,17 +368,19 @@ def mask_of_first(mask: Tensor | None) -> Tensor | None:
 def check_groups(host: Host, reducer: VisionReducer) -> None:
     """Raise TypeError where what merges in the tower cannot be followed to the language model's tokens, so
     that its prompt would stay as long as it was."""
-    if host.family.grids is None and host.family.segment == "items":
+    family = host.family
+    if (family.grids is None and family.segment == "items") or not family.readable:
         raise TypeError(
             f"{type(reducer).__name__} merges patches inside the tower, and for {host.name} "
             f"({host.model.config.model_type}) it is not known which patches stand behind a visual token, so "
             "no budget could be met; use a reducer of features, such as divprune"
         )
     if host.pool > 1:
+        case = "all patches of a token go" if reducer.prunes else "the patches of two tokens merge entirely"
         warnings.warn(
             f"{host.name} makes one visual token of {host.pool} × {host.pool} patches: keep is met by the "
-            "patches in the tower, and the prompt gets shorter only where the patches of two tokens have "
-            "merged entirely; attach a reducer of features beside it for a shorter prompt",
+            f"patches in the tower, and the prompt gets shorter only where {case}; "
+            "attach a reducer of features beside it for a shorter prompt",
             stacklevel=5,
         )
 
@@ -325,9 +389,15 @@ def _check_readable(host: Host) -> None:
     """Raise TypeError for towers outside the table that pack pictures of any size into one sequence: which
     rows of their attention belong to which image is not known."""
     packed = [name for name in _PACKED if takes(host.tower, name)]
-    if host.model.config.model_type not in FAMILIES and packed:
+    unknown = host.model.config.model_type not in FAMILIES or not host.family.readable
+    if unknown and packed:
         raise TypeError(
             f"the tower of {host.name} ({host.model.config.model_type}) packs pictures of any size into one "
             f"sequence ({packed[0]}), and how its attention is divided among the visual tokens is not known; "
             "use a reducer that needs the features alone, such as divprune"
+        )
+    if not host.family.readable:
+        raise TypeError(
+            f"how the attention of the tower of {host.name} ({host.model.config.model_type}) is divided "
+            "among its visual tokens is not known; use a reducer of features alone, such as divprune"
         )

@@ -22,7 +22,7 @@ class PackedTrace(MergeTrace):
     """A forward over a packed sequence: one row, in which segments never merge with each other.
 
     `images` holds the lengths of each image's segments, `shares` the tokens that each segment loses in each
-    block, `lengths` what the segments have left, `origin` [M] the places of these tokens among all N. `order`
+    block, `lengths` what the segments have left. `order`
     [N] is which patch, as they enter the tower, is at each place of the sequence (None: they are in order),
     `first_exit` after how many blocks features first leave the tower (None: all). `bias` [M, 1] is for the
     attention that adds it.
@@ -31,7 +31,6 @@ class PackedTrace(MergeTrace):
     images: list[list[int]] = field(default_factory=list)
     shares: list[list[int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    origin: Tensor | None = None
     order: Tensor | None = None
     first_exit: int | None = None
     bias: Tensor | None = None
@@ -44,6 +43,11 @@ class PackedTrace(MergeTrace):
         """`groups` [1, N] of the patches in the order in which they enter the tower."""
         groups = self.groups(blocks)
         return groups if self.order is None else groups[:, self.order.to(groups.device).argsort()]
+
+    def patches_left(self, blocks: int | None = None) -> Tensor:
+        """Which patches are left [1, N], in the order in which they enter the tower."""
+        left = super().patches_left(blocks)
+        return left if self.order is None else left[:, self.order.to(left.device).argsort()]
 
     def exit_groups(self) -> Tensor:
         """`patch_groups` of patches equal in all features, those of early blocks (deepstack) included."""
@@ -98,7 +102,7 @@ class PackedMerging(VisionMerging):
         """Position embeddings and borders of the tokens that are left."""
         if trace.origin is None:
             return kwargs
-        embeddings = tuple(part[trace.origin.to(part.device)] for part in kwargs["position_embeddings"])
+        embeddings = tuple(part[trace.origin[0].to(part.device)] for part in kwargs["position_embeddings"])
         borders = {
             name: trace.borders(kwargs[name])
             for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -106,17 +110,15 @@ class PackedMerging(VisionMerging):
         }
         return {**kwargs, **borders, "position_embeddings": embeddings}
 
-    def match(self, trace: PackedTrace, index: int, metric: Tensor) -> Matching:
+    def match(self, trace: PackedTrace, index: int, metric: Tensor, block: nn.Module) -> Matching:
         """The merges of each segment in block `index`, by `metric` [1, N, C]."""
 
-        def match(rows: Tensor, r: int) -> Matching:
-            return self.reducer.match(index, self.num_blocks, rows, r, self.prefix)
+        def match(places: Tensor, r: int) -> Matching:
+            return self.match_rows(index, metric[0, places], r, block, places)
 
         shares = trace.shares[index]
-        matching = match_segments(metric, trace.lengths, shares, match)
+        matching = match_segments(trace.lengths, shares, match, metric.device)
         trace.lengths = [length - r for length, r in zip(trace.lengths, shares, strict=True)]
-        kept = matching.kept[0]
-        trace.origin = kept if trace.origin is None else trace.origin[kept]
         return matching
 
     def _merge(self, trace: PackedTrace, index: int, x: Tensor, block: nn.Module) -> Tensor:
@@ -150,7 +152,7 @@ class PixtralMerging(PackedMerging):
         kwargs = super().arguments(trace, x, kwargs, attention, sized)
         mask = kwargs["attention_mask"]
         if trace.origin is not None and mask is not None:
-            origin = trace.origin.to(mask.device)
+            origin = trace.origin[0].to(mask.device)
             mask = mask[..., origin, :][..., origin]
         if sized:
             bias = log_size(trace.size, x, attention)
@@ -246,13 +248,15 @@ def _wider(x: Tensor, value: float) -> Tensor:
 
 
 def match_segments(
-    metric: Tensor, lengths: Sequence[int], shares: Sequence[int], match: Callable[[Tensor, int], Matching]
+    lengths: Sequence[int],
+    shares: Sequence[int],
+    match: Callable[[Tensor, int], Matching],
+    device: torch.device,
 ) -> Matching:
-    """One matching over a sequence [1, N, C] of segments, each of which merges its own share.
+    """One matching over a sequence of segments, each of which merges its own share.
 
-    `match(rows [B, n, C], r)` merges r tokens of each row; segments that are alike go to it together.
+    `match(places [B, n], r)` merges r of the n tokens of each row; segments that are alike go to it together.
     """
-    device = metric.device
     left = [length - r for length, r in zip(lengths, shares, strict=True)]
     starts = torch.tensor([0, *accumulate(lengths)], device=device)
     places = torch.tensor([0, *accumulate(left)], device=device)
@@ -264,7 +268,7 @@ def match_segments(
     for (length, r), numbers in alike.items():
         first, place = starts[numbers][:, None], places[numbers][:, None]
         rows = first + torch.arange(length, device=device)
-        matching = match(metric[0, rows], r) if r else Matching.identity(len(numbers), length, device)
+        matching = match(rows, r) if r else Matching.identity(len(numbers), length, device)
         kept[place + torch.arange(length - r, device=device)] = first + matching.kept
         sources.append((first + matching.source).flatten())
         destinations.append((place + matching.destination).flatten())

@@ -43,9 +43,9 @@ class Standalone:
 def attach(
     model: nn.Module, stages: dict[Stage, Reducer], keep: Callable[[], Budget], undo: Undo
 ) -> Standalone | None:
-    """Merge inside a timm VisionTransformer, a CLIP or a SigLIP tower; None for any other model.
+    """Merge inside a vision transformer of timm or a tower of transformers; None for any other model.
 
-    Merged tokens leave the tower merged. Raises TypeError for reducers of other stages.
+    Merged tokens leave the model merged. Raises TypeError for reducers of other stages.
     """
     install = _installer(model)
     if install is None:
@@ -54,7 +54,7 @@ def attach(
     if others:
         raise TypeError(
             f"{type(model).__name__} is a vision transformer without a language model; "
-            f"{' and '.join(others)} acts elsewhere. Attach ToMe or PiToMe"
+            f"{' and '.join(others)} acts elsewhere. Attach ToMe, PiToMe or ZeroTPrune"
         )
     return Standalone(model, install(model, stages[Stage.VISION], keep(), undo))
 

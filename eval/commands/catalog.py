@@ -124,11 +124,27 @@ def _metrics() -> tuple[str, list[str], list[dict[str, Any]]]:
 
 
 def _families() -> tuple[str, list[str], list[dict[str, Any]]]:
-    from ...compress.families import described_families
+    """One row per class of models, from a trial on a tiny random model of each `model_type`."""
+    from ...compress.families import known_families
+    from ...compress.tiny.trial import tried
 
-    rows = described_families()
-    title = f"{len(rows)} families of vision-language models; others are tried, and refused by name"
-    return title, list(rows[0]), rows
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for trial in map(tried, known_families()):
+        row = rows.setdefault(
+            (trial.family, *trial.stages, trial.layout, trial.reason),
+            {
+                "family": trial.family,
+                "model types": "",
+                "stages": ", ".join(trial.stages) or "–",
+                "layout": "–" if not trial.stages else "known" if trial.layout else "not known",
+                "reason": trial.reason,
+            },
+        )
+        row["model types"] += f"{', ' if row['model types'] else ''}{trial.model_type}"
+    works = sum(row["stages"] != "–" for row in rows.values())
+    title = f"{works} of {len(rows)} families of vision-language models take reducers"
+    listed = sorted(rows.values(), key=lambda row: (row["stages"] == "–", row["family"].lower()))
+    return title, ["family", "model types", "stages", "layout", "reason"], listed
 
 
 def _short(licence: str) -> str:

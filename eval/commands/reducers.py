@@ -44,9 +44,9 @@ def reducers(
 def _speed(repeats: int, threads: int, device: str) -> dict[str, Any]:
     """Print selection against plain code and prefill against the shortened prompt; returns the record."""
     from ...compress import DivPrune, UniformGrid
-    from ..speed import prefill, selection
+    from ..speed import merging, prefill, selection
 
-    selected = selection.run(repeats, threads)
+    selected = selection.run([*selection.comparisons(), *merging.comparisons()], repeats, threads)
     table(selected.title, selection.HEADER, selected.table())
     read = prefill.run([UniformGrid(), DivPrune()], repeats=repeats, threads=threads, device=device)
     table(read.title, prefill.HEADER, read.table())
@@ -58,14 +58,14 @@ def _net_gain(
 ) -> dict[str, Any]:
     """Print what each method costs and saves, and where it cannot pay; returns the record."""
     from ...compress.reducer import fraction_or_count
-    from ...compress.registry import reducer_by_name, reducers
+    from ...compress.registry import comparable_reducers, reducer_by_name
     from ..speed import net_gain
 
     fraction_or_count(keep)
     known = (*net_gain.PICTURES, net_gain.TILED)
     if not set(tokens) <= set(known):
         raise ValueError(f"--tokens are {tokens}; they are of {', '.join(map(str, known))}")
-    chosen = names_in_list(names) or list(reducers())
+    chosen = names_in_list(names) or comparable_reducers()
     result = net_gain.run(
         {name: reducer_by_name(name) for name in chosen},
         keep,

@@ -17,9 +17,12 @@ from ...compress.algorithms.anyres import (
     hired,
     unrounded,
 )
+from ...compress.algorithms.dpp import dpp_order, text_relevance
 from ...compress.algorithms.fold import prumerge, visionzip, visionzip_order
 from ...compress.algorithms.grid import Grid
+from ...compress.algorithms.important_diverse import important_and_diverse
 from ...compress.algorithms.select import cosine_distances, farthest_first, top_k
+from . import prune_in_model, prune_pixels
 from .case import CannotBuild, Case, Outputs
 
 FAMILIES = ("prune",)
@@ -31,6 +34,9 @@ Array = np.ndarray
 def run(case: Case) -> Outputs:
     """vistok's outputs for every recorded tensor, in the order they were made."""
     config = case.data["config"]
+    if str(config.get("algorithm", "")).startswith("PixelPrune"):
+        yield from prune_pixels.run(case)
+        return
     if "model" in config:
         from .prune_models import run as run_models
 
@@ -43,6 +49,9 @@ def run(case: Case) -> Outputs:
         "GlobalCom2": _globalcom2,
         "VisionZip": _visionzip,
         "PruMerge": _prumerge,
+        "CDPruner": _cdpruner,
+        "VisPruner": _vispruner,
+        "in-LLM selectors": prune_in_model.select,
     }
     for name, outputs in known.items():
         if algorithm.startswith(name):
@@ -260,6 +269,40 @@ def _prumerge(case: Case) -> Outputs:
                 share = len(folded.kept) / (len(x) - 1)
                 case.check_stated(f"{tag}: share of outliers", share, sub["outlier_ratio"], 1e-9)
             yield f"{tag}.{name}", folded.tokens.unsqueeze(0)
+
+
+# CDPruner and VisPruner -------------------------------------------------------------------------------------
+
+
+def _cdpruner(case: Case) -> Outputs:
+    for sub in case.data["config"]["subcases"]:
+        random, batch, n = np.random.RandomState(sub["seed"]), sub["B"], sub["N"]
+        arrays = (
+            _mixture(random, batch, n, sub["D"], k=80, noise=1.0),
+            _mixture(random, batch, n, sub["E"]),
+            random.standard_normal((sub["M"], sub["E"])),
+        )
+        features, image, text = (torch.from_numpy(x.astype(np.float32)).to(case.device) for x in arrays)
+        orders = {}
+        for dtype in (torch.float32, torch.float64):
+            x, y, z = features.to(dtype), image.to(dtype), text.to(dtype)
+            relevance = text_relevance(y.flatten(0, 1), z, sign=-1).view(batch, n)  # one range for all crops
+            picks = [dpp_order(tile, own, sub["keep"]) for tile, own in zip(x, relevance, strict=True)]
+            orders[dtype] = torch.stack(picks)
+        yield f"{sub['tag']}.kept", orders[torch.float32].sort(1).values
+        yield f"{sub['tag']}.order64", orders[torch.float64]
+
+
+def _vispruner(case: Case) -> Outputs:
+    for sub in case.data["config"]["subcases"]:
+        random, batch, n = np.random.RandomState(sub["seed"]), sub["B"], sub["N"]
+        features = torch.from_numpy(_mixture(random, batch, n, sub["C"], k=60))
+        attention = torch.from_numpy(_softmax(random, (batch, sub["H"], n), 1.0)).mean(1)
+        kept = [
+            important_and_diverse(own, tile, sub["keep"], sub["ratio"])
+            for own, tile in zip(attention, features, strict=True)
+        ]
+        yield f"{sub['tag']}.kept", torch.stack(kept)
 
 
 def _softmax(random: "np.random.RandomState", shape: tuple[int, ...], temperature: float) -> Array:

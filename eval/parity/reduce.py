@@ -52,8 +52,14 @@ def run(case: Case) -> Outputs:
         from . import reduce_llm
 
         return reduce_llm.run(case)
-    if "i_stage" in config:
-        raise CannotBuild(f"{case.path.name}: this version has no Zero-TPrune")
+    elif set(config) & {"h2o", "promptdistill", "tokenselect"}:
+        from . import reduce_cache
+
+        return reduce_cache.run(case)
+    elif "i_stage" in config:
+        from . import reduce_zerotprune
+
+        return reduce_zerotprune.run(case)
     raise CannotBuild(f"{case.path.name}: this version does not verify {', '.join(_names(config))}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...compress import attach
 from ...compress.hosts import ENCODES_BEFORE_FORWARD, cache_in, release, with_cache
 from ...compress.methods.fastv import FastV
+from ...compress.methods.ima import IMA
 from ...compress.methods.pyramiddrop import PyramidDrop
 from ...compress.methods.transprune import TransPrune
 from ...compress.reducer import LayerReducer
@@ -32,6 +33,9 @@ def run(case: Case) -> Outputs:
             f"{case.path.name}: {release()} takes no features made before the forward, as this case gives "
             "them; install transformers 5.18 or later"
         )
+    if any("skip_mode" in entry for entry in case.data["config"].get("runs", ())):
+        yield from _skipping(case)
+        return
     reducer = _reducer(case)
     text, features = case.recorded("text_ids").long(), case.recorded("image_features")
     steps = case.recorded("decode_ids").long()
@@ -74,6 +78,37 @@ def run(case: Case) -> Outputs:
         case.check_config(f"kv_len_after_{len(steps)}_steps", _lengths(cache))
 
 
+def _skipping(case: Case) -> Outputs:
+    """Logits of the prompt, the picture in front, and of further steps, for each mode of skipping."""
+    config, features, text = case.data["config"], case.recorded("visual"), case.recorded("text_ids").long()
+    steps = case.recorded("decode_ids").long()
+    placeholder = _free_id(case, torch.cat([text.flatten(), steps.flatten()]))
+    ids = torch.cat([text.new_full(features.shape[:2], placeholder), text], 1)
+    case.check_config("prompt_len", features.shape[1])
+    model = _model(case, placeholder)
+    for entry in config["runs"]:
+        mode, name = entry["skip_mode"], f"m{entry['index']}"
+        reducer = IMA(
+            skip_mode=mode,
+            skip_interval=entry["skip_interval"],
+            start_layer=entry["start_layer"],
+            end_layer=entry["end_layer"],
+            block_pairs=entry["block_pairs_from"] or None,
+            prompt_len=config["prompt_len"] if "prompt" in mode else None,
+        )
+        layers = len(model.model.language_model.layers)
+        case.check_stated(f"{name}: layers treated", len(reducer.skips(layers, None)), entry["skips"])
+        with attach(model, reducer):
+            output = model(**_prompt(ids, features), use_cache=True)
+            yield f"{name}.logits", output.logits
+            cache = cache_in(output)
+            decoded = [
+                model(input_ids=step[:, None], **with_cache(model, cache)).logits[:, -1] for step in steps
+            ]
+            case.check_stated(f"{name}: cache", set(_lengths(cache)), {ids.shape[1] + len(steps)})
+            yield f"{name}.decode", torch.stack(decoded)
+
+
 def _reducer(case: Case) -> LayerReducer:
     config = case.data["config"]
     if "accumulating_layer_list" in config:
@@ -88,8 +123,6 @@ def _reducer(case: Case) -> LayerReducer:
         )
     if {"k", "r"} <= set(config):
         return FastV(k=config["k"], r=config["r"])
-    if any("skip_mode" in entry for entry in config.get("runs", ())):
-        raise CannotBuild(f"{case.path.name}: this version has no skipping of layers for visual tokens (IMA)")
     raise CannotBuild(f"{case.path.name}: no reducer of this version has the settings {', '.join(config)}")
 
 

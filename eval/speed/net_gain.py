@@ -7,7 +7,7 @@ tokens at which a method saves more than it costs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 
 from ...compress import attach
 from ...compress.reducer import Reducer, Stage
-from ...compress.report.accounting import llm_block_macs
+from ...compress.report.accounting import llm_block_macs, skipped_macs
+from ...compress.report.counts import Report
 from ...extras import needs
 from .paired import timed
 
@@ -138,14 +139,18 @@ class NetGain:
     costs: list[Cost]
     layers: dict[int, list[int]]
     layer: LayerTime
+    skipped: dict[int, int] = field(default_factory=dict)
+    """Multiply-adds of parts of layers that tokens skip, by size."""
 
     def kept(self, tokens: int) -> float:
         """Visual tokens averaged over layers."""
         return sum(self.layers[tokens]) / LAYERS
 
     def saved(self, tokens: int) -> float:
-        """Seconds of the language model's prefill that the lost tokens spare."""
-        return self._saved(tokens, self.layers[tokens], self.layer)
+        """Seconds of the language model's prefill that lost tokens and skipped parts spare; of parts only
+        their operations are counted."""
+        skipped = self.skipped[tokens] / self.layer.operations(tokens + TEXT) * self.layer(tokens + TEXT)
+        return self._saved(tokens, self.layers[tokens], self.layer) + skipped
 
     def saved_share(self, tokens: int) -> float:
         """The share of the language model's prefill that is saved, in time."""
@@ -154,7 +159,8 @@ class NetGain:
     def counted_share(self, tokens: int) -> float:
         """The same share in counted operations."""
         counted = self.layer.operations
-        return self._saved(tokens, self.layers[tokens], counted) / (LAYERS * counted(tokens + TEXT))
+        saved = self._saved(tokens, self.layers[tokens], counted) + self.skipped[tokens]
+        return saved / (LAYERS * counted(tokens + TEXT))
 
     def net(self, tokens: int) -> float:
         """Seconds saved in all per image; negative where the method costs more than it saves."""
@@ -191,7 +197,9 @@ class NetGain:
         pairs = zip(self.layers[below], self.layers[above], strict=True)
         layers = [low + part * (high - low) for low, high in pairs]
         cost = self._cost(below) + part * (self._cost(above) - self._cost(below))
-        return self._saved(tokens, layers, self.layer) - cost
+        skipped = self.skipped[below] + part * (self.skipped[above] - self.skipped[below])
+        skipped *= self.layer(tokens + TEXT) / self.layer.operations(tokens + TEXT)
+        return self._saved(tokens, layers, self.layer) + skipped - cost
 
 
 @dataclass
@@ -388,7 +396,12 @@ def run(
                 progress(f"{name}, {size} tokens")
                 deep = reducer.stage is Stage.VISION
                 try:
-                    gains[name].layers[size] = _tokens_by_layer(narrow, reducer, keep, side, tiled)
+                    report = _report(narrow, reducer, keep, side, tiled)
+                    gains[name].layers[size] = report.images[0].layers
+                    gains[name].skipped[size] = sum(
+                        skipped_macs(widths.width, widths.mlp_width, widths.width, size + TEXT, **parts)
+                        for parts in report.skipped.values()
+                    )
                     gains[name].costs.append(_cost(wide[deep], reducer, keep, size, side, tiled, repeats))
                 except (ValueError, NotImplementedError) as error:
                     failures[name] = str(error)
@@ -398,13 +411,11 @@ def run(
     return NetGains(working, failures, keep, threads, dtype, layer)
 
 
-def _tokens_by_layer(
-    model: hf.PreTrainedModel, reducer: Reducer, keep: float, side: int, tiled: bool
-) -> list[int]:
-    """Visual tokens that each of 32 layers computes with the reducer."""
+def _report(model: hf.PreTrainedModel, reducer: Reducer, keep: float, side: int, tiled: bool) -> Report:
+    """The report on one picture: the tokens that each of 32 layers computes, and what they skip."""
     with attach(model, reducer, keep=keep) as session:
         model(**_prompt(model, side, tiled), use_cache=True, logits_to_keep=1)
-        return session.report().images[0].layers
+        return session.report()
 
 
 def _cost(

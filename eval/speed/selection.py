@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...compress.algorithms.anyres import globalcom2
+from ...compress.algorithms.dpp import dpp_order
 from ...compress.algorithms.grid import Grid
 from ...compress.algorithms.select import cosine_distances, farthest_first, farthest_order
 from ...compress.attention import attention_rows
@@ -92,7 +93,7 @@ class SelectionSpeed:
 
 
 @torch.no_grad()
-def run(repeats: int = 7, threads: int = 1) -> SelectionSpeed:
+def run(comparisons: list[Comparison], repeats: int = 7, threads: int = 1) -> SelectionSpeed:
     """Time every comparison `repeats` times after a warm-up, plain and vistok in turn.
 
     Sets the number of threads of torch for the run only.
@@ -100,12 +101,16 @@ def run(repeats: int = 7, threads: int = 1) -> SelectionSpeed:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        comparisons = [*_divprune(), _globalcom2(300, 700), _globalcom2(600, 600), _class_rows()]
         for comparison in comparisons:
             comparison.run(repeats)
     finally:
         torch.set_num_threads(before)
     return SelectionSpeed(comparisons, threads)
+
+
+def comparisons() -> list[Comparison]:
+    """Selection of tokens, at the sizes of LLaVA-1.5 and LLaVA-NeXT."""
+    return [*_divprune(), *_cdpruner(), _globalcom2(300, 700), _globalcom2(600, 600), _class_rows()]
 
 
 def same(expected: Tensor, picks: Tensor) -> bool:
@@ -136,7 +141,7 @@ def plain_farthest_order(distances: Tensor, count: int) -> Tensor:
 
 def _divprune() -> list[Comparison]:
     rows = []
-    sizes = ((2880, 4096, 288, 2.0), (2880, 1024, 288, None), (576, 4096, 58, 1.5), (576, 1024, 58, None))
+    sizes = ((2880, 4096, 288, 3.0), (2880, 1024, 288, None), (576, 4096, 58, 1.5), (576, 1024, 58, None))
     for count, width, keep, bar in sizes:
         features = _clusters(count, width)
         distances = cosine_distances(features)
@@ -154,7 +159,7 @@ def _divprune() -> list[Comparison]:
                 f"{name}, greedy loop",
                 lambda d=distances, k=keep: plain_farthest_order(d, k),
                 lambda d=distances, k=keep: farthest_order(d, k),
-                50.0 if bar == 2.0 else None,
+                50.0 if count == 2880 and width == 4096 else None,
             )
         )
     return rows
@@ -165,6 +170,40 @@ def _clusters(count: int, width: int) -> Tensor:
     centres = torch.randn(40, width, generator=random)
     which = torch.randint(0, 40, (count,), generator=random)
     return centres[which] + 0.5 * torch.randn(count, width, generator=random)
+
+
+# CDPruner ---------------------------------------------------------------------------------------------------
+
+
+def plain_dpp_order(features: Tensor, relevance: Tensor, count: int) -> Tensor:
+    """Greedy picks [count] by the kernel of relevance [N] and cosines of features [N, D]: one full product,
+    and for each pick the sum over all earlier ones."""
+    unit = features / features.norm(dim=1, keepdim=True)
+    kernel = relevance[:, None] * (unit @ unit.T) * relevance[None]
+    variance, parts, picks = kernel.diagonal().clone(), torch.zeros(0, len(features)), []
+    for _ in range(count):
+        pick = int(variance.argmax())
+        along = (kernel[pick] - (parts[:, pick, None] * parts).sum(0)) / variance[pick].sqrt()
+        parts = torch.cat([parts, along[None]])
+        variance = variance - along.square()
+        picks.append(pick)
+        variance[picks] = -torch.inf
+    return torch.tensor(picks)
+
+
+def _cdpruner() -> list[Comparison]:
+    rows = []
+    for count, width, keep in ((576, 4096, 64), (576, 1024, 64)):
+        features = _clusters(count, width)
+        relevance = torch.rand(count, generator=torch.Generator().manual_seed(count + width))
+        rows.append(
+            Comparison(
+                f"CDPruner {count}→{keep}, D={width}",
+                lambda f=features, r=relevance, k=keep: plain_dpp_order(f, r, k),
+                lambda f=features, r=relevance, k=keep: dpp_order(f, r, k),
+            )
+        )
+    return rows
 
 
 # GlobalCom² -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tiny_vlms import FIXTURES, tiny_vlm
 
 from vistok import compress
 from vistok.compress import DivPrune, FastV, KeyNorm, Random, ToMe
-from vistok.compress.registry import reducers
+from vistok.compress.registry import comparable_reducers, reducers
 
 
 def the_reducer_of_contributing():
@@ -33,7 +33,10 @@ STAGES = {"DivPrune": DivPrune(), "FastV": FastV(k=1), "KeyNorm": KeyNorm(), "To
 OTHERS = {"Random": Random(), "Cut2": Cut(k=2), "Cut3": Cut(k=3)}
 # … and every reducer that there is on one model whose tower has a class token and tiles.
 SETTINGS = {
+    "dart": {"pruned_layer": 1},
     "fastv": {"k": 1},
+    "promptdistill": {"select_layers": (0, 1), "keep_tokens": (12, 8)},
+    "sparsevlm": {"pruning_loc": (1, 2), "retained_tokens": (300, 110)},
     "pyramiddrop": {"layer_list": (1, 2), "image_token_ratio_list": (0.5, 0.25)},
     "transprune": {
         "accumulating_layer_list": (1,),
@@ -41,7 +44,7 @@ SETTINGS = {
         "image_token_ratio_list": (0.5, 0.25),
     },
 }
-EVERY = {name: kind(**SETTINGS.get(name, {})) for name, kind in reducers().items()}
+EVERY = {name: reducers()[name](**SETTINGS.get(name, {})) for name in comparable_reducers()}
 EVERY["contributed"] = the_reducer_of_contributing()
 
 

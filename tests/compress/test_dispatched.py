@@ -8,7 +8,19 @@ from reducer_matrix import fingerprint, outputs
 from tiny_vlms import tiny_vlm
 
 from vistok import compress
-from vistok.compress import DivPrune, FastV, HiRED, KeyNorm, PruMerge, PyramidDrop, ToMe, TransPrune
+from vistok.compress import (
+    DART,
+    IMA,
+    DivPrune,
+    FastV,
+    HiRED,
+    KeyNorm,
+    PruMerge,
+    PyramidDrop,
+    SparseVLM,
+    ToMe,
+    TransPrune,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +34,9 @@ REDUCERS = {
     "measured": TransPrune(
         accumulating_layer_list=(1,), pruning_layer_list=(1, 2), image_token_ratio_list=(0.5, 0.2)
     ),
+    "keys and final norm": DART(pruned_layer=1),
+    "raters and means": SparseVLM(pruning_loc=(1, 2), retained_tokens=(300, 110)),
+    "layers left out": IMA(),
     "cache": KeyNorm(),
     "two": [DivPrune(), FastV(k=1)],
 }

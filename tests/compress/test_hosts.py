@@ -228,6 +228,7 @@ def test_hooks_read_only_arguments_that_are_checked():
         "cross_attention_mask",
         "vision_feature_layer",
         "image_sizes",
+        "position_embeddings",
     }
     checked = {name for names in hosts.READ.values() for name in names}
     unchecked = {}

@@ -270,8 +270,8 @@ def test_published_schedules_fit_shallow_models_at_the_same_relative_depths():
 @pytest.mark.parametrize("make", [PyramidDrop, TransPrune], ids=["pyramiddrop", "transprune"])
 def test_keep_sets_the_last_share_and_scales_the_others(make, keep):
     reducer = make()
-    own = list(reducer.schedule(32, None).values())
-    shares = list(reducer.schedule(32, keep).values())
+    own = list(reducer.schedule(32, None, 576).values())
+    shares = list(reducer.schedule(32, keep, 576).values())
     assert own == list(reducer.image_token_ratio_list)
     assert shares[-1] == keep
     assert shares == sorted(shares, reverse=True)

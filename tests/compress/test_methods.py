@@ -9,7 +9,16 @@ from oracles import BEFORE_5_18
 from tiny_vlms import FIXTURES, tiny_vlm
 
 from vistok import compress
-from vistok.compress import DivPrune, FasterVLM, GlobalCom2, HiRED, PruMerge, VisionZip
+from vistok.compress import (
+    DivPrune,
+    FasterVLM,
+    GlobalCom2,
+    HiRED,
+    PruMerge,
+    TokenCorr,
+    VisionZip,
+    VisPruner,
+)
 from vistok.compress.algorithms.anyres import globalcom2_ratios
 from vistok.compress.algorithms.grid import Grid
 from vistok.compress.reducer import Image, Stage
@@ -23,8 +32,10 @@ SETTINGS = {
     "hired-lossy": partial(HiRED, redistribute=False, salient="mass"),
     "globalcom2-nonempty": partial(GlobalCom2, newline="nonempty"),
     "prumerge-plus": partial(PruMerge, plus=True),
+    "vispruner-important": partial(VisPruner, important_ratio=1.0),
+    "tokencorr-deterministic": partial(TokenCorr, deterministic=True),
 }
-ATTENTIVE = (FasterVLM, HiRED, GlobalCom2, VisionZip, PruMerge)
+ATTENTIVE = (FasterVLM, HiRED, GlobalCom2, VisionZip, PruMerge, VisPruner, TokenCorr)
 MERGING = (VisionZip, PruMerge)
 
 fixture = cache(tiny_vlm)
@@ -133,7 +144,7 @@ def test_pooled_videos_are_refused_where_attention_is_needed():
         model(**inputs(videos=(1,)))
 
 
-@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("method", (*MERGING, TokenCorr))
 @EVERY_MODEL
 def test_methods_with_their_own_number_need_no_budget(vlm, method):
     for image, selection in images(vlm, method(), None):

@@ -151,23 +151,24 @@ def test_prefill_times_pairs_of_equal_logits_and_further_decode_steps():
 
 
 def test_net_gain_weighs_costs_against_the_layers_that_lose_tokens():
-    from vistok.compress import FastV, HiRED, KeyNorm
+    from vistok.compress import IMA, FastV, HiRED, KeyNorm
     from vistok.eval.speed import net_gain
 
     widths = net_gain.Widths(32, 48, 2, 32, 4, 2)
-    reducers = {"fastv": FastV(), "hired": HiRED(), "keynorm": KeyNorm(), "deep": FastV(k=20)}
+    reducers = {"fastv": FastV(), "hired": HiRED(), "keynorm": KeyNorm(), "deep": FastV(k=20), "ima": IMA()}
     result = net_gain.run(
         reducers, 0.25, sizes=(36, net_gain.TILED), widths=widths, repeats=1, dtype=torch.float32
     )
     assert list(result.failures) == ["deep"]  # the measured model has 8 layers
-    fastv, hired, keynorm = result.gains
+    fastv, hired, keynorm, ima = result.gains
     assert fastv.layers[36] == [36] * 2 + [9] * 30 and hired.layers[36] == [9] * 32
     assert sum(keynorm.layers[36]) == 36 * 32 and keynorm.break_even is None
     whole, short = (4 * n * 32**2 + 2 * n * n * 32 + 3 * n * 32 * 48 for n in (64 + 36, 64 + 9))
     assert hired.counted_share(36) == pytest.approx(1 - short / whole)
     assert hired.net(36) == pytest.approx(hired.saved(36) - hired.costs[0].total)
-    assert "cannot pay at 36 visual tokens" in result.warnings([36])[-1]
-    assert len(result.table([36])) == 3 and len(result.record()["reducers"][0]["sizes"]) == 2
+    assert any("keynorm cannot pay at 36 visual tokens" in text for text in result.warnings([36]))
+    assert ima.layers[36] == [36] * 32 and ima.skipped[36] > 0 and ima.saved(36) > 0
+    assert len(result.table([36])) == 4 and len(result.record()["reducers"][0]["sizes"]) == 2
 
 
 @given(st.floats(1e-4, 10.0), st.floats(0, 1e-3))
@@ -179,7 +180,8 @@ def test_break_even_is_where_a_fixed_cost_is_saved(fixed, per_token):
     layer = LayerTime(SEVEN_B, (0.0, 1e-3, 1e-3), {})
     sizes = (10, 100, 1000)
     costs = [Cost(n, n * per_token, fixed) for n in sizes]
-    half = NetGain("half", Stage.FEATURES, costs, {n: [n // 2] * LAYERS for n in sizes}, layer)
+    layers = {n: [n // 2] * LAYERS for n in sizes}
+    half = NetGain("half", Stage.FEATURES, costs, layers, layer, dict.fromkeys(sizes, 0))
     per_saved = 0.5 * LAYERS * 1e-3 - per_token
     expected = max(10, math.ceil(fixed / per_saved))
     assert half.break_even in (expected, expected + 1)

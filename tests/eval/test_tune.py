@@ -7,7 +7,7 @@ import pytest
 import torch
 from vlm_questions import answering_vlm, write_questions, write_rows
 
-from vistok.compress.registry import reducers
+from vistok.compress.registry import comparable_reducers
 from vistok.eval.commands.tune import conclusion
 from vistok.eval.options import TuneConfig
 from vistok.eval.tasks import tune
@@ -73,7 +73,7 @@ def test_candidates_are_reducers_at_budgets_below_one_and_pairs_of_stages():
     plain = tune.candidates(NAMES, (0.5,), native=False, combinations=False)
     assert [setting.label for setting in plain[1:]] == [f"{name} 0.5" for name in NAMES]
     every = tune.candidates(None, (0.5,), native=False, combinations=False)
-    assert {setting.name for setting in every[1:]} == set(reducers())
+    assert {setting.name for setting in every[1:]} == set(comparable_reducers())
     with pytest.raises(ValueError, match="no share below 1"):
         tune.candidates(NAMES, (1.0,), native=True, combinations=True)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_vlms import make_tokenizer
 from vlm_questions import PLACEHOLDERS, answering_vlm
 
-from vistok.compress.native_budget import NativeBudget, has_native_budget, native_budget
+from vistok.compress.native_budget import ProcessorSetting, has_native_budget, native_budget
 
 SIZES = ((50, 120), (90, 90), (210, 300))  # height, width
 
@@ -42,7 +42,7 @@ def test_no_limit_of_pixels_gives_more_tokens_within_the_budget():
         counts = []
         for pixels in range(28 * 28, 112 * 112 + 1, 97):
             limits = type(vlm.processor.image_processor.size)(shortest_edge=28 * 28, longest_edge=pixels)
-            with NativeBudget("", {"size": limits}).applied(vlm.model, vlm.processor):
+            with ProcessorSetting("", {"size": limits}).applied(vlm.model, vlm.processor):
                 counts.append(tokens(vlm, "qwen2_5_vl", size))
         assert budget.tokens == max((each for each in counts if each <= keep * full), default=min(counts))
 

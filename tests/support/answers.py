@@ -1,10 +1,11 @@
-"""Prompts with answers behind them, and the reducers that rank by the last tokens of a prompt."""
+"""Prompts with answers behind them, and the reducers that rank by the text of a prompt."""
 
 import torch
 
-from vistok.compress import FastV, PyramidDrop, TransPrune
+from vistok.compress import CDPruner, FastV, PyramidDrop, TransPrune
 
 RANKED = {
+    "CDPruner": CDPruner(),
     "FastV": FastV(k=1),
     "PyramidDrop": PyramidDrop(layer_list=(1, 2), image_token_ratio_list=(0.5, 0.25)),
     "TransPrune": TransPrune(

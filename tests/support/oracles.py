@@ -134,7 +134,8 @@ def shortened_generate(
 
     # From here on every row stands once a beam; at first only one of a row's equal beams may win.
     logits = _logits(model, out, last=True).repeat_interleave(num_beams, 0)  # [B * beams, V]
-    cache.batch_repeat_interleave(num_beams)
+    if num_beams > 1:  # layers with a running state cannot be repeated
+        cache.batch_repeat_interleave(num_beams)
     valid = prompt.valid.repeat_interleave(num_beams, 0)
     position = prompt.next_position.repeat_interleave(num_beams, -2)
     scores = torch.full((batch, num_beams), -torch.inf)
@@ -209,7 +210,8 @@ def columns_masked(
 
 
 def _hide(dropped: Tensor, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Hook before decoder layer `index`: its attention mask without the columns of `dropped` [B, L]."""
+    """Hook before decoder layer `index`: its attention mask without the columns of `dropped` [B, L], or of
+    `dropped` [B, heads, L] for each head."""
     hidden, cache, mask = args[0], the_cache(kwargs), kwargs.get("attention_mask")
     queries = hidden.shape[1]
     keys, past = queries, 0
@@ -219,10 +221,11 @@ def _hide(dropped: Tensor, index: int, module: nn.Module, args: tuple, kwargs: d
         allowed = torch.ones(queries, keys).tril(keys - queries).bool()
     else:
         allowed, keys = mask if mask.dtype == torch.bool else mask == 0, mask.shape[-1]
-    columns = nn.functional.pad(dropped, (0, max(0, past + queries - dropped.shape[1])))
-    columns = columns[:, : past + queries][:, -keys:]  # [B, keys]: a sliding window holds the last ones
+    columns = nn.functional.pad(dropped, (0, max(0, past + queries - dropped.shape[-1])))
+    columns = columns[..., : past + queries][..., -keys:]  # a sliding window holds the last ones
     columns = columns.repeat_interleave(len(hidden) // len(dropped), 0)  # beams
-    return args, kwargs | {"attention_mask": _additive(allowed & ~columns[:, None, None], hidden.dtype)}
+    columns = columns[:, None] if columns.ndim == 2 else columns  # [B, 1 or heads, keys]
+    return args, kwargs | {"attention_mask": _additive(allowed & ~columns[:, :, None], hidden.dtype)}
 
 
 @dataclass(frozen=True)
@@ -347,4 +350,6 @@ def _language_model_call(model: hf.PreTrainedModel, inputs: Inputs, generating: 
 def _logits(model: hf.PreTrainedModel, out: Any, last: bool = False) -> Tensor:
     """Logits [B, L, V] of a decoder's output, or [B, V] of its last place."""
     head, hidden = model.get_output_embeddings(), out.last_hidden_state
-    return head(hidden[:, -1:])[:, -1] if last else head(hidden)
+    logits = head(hidden[:, -1:])[:, -1] if last else head(hidden)
+    cap = getattr(decoder(model).config, "final_logit_softcapping", None)
+    return logits if cap is None else (logits / cap).tanh() * cap

@@ -12,17 +12,19 @@ import torch
 import transformers as hf
 from oracles import (
     Inputs,
+    _hide,
     decoder,
     kept_tokens,
     real_tokens,
     shortened_generate,
     shortened_logits,
     the_cache,
+    visual_tokens,
 )
 from torch import Tensor
 
 from vistok import compress
-from vistok.compress.reducer import Reducer, Stage
+from vistok.compress.reducer import LayerReducer, Reducer, SkipReducer, Stage, StepReducer
 from vistok.compress.session import Session
 
 BATCHES = {"one": (1,), "mixed": (2, 1, 0)}
@@ -59,13 +61,15 @@ def kept_rows(
     session: Session, rows: int, layer: int = 0, cache: bool = False, beams: int = 1
 ) -> list[Tensor]:
     """Which of each prompt's visual tokens reached a layer (or stayed in its cache), in order, as the session
-    tells; all beams of a prompt must have kept the same."""
+    reports: [N], or [H_k, N] in a cache whose heads hold tokens of their own. All beams of a prompt must have
+    kept the same."""
     found: list[list[list[Tensor]]] = [[[] for _ in range(beams)] for _ in range(rows)]
     for explanation in session.explain(layer, cache=cache):
-        mask = torch.zeros(explanation.num_tokens, dtype=torch.bool)
-        mask[explanation.tokens] = True
+        heads = explanation.heads
+        mask = torch.zeros(*(() if heads is None else heads.shape[:1]), explanation.num_tokens).bool()
+        mask[..., explanation.tokens] = True if heads is None else heads
         found[explanation.row // beams][explanation.row % beams].append(mask)
-    joined = [[torch.cat(beam) if beam else torch.zeros(0).bool() for beam in row] for row in found]
+    joined = [[torch.cat(beam, -1) if beam else torch.zeros(0).bool() for beam in row] for row in found]
     assert all(torch.equal(beam, row[0]) for row in joined for beam in row)
     return [row[0] for row in joined]
 
@@ -89,6 +93,15 @@ def whole(model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, **generat
     elif reducer.stage is Stage.FEATURES:
         for positions in ("keep", "compact"):
             dropping_equals_the_oracle(model, inputs, reducer, 0.5, positions, **generate)
+    elif isinstance(reducer, StepReducer):
+        choosing_equals_masking(model, inputs, reducer, 0.5, 3e-5, **generate)
+    elif isinstance(reducer, SkipReducer):
+        skipping_equals_freezing(model, inputs, reducer, 0.5, 3e-5, **generate)
+    elif isinstance(reducer, LayerReducer) and reducer.merges:
+        with compress.attach(model, reducer, keep=0.5) as session:
+            outputs(model, inputs, **generate)
+            for image in session.report().images:
+                assert image.layers[-1] == round(image.tokens / 2), f"{reducer!r} keeps {image.layers}"
     elif reducer.stage is not Stage.VISION:
         cutting_equals_masking(model, inputs, reducer, 0.5, 3e-5, reducer.stage is Stage.CACHE, **generate)
     after = outputs(model, inputs, **generate)
@@ -148,7 +161,6 @@ def dropping_equals_the_oracle(
 @contextmanager
 def hidden_columns(model: hf.PreTrainedModel, dropped: Sequence[Tensor | None], decoding_only: bool) -> Any:
     """Mask the columns `dropped[i]` [B, L] of each layer i, in all calls or in those after the prompt."""
-    from oracles import _hide
 
     def hook(index: int, module: Any, args: tuple, kwargs: dict) -> Any:
         if decoding_only and the_cache(kwargs).get_seq_length(index) == 0:
@@ -165,6 +177,17 @@ def hidden_columns(model: hf.PreTrainedModel, dropped: Sequence[Tensor | None], 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def kept_by_head(model: hf.PreTrainedModel, inputs: Inputs, rows: Sequence[Tensor]) -> Tensor:
+    """Which places of the prompt remain [B, L], or [B, H, L] where heads hold visual tokens of their own."""
+    by_head = max((len(row) for row in rows if row.ndim == 2), default=0)
+    if not by_head:
+        return kept_tokens(model, inputs, rows)
+    rows = [row.expand(by_head, -1) for row in rows]
+    heads = [kept_tokens(model, inputs, [row[head] for row in rows]) for head in range(by_head)]
+    groups = decoder(model).config.num_attention_heads // by_head
+    return torch.stack(heads, 1).repeat_interleave(groups, 1)
 
 
 def cutting_equals_masking(
@@ -190,10 +213,12 @@ def cutting_equals_masking(
 
     def kept(session: Session, beams: int = 1) -> list[Tensor]:
         found = [kept_rows(session, rows, i, decoding_only, beams) for i in range(layers)]
-        return [kept_tokens(model, inputs, row) for row in found]
+        return [kept_by_head(model, inputs, row) for row in found]
 
     def hidden(kept: list[Tensor]) -> Any:
-        return hidden_columns(model, [real_tokens(inputs) & ~k for k in kept], decoding_only)
+        real = real_tokens(inputs)
+        dropped = [(real if k.ndim == 2 else real[:, None]) & ~k for k in kept]
+        return hidden_columns(model, dropped, decoding_only)
 
     with torch.no_grad(), compress.attach(model, reducer, keep=keep) as session:
         logits, in_forward = model(**inputs).logits, kept(session)
@@ -215,3 +240,106 @@ def cutting_equals_masking(
         close = torch.allclose(step, reference, atol=tolerance, rtol=0)
         error = float((step - reference).abs().nan_to_num(0).max())
         assert close, f"{where}: step {number} differs by {error:.3g}"
+
+
+def choosing_equals_masking(
+    model: hf.PreTrainedModel,
+    inputs: Inputs,
+    reducer: StepReducer,
+    keep: Any,
+    tolerance: float,
+    **generate: Any,
+) -> None:
+    """A step that attends to some visual tokens is one that sees no other: tokens and logits of every step.
+
+    The choices themselves are the session's own; `test_cache_methods.py` has them worked out by hand.
+    """
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "suppress_tokens": placeholders(model),
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        **generate,
+    }
+    layers = decoder(model).layers
+    groups = decoder(model).config.num_attention_heads
+    visual = visual_tokens(model, inputs)
+    with torch.no_grad(), compress.attach(model, reducer, keep=keep) as session:
+        session.trace = {}
+        out = model.generate(**inputs, **settings)
+        chosen = {i: session.trace[f"attended.{i}"][int(reducer.starts) :] for i in range(len(layers))}
+
+    def hook(index: int, module: Any, args: tuple, kwargs: dict) -> Any:
+        past = the_cache(kwargs).get_seq_length(index)
+        if past == 0:
+            return None
+        attended = chosen[index][past - visual.shape[1]][:, :, 0]  # [B, 1 or H_k, S]
+        missing = past + 1 - attended.shape[2]
+        attended = torch.nn.functional.pad(attended, (missing, 0))  # what a window has dropped
+        columns = torch.nn.functional.pad(visual, (0, past + 1 - visual.shape[1]))
+        columns = columns.repeat_interleave(len(attended) // len(visual), 0)[:, None] & ~attended
+        return _hide(columns.repeat_interleave(groups // columns.shape[1], 1), index, module, args, kwargs)
+
+    handles = [
+        layer.register_forward_pre_hook(partial(hook, i), with_kwargs=True) for i, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        expected = model.generate(**inputs, **settings)
+    for handle in handles:
+        handle.remove()
+    assert_same("tokens", out.sequences, expected.sequences, model, reducer)
+    for number, (step, reference) in enumerate(zip(out.logits, expected.logits, strict=True)):
+        error = float((step - reference).abs().nan_to_num(0).max())
+        assert error <= tolerance, (
+            f"{type(model).__name__}, {reducer!r}: step {number} differs by {error:.3g}"
+        )
+
+
+def skipping_equals_freezing(
+    model: hf.PreTrainedModel,
+    inputs: Inputs,
+    reducer: SkipReducer,
+    keep: Any,
+    tolerance: float,
+    **generate: Any,
+) -> None:
+    """Layers that a reducer leaves out for visual tokens leave those as they are: logits of the prompt and
+    every step equal those of stock layers whose outputs at the pictures are replaced by their inputs."""
+    layers, visual = decoder(model).layers, visual_tokens(model, inputs)
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "suppress_tokens": placeholders(model),
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        **generate,
+    }
+
+    def freeze(module: Any, args: tuple, output: Any) -> Any:
+        hidden = args[0]
+        if hidden.shape[1] != visual.shape[1]:  # a step after the prompt
+            return None
+        frozen = visual.repeat_interleave(len(hidden) // len(visual), 0)[..., None]
+        return torch.where(frozen, hidden, output)
+
+    with torch.no_grad(), compress.attach(model, reducer, keep=keep):
+        logits = model(**inputs).logits
+        out = model.generate(**inputs, **settings)
+    treated = reducer.skips(len(layers), keep)
+    assert treated, f"{reducer!r} leaves out nothing at keep={keep}"
+    handles = [layers[i].register_forward_hook(freeze) for i in treated]
+    try:
+        with torch.no_grad():
+            expected_logits, expected = model(**inputs).logits, model.generate(**inputs, **settings)
+    finally:
+        for handle in handles:
+            handle.remove()
+    real = real_tokens(inputs)
+    error = float((logits[real] - expected_logits[real]).abs().max())
+    where = f"{type(model).__name__}, {reducer!r}, {model.config._attn_implementation}"
+    assert error <= tolerance, f"{where}: logits differ from freezing by {error:.3g}"
+    assert_same("tokens", out.sequences, expected.sequences, model, reducer)
+    for number, (step, reference) in enumerate(zip(out.logits, expected.logits, strict=True)):
+        error = float((step - reference).abs().nan_to_num(0).max())
+        assert error <= tolerance, f"{where}: step {number} differs by {error:.3g}"

@@ -171,7 +171,8 @@ class MiniDecoder(nn.Module):
         coarse = F.interpolate(coarse, self.image_size, mode="bilinear", antialias=False)
         picture = coarse + detail
         if self.refiner is not None:
-            picture = picture + self.refiner(picture)
+            share = present.float().mean((1, 2), keepdim=True).unsqueeze(-1).to(picture.dtype)  # [B, 1, 1, 1]
+            picture = picture + share.sqrt() * self.refiner(picture)
         return 0.5 + picture
 
 
@@ -226,7 +227,7 @@ class MiniTokenizer(Tokenizer):
             raise ValueError(
                 f"these tokens were written by {self.name} with {_marked(weights)}, and {self.name} has "
                 f"{_marked(self.weights_digest)} here, which would decode them to other pictures: encode the "
-                "pictures again, or load the weights that wrote the tokens (option weights)"
+                "pictures again, or decode the tokens with the release of vistok that wrote them"
             )
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> TrainingOutput:

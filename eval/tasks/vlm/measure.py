@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ....compress import attach
-from ....compress.native_budget import NativeBudget, native_budget
+from ....compress.native_budget import ProcessorSetting, native_budget
 from ....compress.session import Session
 from .model import UNUSED, Answers, Batch, VisionLanguageModel
 from .settings import Setting
@@ -34,7 +34,7 @@ class Outcome:
     answers: Answers
     figures: Tensor
     full: Tensor | None = None
-    native: Sequence[NativeBudget] = ()
+    native: Sequence[ProcessorSetting] = ()
 
 
 class Refused(Exception):
@@ -59,7 +59,7 @@ class Measure:
 
     def __init__(self, vlm: VisionLanguageModel, *, letters: bool = False) -> None:
         self.vlm, self.letters = vlm, letters
-        self._native: dict[tuple[float, Any], NativeBudget] = {}
+        self._native: dict[tuple[float, Any], ProcessorSetting] = {}
         self._tower, self._batch = SharedTower(vlm.model), None
 
     def __call__(self, setting: Setting, batch: Batch) -> Outcome:
@@ -84,7 +84,7 @@ class Measure:
 
     # The processor's own budget -----------------------------------------------------------------------------
 
-    def native(self, setting: Setting, batch: Batch) -> list[NativeBudget]:
+    def native(self, setting: Setting, batch: Batch) -> list[ProcessorSetting]:
         """The processor's setting for every question of a batch."""
         full = self.vlm.visual_tokens(batch.inputs).tolist()
         budgets = []
@@ -98,7 +98,7 @@ class Measure:
         return budgets
 
     @contextmanager
-    def native_inputs(self, budget: NativeBudget, batch: Batch, rows: Sequence[int]) -> Iterator[Batch]:
+    def native_inputs(self, budget: ProcessorSetting, batch: Batch, rows: Sequence[int]) -> Iterator[Batch]:
         """Some questions of a batch with the inputs that the processor's setting gives, which is in force
         inside the block."""
         questions = [batch.questions[row] for row in rows]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ....compress.reducer import LayerReducer, Reducer, Stage
-from ....compress.registry import reducer_class, reducers
+from ....compress.registry import comparable_reducers, reducer_class, reducers
 
 POSITIONS = ("keep", "compact", "paper")
 BASELINES = ("random", "uniformgrid", "downsample")
@@ -96,10 +96,10 @@ FULL = Setting("full")
 
 
 def checked_names(names: Sequence[str] | None) -> list[str]:
-    """The names of reducers as the registry spells them, once each; all for None. Raises ValueError for
-    unknown ones and for an empty list."""
+    """The names of reducers as the registry spells them, once each; for None all that a budget alone steers.
+    Raises ValueError for unknown ones and for an empty list."""
     if names is None:
-        return list(reducers())
+        return comparable_reducers()
     if not names:
         raise ValueError(f"no reducer was named; there are {', '.join(reducers())}")
     classes = {kind: name for name, kind in reducers().items()}

@@ -71,7 +71,7 @@ def leaves_tower_alone(setting: Setting) -> bool:
         return setting.kind == "full"
     for name, _ in setting.reducers:
         kind = reducer_class(name)
-        if kind.stage is Stage.VISION:
+        if kind.stage in (Stage.PIXELS, Stage.VISION):
             return False
         if issubclass(kind, FeatureReducer):
             reducer = kind()

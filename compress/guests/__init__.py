@@ -1,0 +1,1 @@
+"""Bridges to packages that vistok works with and never imports itself."""
