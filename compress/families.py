@@ -165,6 +165,8 @@ class Host:
         if self.family.grids is None:
             return [None] * len(record.lengths)
         grids = self.family.grids(self, record)
+        if len(grids) != len(record.lengths):  # of releases that do not divide features by picture
+            return [None] * len(record.lengths)
         return [
             grid if grid is not None and grid.num_tokens == length else None
             for grid, length in zip(grids, record.lengths, strict=True)
@@ -397,6 +399,9 @@ _REFUSED = {
     "vision-encoder-decoder": _ENCODER_DECODER,
 }
 
+_UNDIVIDED = "its features come as one sequence that is not divided by picture"
+_SINCE_5_18 = {"idefics2": _UNDIVIDED, "minimax_m3_vl": _UNDIVIDED}
+
 
 def register_family(model_type: str, family: Family) -> None:
     """Describe how the visual tokens of models with this `config.model_type` lie, for a family that vistok
@@ -413,6 +418,8 @@ def known_families() -> list[str]:
 
 def refusal(model_type: str) -> str | None:
     """Why reducers are refused for all models of a `config.model_type`; None: they are not."""
+    if not ENCODES_BEFORE_FORWARD and model_type in _SINCE_5_18:
+        return f"before transformers 5.18, {_SINCE_5_18[model_type]}"
     return _REFUSED.get(model_type)
 
 
@@ -432,8 +439,8 @@ def resolve(model: nn.Module) -> Host:
         and kind.endswith("vision_model")
     ):
         raise TypeError(f"{name} wraps a tower; attach to the tower itself: model.vision_model")
-    if kind in _REFUSED:
-        raise TypeError(f"reducers cannot attach to {name}: {_REFUSED[kind]}")
+    if (reason := refusal(kind)) is not None:
+        raise TypeError(f"reducers cannot attach to {name}: {reason}")
     core = model.base_model
     if kind not in FAMILIES:
         _check_unknown(model, core)

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..families import Host
 from ..hosts import at_tokens, release, takes
 from ..layout import Layout, gather
-from .cache import extended
 from .boundary import highest
+from .cache import extended
 from .call import Call, past_columns
 from .masks import build, check, shrunk, slide, windowed
 from .spreading import spread_positions

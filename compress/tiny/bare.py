@@ -74,7 +74,10 @@ def bare_vlm(name: str, attention: str = "sdpa") -> tuple[hf.PreTrainedModel, di
                 noise * 1.5 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else parameter + 0.05 * noise
             )
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    model.eval().set_attn_implementation(attention)
+    # Towers of timm have kernels of their own.
+    timm = any(isinstance(module, hf.TimmWrapperModel) for module in model.modules())
+    kernels = {"text_config": attention, "vision_config": "eager"} if timm else attention
+    model.eval().set_attn_implementation(kernels)
     first, second = ([102, *[IMAGE] * count, 103] for count in counts)
     ids = torch.tensor([[1, 5, *first, 7, 8, *second, 9, 10, 11]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}

@@ -2,6 +2,7 @@
 
 import torch
 import transformers as hf
+from transformers import CONFIG_MAPPING
 
 from .common import IMAGE, LLAMA, QWEN2, SAM, SIGLIP, TEXT, TILES, VIDEO, Made, model_of, noise, tiles
 
@@ -178,8 +179,10 @@ def granite_docling() -> Made:
 def aria() -> Made:
     """Experts, and queries that look at the tower's tokens."""
     config = hf.AriaConfig(
-        vision_config=TILES | {"model_type": "idefics3_vision"},
-        text_config=TEXT | dict(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+        vision_config=CONFIG_MAPPING["idefics3_vision"](**TILES),
+        text_config=CONFIG_MAPPING["aria_text"](
+            **TEXT, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1
+        ),
         projector_patch_to_query_dict={16: 8},
         image_token_index=IMAGE,
     )

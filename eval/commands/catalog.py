@@ -163,7 +163,7 @@ def _bits(model: "Tokenizer") -> str:
     """Bits per image at full length; – for continuous tokens."""
     quantizer = model.quantizer
     if quantizer.kind == "bits":
-        return f"{model.num_tokens * len(quantizer.embed):,}"
+        return f"{model.num_tokens * len(quantizer.rows):,}"
     if quantizer.codebook_sizes is None:
         return "–"
     return f"{model.num_tokens * sum((size - 1).bit_length() for size in quantizer.codebook_sizes):,}"
@@ -171,7 +171,7 @@ def _bits(model: "Tokenizer") -> str:
 
 def _codebook(quantizer: "Quantizer") -> str:
     if quantizer.kind == "bits":
-        return f"{len(quantizer.embed)} bits"
+        return f"{len(quantizer.rows)} bits"
     sizes = quantizer.codebook_sizes
     return "continuous" if sizes is None else "×".join(f"{size:,}" for size in sizes)
 

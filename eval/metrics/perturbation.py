@@ -193,7 +193,7 @@ def _(quantizer: LookupFreeQuantizer, count: int) -> Neighbours:
 
 @neighbours.register
 def _(quantizer: BinaryQuantizer, count: int) -> Neighbours:
-    return _Flipped(nearest_flips(len(quantizer.embed), count))
+    return _Flipped(nearest_flips(len(quantizer.rows), count))
 
 
 @neighbours.register

@@ -228,7 +228,11 @@ def test_hooks_read_only_arguments_that_are_checked():
         "cross_attention_mask",
         "vision_feature_layer",
         "image_sizes",
+        "image_grid_thw",
+        "spatial_shapes",
         "position_embeddings",
+        "rope",
+        "shared_rel_pos_bias",
     }
     checked = {name for names in hosts.READ.values() for name in names}
     unchecked = {}

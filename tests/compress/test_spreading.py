@@ -1,12 +1,14 @@
 """Kept tokens whose positions are spread anew over the extent of their image."""
 
+import re
+
 import pytest
 import torch
 from bare_vlms import bare_vlm
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cut import Cut
-from oracles import BEFORE_5_18, decoder, real_tokens, the_cache, visual_tokens
+from oracles import BEFORE_5_18, decoder, real_tokens, visual_tokens
 from reducer_matrix import kept_rows, outputs, placeholders
 from tiny_vlms import tiny_vlm
 
@@ -188,28 +190,43 @@ def test_layers_after_a_cut_rotate_by_evenly_spread_positions(name, reducer):
     assert torch.equal(rotary_part(calls.entering[1][..., 0]), rotary_part(whole[..., -1] + 1))
 
 
-@pytest.mark.parametrize(
-    "reducers", [[Random()], [Cut(k=1)], [Random(), Cut(k=2)], [Random(), KeyNorm()]], ids=str
-)
+COMBINATIONS = [[Random()], [Cut(k=1)], [Random(), Cut(k=2)], [Random(), KeyNorm()], [Cut(k=1), Cut(k=2)]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reducers", COMBINATIONS, ids=str)
 @pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
-def test_the_states_are_those_of_a_stock_layer_at_these_positions(name, reducers):
-    """Rotations that stock code makes for the spread positions give the keys that the cache holds."""
+def test_everything_kept_is_exact_and_detaching_leaves_nothing(name, reducers):
+    model, _, inputs = tiny_vlm(name)
+    inputs = inputs(images=(2, 1))
+    before = outputs(model, inputs)
+    with compress.attach(model, reducers, keep=1.0, positions="spread"):
+        everything = outputs(model, inputs)
+    with compress.attach(model, reducers, keep=0.5):
+        kept = outputs(model, inputs)
+    with compress.attach(model, reducers, keep=0.5, positions="spread"):
+        spread = outputs(model, inputs)
+    assert all(map(torch.equal, everything, before))
+    assert all(map(torch.equal, outputs(model, inputs), before))
+    assert not torch.equal(spread[0], kept[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+def test_a_second_cut_spreads_over_the_extent_of_the_whole_image(name):
     model, _, inputs = tiny_vlm(name)
     inputs = inputs(images=(1,))
-    with torch.no_grad():
-        everything = outputs(model, inputs)
-        with compress.attach(model, reducers, keep=1.0, positions="spread"):
-            same = outputs(model, inputs)
-        with compress.attach(model, reducers, keep=0.5, positions="keep"):
-            kept = outputs(model, inputs)
-        with compress.attach(model, reducers, keep=0.5, positions="spread") as session:
-            spread = outputs(model, inputs)
-            cache = the_cache(model(**inputs, use_cache=True))
-            lengths = session.report().images[0].layers
-        after = outputs(model, inputs)
-    assert all(map(torch.equal, same, everything)) and all(map(torch.equal, after, everything))
-    assert not torch.equal(spread[0], kept[0])
-    assert cache.layers[-1].keys.shape[2] < inputs["input_ids"].shape[1] and lengths[-1] < lengths[0] * 2
+    whole = stock_positions(model, inputs)
+    visual = visual_tokens(model, inputs)[0]
+    settings = {"max_new_tokens": 1, "do_sample": False, "suppress_tokens": placeholders(model)}
+    session = compress.attach(model, [Random(), Cut(k=2)], keep=0.5, positions="spread")
+    with session, PositionsOfCalls(model) as calls:
+        model.generate(**inputs, **settings)
+        kept = kept_rows(session, 1, layer=-1)[0]
+    stays = torch.ones_like(visual)
+    stays[visual] = kept
+    expected = expected_positions(whole, 0, visual, stays)
+    assert torch.equal(calls.rotated[1][..., 0, :], rotary_part(expected))
 
 
 @torch.no_grad()
@@ -244,9 +261,8 @@ def test_beams_and_single_rows_get_the_same_positions(name):
 @pytest.mark.parametrize("reducer", [KeyNorm(), H2O()], ids=["KeyNorm", "H2O"])
 def test_caches_alone_have_no_positions_to_spread(reducer):
     model, _, _ = tiny_vlm("llava")
-    with pytest.raises(
-        ValueError, match=f"{type(reducer).__name__} drops no token before its position is used"
-    ):
+    message = f"{type(reducer).__name__} drops no token before its position is used"
+    with pytest.raises(ValueError, match=message):
         compress.attach(model, reducer, keep=0.5, positions="spread")
 
 
@@ -274,13 +290,12 @@ def test_positions_that_are_not_those_of_a_grid_are_refused(monkeypatch):
 
     monkeypatch.setattr(core, "get_rope_index", shuffled)
     message = r"positions that Glm4vForConditionalGeneration gives to an image of 4 tokens are not"
-    with torch.no_grad(), compress.attach(model, Random(), keep=0.5, positions="spread"):
-        with pytest.raises(ValueError, match=message):
-            model(**inputs)
+    session = compress.attach(model, Random(), keep=0.5, positions="spread")
+    with torch.no_grad(), session, pytest.raises(ValueError, match=message):
+        model(**inputs)
 
 
 def test_an_unknown_word_is_refused_with_those_that_are_accepted():
-    with pytest.raises(
-        ValueError, match='positions is "?\'even\'"?; it takes "keep", "compact", "spread" or "paper"'
-    ):
+    accepted = re.escape('it takes "keep", "compact", "spread" or "paper"')
+    with pytest.raises(ValueError, match=f"positions is 'even'; {accepted}"):
         compress.attach(tiny_vlm("llava")[0], Random(), positions="even")
