@@ -290,13 +290,13 @@ register(
     Entry(
         name="vistok-mini",
         family="mini",
-        config={},
+        config={"refiner_width": 24},
         repo=None,
         file="vistok-mini.safetensors",
         license="Apache-2.0",
         paper="vistok (recipe and log in vistok/assets)",
         parameters=7.5,
-        sha256="f781327d16f158df3479a57cf3b1efb59a41360d66c7975400511cee1337baa2",
-        notes="128×128, any prefix of 64 tokens of 16 bits; trained on procedural scenes and 17 photographs",
+        sha256="0fb19743af362d0473dbd5f14d76e3daeea51207996546ce5e1c1e08c3c51656",
+        notes="128×128, any prefix of 64 tokens of 16 bits; trained on drawn scenes and 311 photographs",
     )
 )
