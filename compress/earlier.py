@@ -1,5 +1,6 @@
 """Calls of a model that began before a session was attached to it, in any thread."""
 
+import gc
 import sys
 import threading
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ class EarlierCalls:
         known, here = {id(module) for module in modules}, threading.get_ident()
         self._frames = {
             frame
-            for thread, top in (sys._current_frames().items() if known else ())
+            for thread, top in (_top_frames().items() if known else ())
             for frame in _stack(top)
             if thread != here and frame.f_code.co_name in _CALLS and id(frame.f_locals.get("self")) in known
         }
@@ -34,6 +35,18 @@ def is_running(module: nn.Module) -> bool:
         frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module
         for frame in _stack(sys._getframe(1))
     )
+
+
+def _top_frames() -> dict[int, FrameType]:
+    """The frame that each thread runs."""
+    # A collection inside `_current_frames` may wait for the lock that it holds (CPython issue 106883).
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _stack(frame: FrameType | None) -> Iterable[FrameType]:

@@ -48,7 +48,8 @@ def attach(
 ) -> Session:
     """Make a stock model use fewer visual tokens, until `detach` (or the end of a `with` block).
 
-    `model` is a transformers VLM; a timm VisionTransformer or a CLIP or SigLIP tower takes merging reducers.
+    `model` is a transformers VLM; a vision transformer alone (timm's VisionTransformer, Eva and Beit, or a
+    CLIP, SigLIP, DINOv2 or DINOv3 tower of transformers) takes the reducers of its tokens.
     `reducer` is a name (`list_reducers()`), an instance, a press of kvpress (its settings are those of
     `compress.guests.kvpress.Press`), or a list of these; those of one stage act in the order given. `keep` is
     the budget of every stage: a fraction in (0, 1] of an image's tokens, a count of tokens per image, or a
@@ -84,7 +85,8 @@ def attach(
         inner = isinstance(getattr(model, "model", None), nn.Module)  # as in a pipeline
         hint = f": its .model, a {type(model.model).__name__}" if inner else ""
         raise TypeError(
-            f"model is a {type(model).__name__}; give a transformers VLM or a timm VisionTransformer{hint}"
+            f"model is a {type(model).__name__}; give a transformers VLM or a vision "
+            f"transformer of timm or transformers{hint}"
         )
     if hasattr(model, "_orig_mod"):
         raise TypeError(
