@@ -13,7 +13,8 @@ from vistok.eval.tasks.vlm.shared_tower import SharedTower, leaves_tower_alone
 
 ALONE = {
     *("averagepool", "divprune", "downsample", "fastv", "keynorm", "pyramiddrop", "random", "transprune"),
-    *("uniformgrid", "dart", "ima", "promptdistill", "sparsevlm"),
+    *("uniformgrid", "dart", "ima", "promptdistill", "sparsevlm", "cdpruner"),
+    *("h2o", "keyformer", "tokenselect", "recycledattention"),
 }
 
 

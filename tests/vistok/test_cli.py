@@ -7,6 +7,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from paths import GOLDEN
@@ -62,7 +63,7 @@ def test_list_has_one_line_per_tokenizer_and_json_has_the_rest(run):
     [
         ("--reducers", ["divprune", "transprune"]),
         ("--metrics", ["psnr", "fid", "codebook-usage"]),
-        ("--families", ["llava_next", "qwen2_5_vl", "llama4"]),
+        ("--families", ["LlavaNext", "Qwen2_5_VL", "Llama4"]),
         ("--generators", ["maskgit-l32", "rar-b"]),
     ],
 )
@@ -200,7 +201,9 @@ def test_a_target_quality_gives_each_photograph_its_own_length(run, tmp_path):
     status, _, _ = run("decode", "two.vtok", "-o", "back", "--batch-size", 1)
     assert status == 0
     for name, picture in zip(("chelsea", "astronaut"), vistok.to_pil(model.decode(tokens)), strict=True):
-        assert Image.open(tmp_path / "back" / f"{name}.png").tobytes() == picture.tobytes()
+        decoded = np.asarray(Image.open(tmp_path / "back" / f"{name}.png"), dtype=int)
+        # Sums of another batch size may round to the next level.
+        assert np.abs(decoded - np.asarray(picture, dtype=int)).max() <= 1
 
 
 def test_an_unreachable_target_is_one_warning_and_no_failure(run, tmp_path):
