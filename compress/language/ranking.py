@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..attention import Probe, Seen, attention_rows, mask_rows, probing
 from ..families import Host
-from ..hosts import final_norm, keywords, without_cache
+from ..hosts import final_norm, keywords, release, without_cache
 from ..layout import Span
 from ..reducer import LayerContext, LayerReducer, LayerSelection, LayerTokens, Stage, count_of
 from ..undo import Undo
@@ -359,6 +359,12 @@ def _rotary_products(rotations: Any, row: int, index: Tensor, places: Tensor) ->
     """The products [R, N] of queries of ones at `index` [R] and keys of ones at `places` [N] of a batch's
     row, rotated by cosines and sines [B or 1, L, D], or by complex numbers [B or 1, L, D]."""
     parts = rotations if isinstance(rotations, tuple | list) else (rotations.real, rotations.imag)
+    if any(part.ndim != 3 for part in parts):
+        raise NotImplementedError(
+            f"this release of transformers ({release()}) rotates by positions in planes that the attention "
+            "joins itself, so the decay of attention with distance is not known before it; upgrade "
+            "transformers, or use SparseVLM(version='1.5')"
+        )
     products = []
     for part in parts:
         values = part[min(row, len(part) - 1)].float()

@@ -12,7 +12,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from oracles import _language_model_call, decoder, going_on, real_tokens, the_cache, visual_tokens
+from oracles import (
+    BEFORE_5_18,
+    _language_model_call,
+    decoder,
+    going_on,
+    real_tokens,
+    the_cache,
+    visual_tokens,
+)
 from reducer_matrix import hidden_columns, placeholders, whole
 from tiny_vlms import FIXTURES, tiny_vlm
 
@@ -677,6 +685,9 @@ def test_on_every_model(name, make):
     inputs = inputs(images=(2, 1, 0))
     if name == "llava_next" and make is METHODS["sparsevlm2"]:  # heads of width 16 see about 90 tokens back
         with compress.attach(model, make()), pytest.raises(ValueError, match="too far apart"):
+            model(**inputs)
+    elif name == "qwen2_5_vl" and make is METHODS["sparsevlm2"] and BEFORE_5_18:  # rotations in planes
+        with compress.attach(model, make()), pytest.raises(NotImplementedError, match="in planes"):
             model(**inputs)
     else:
         whole(model, inputs, make())
