@@ -35,7 +35,7 @@ QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_p
 class Fixture:
     """A model with its processor, and how a prompt of this family names a picture and a video.
 
-    `layout` says how many pictures a row may hold: "any", "nested" (any, given as one list a row) or "one"
+    `layout` says how many pictures a row may hold: "any", "nested" (any, given as one list per row) or "one"
     (exactly one, which the processor itself puts before the text).
     """
 

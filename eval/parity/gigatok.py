@@ -12,6 +12,7 @@ from ...quantizers import VectorQuantizer
 from ...train.losses import feature_alignment_loss
 from .case import Case, Outputs
 from .fields import check_size, whole
+from .titok import column, margin
 
 FAMILIES = ("gigatok",)
 SEQUENCE = "[:, ::16, ::32]"
@@ -99,12 +100,12 @@ def _encoded(case: Case, model: GigaTok) -> Outputs:
     tokens = reader(spatial)
     for name in ("enc.memory", "enc.query_init", "enc.block_first", "enc.block_last"):
         yield name, case.subsample(name, rows[name], SEQUENCE)
-    yield "z256", case.subsample("z256", _column(tokens), "[:, ::16, :, ::4]")
+    yield "z256", case.subsample("z256", column(tokens), "[:, ::16, :, ::4]")
     latents = F.linear(tokens, model.quant_conv.weight.flatten(1), model.quant_conv.bias)
-    yield "z", _column(latents)
+    yield "z", column(latents)
     yield "indices", model.quantize.encode(latents)
-    yield "margin", _margin(model.quantize, latents)
-    yield "quant", case.subsample("quant", _column(model.quantize(latents).latents), "[:, :, :, ::4]")
+    yield "margin", margin(model.quantize, latents)
+    yield "quant", case.subsample("quant", column(model.quantize(latents).latents), "[:, :, :, ::4]")
 
 
 def _decoded(case: Case, model: GigaTok, latents: Tensor) -> Outputs:
@@ -139,17 +140,6 @@ def _decoded(case: Case, model: GigaTok, latents: Tensor) -> Outputs:
     yield "recon_corner", images[:, :, :8, -8:]
 
 
-def _column(rows: Tensor) -> Tensor:
-    """[B, K, C] → [B, C, 1, K], the layout of the original."""
-    return rows.transpose(1, 2).unsqueeze(2)
-
-
-def _margin(quantizer: VectorQuantizer, latents: Tensor) -> Tensor:
-    """How much farther the second nearest code is, [B, K]."""
-    nearest = quantizer.distances(latents.double()).topk(2, largest=False).values
-    return nearest[..., 1] - nearest[..., 0]
-
-
 # The quantizer in training ----------------------------------------------------------------------------------
 
 
@@ -169,15 +159,15 @@ def _quantizer(case: Case) -> Outputs:
         latents = case.recorded("z").requires_grad_()
         with torch.enable_grad():
             quantized = quantizer.train()(latents.squeeze(2).transpose(1, 2))
-            column = _column(quantized.latents)
-            (through,) = torch.autograd.grad((column * upstream).sum(), latents, retain_graph=True)
-        yield f"{name}.quant", column
+            output = column(quantized.latents)
+            (through,) = torch.autograd.grad((output * upstream).sum(), latents, retain_graph=True)
+        yield f"{name}.quant", output
         yield f"{name}.grad_z.through", through
-        yield f"{name}.quant_eval", _column(quantizer.eval()(latents.squeeze(2).transpose(1, 2)).latents)
+        yield f"{name}.quant_eval", column(quantizer.eval()(latents.squeeze(2).transpose(1, 2)).latents)
         if rotation:
             continue
         yield "indices", quantized.codes
-        yield "margin", _margin(quantizer, latents.detach().squeeze(2).transpose(1, 2))
+        yield "margin", margin(quantizer, latents.detach().squeeze(2).transpose(1, 2))
         yield "usage", torch.tensor(quantizer.recent_usage)
         losses = {"vq": "codebook", "commit": "commitment", "entropy": "entropy"}
         yield "losses", torch.stack([quantized.losses[loss] for loss in losses.values()])

@@ -101,6 +101,12 @@ def column(latents: Tensor) -> Tensor:
     return latents.transpose(1, 2).unsqueeze(2)
 
 
+def margin(quantizer: VectorQuantizer, latents: Tensor) -> Tensor:
+    """How much farther the second nearest code is, for latents [B, K, C]: [B, K]."""
+    nearest = quantizer.distances(latents.double()).topk(2, largest=False).values
+    return nearest[..., 1] - nearest[..., 0]
+
+
 def _rows(column: Tensor) -> Tensor:
     """[B, C, 1, K] → [B, K, C]."""
     return column.squeeze(2).transpose(1, 2)
@@ -170,8 +176,7 @@ def _tokenizer(case: Case) -> Outputs:
 def quantized_outputs(model: TiTok, latents: Tensor) -> Outputs:
     """Indices, margins and losses of the latents [B, K, C]."""
     yield "indices", model.quantize.encode(latents).unsqueeze(1)
-    nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
-    yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
+    yield "margin", margin(model.quantize, latents).flatten()
     yield "losses", quantizer_losses(model.quantize(latents).losses)
 
 
@@ -252,8 +257,7 @@ def _vqgan_encoded(case: Case, model: MaskGITVQGAN, images: Tensor, quantize: bo
     if quantize:
         latents = z.flatten(2).transpose(1, 2)
         yield "codes", model.quantize.encode(latents)
-        nearest = model.quantize.distances(latents.double()).topk(2, largest=False).values
-        yield "margin", (nearest[..., 1] - nearest[..., 0]).flatten()
+        yield "margin", margin(model.quantize, latents).flatten()
     yield "z", case.subsample("z", z, "[:, ::4]")
     for name, value in levels.items():
         yield name, case.subsample(name, value, "[:, ::32, ::8, ::8]")

@@ -21,7 +21,7 @@ from ..nested_config import section
 from ..nn.convolution import ResidualBlock, group_norm
 from ..nn.cpu.batching import in_chunks
 from ..nn.cpu.linear import linear
-from ..nn.transformer import Attention
+from ..nn.transformer import Attention, initialise
 from ..quantizers import VectorQuantizer
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
@@ -367,7 +367,7 @@ class GigaTok(Tokenizer):
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
         self.s1to2decoder, self.decoder = TokensToGrid(config), GigaTokDecoder(config)
         for part in (self.encoder, self.s2to1encoder, self.s1to2decoder, self.decoder):
-            part.apply(_initialise)
+            part.apply(initialise)
 
     @property
     def quantizer(self) -> VectorQuantizer:
@@ -409,13 +409,6 @@ class GigaTok(Tokenizer):
         """Training pass: images, codes, and the quantizer's losses."""
         quantized = self.quantize(self.latents(images))
         return TrainingOutput(self.pixels(quantized.latents), quantized.codes, quantized.losses)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases, as the original; packed attention weights keep Xavier."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:

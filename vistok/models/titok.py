@@ -21,7 +21,7 @@ from typing_extensions import Self
 from ..configuration import build
 from ..loading import load
 from ..nested_config import resolved, section
-from ..nn.transformer import Transformer
+from ..nn.transformer import Transformer, initialise
 from ..quantizers import GaussianQuantizer, Quantizer, VectorQuantizer
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
@@ -236,7 +236,7 @@ class TiTok(Tokenizer):
         for module in [self.encoder, *([] if self.text_aware else [self.decoder])]:
             # The text-aware original replaces its decoder after this pass, so that one keeps PyTorch's own
             # defaults.
-            module.apply(_initialise)
+            module.apply(initialise)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -366,13 +366,6 @@ class TATiTok(TiTok):
         else:
             encoder = CLIPTextEncoder.load(source, activation)
         self.add_companion("text_encoder", encoder)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases, as the original; packed attention weights keep Xavier."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:

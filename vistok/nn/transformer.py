@@ -98,3 +98,10 @@ class Transformer(nn.ModuleList):
         for depth, block in enumerate(self):
             x = block(x, rows if depth == last else None)
         return x
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal weights, zero biases, as TiTok and GigaTok; packed attention weights keep Xavier."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
