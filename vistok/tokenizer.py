@@ -52,8 +52,8 @@ class Tokenizer(PretrainedModel):
     """The conditions that `decode` accepts beside tokens, such as ("text",) or ("class",)."""
     sized: ClassVar[bool] = False
     """Whether `decode` takes the `size` of the images, which tokens do not hold."""
-    features: ClassVar[bool] = False
-    """Whether the model also gives features for understanding."""
+    has_features: ClassVar[bool] = False
+    """Whether the model also gives `features` for understanding."""
     modality: ClassVar[str] = "image"
     """Kind of data: "image", "video" or "shape"."""
 
@@ -108,6 +108,18 @@ class Tokenizer(PretrainedModel):
             return cls.create(**config)
 
     # What a user calls --------------------------------------------------------------------------------------
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] → features for understanding [B, N, D], of families that have them
+        (`has_features`).
+
+        Raises:
+            ValueError: a family without features; images that `encode` refuses.
+        """
+        raise ValueError(
+            f"{self.label} has no features for understanding: its tokens are made for pictures alone. "
+            "docs/tokenizers.md lists the families with features"
+        )
 
     @overload
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens: ...

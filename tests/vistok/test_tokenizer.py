@@ -232,7 +232,13 @@ def test_training_forward_shows_what_encode_and_decode_give(case, models):
 
 
 def test_flags_say_what_a_family_is_given_and_gives(case, model):
-    assert model.modality == "image" and isinstance(model.features, bool)
+    assert model.modality == "image"
+    if model.has_features:
+        features = model.features(pictures(2))
+        assert features.ndim == 3 and len(features) == 2 and bool(features.isfinite().all())
+    else:
+        with pytest.raises(ValueError, match="no features"):
+            model.features(pictures(2))
     assert set(model.conditions) <= {"text", "class"}
     if model.size_multiple is not None:
         sides = (model.size_multiple, model.size_multiple * 2)
