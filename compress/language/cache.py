@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from .revival_state import Revivable
+
 FUNCTIONAL = (
     "use the functional mode, which needs no hooks in the language model: prepared = "
     "session.prepare(inputs); model.generate(**prepared.inputs, ...)"
@@ -52,7 +54,7 @@ class CacheState:
     end, `lease` records whether the session still corrects masks and positions. `numbers[i]` [B, physical]
     are the places that the entries of a layer with a window had before some were evicted, out of `read[i]`:
     the window continues to count those. `skips`: later calls leave out parts of layers. `steps`
-    is for a reducer that chooses what each step attends to.
+    is for a reducer that chooses what each step attends to, `revivable` for one whose dropped tokens return.
     """
 
     length: int
@@ -69,6 +71,7 @@ class CacheState:
     read: dict[int, int] = field(default_factory=dict)
     skips: bool = False
     steps: StepState | None = None
+    revivable: Revivable | None = None
 
     def numbered(self, layer: int, entries: int) -> Tensor | None:
         """The places [B, entries] that a layer's entries count as, those that came since included; None where
@@ -123,6 +126,11 @@ class ReducedDynamicCache(DynamicCache):
                 f"{count} tokens cannot be taken back: what later tokens attend to depends on them with the "
                 "reducer attached; generate without drafts (assistant_model, prompt_lookup_num_tokens)"
             )
+        if count and state.revivable is not None:
+            raise NotImplementedError(
+                f"{count} tokens cannot be taken back: visual tokens returned to the cache beside them; "
+                "generate without drafts (assistant_model, prompt_lookup_num_tokens)"
+            )
         super().crop(tokens_to_remove)
         if (within := count - later) > 0:
             state.length, state.tail, state.next = (
@@ -174,6 +182,8 @@ class ReducedDynamicCache(DynamicCache):
                 setattr(state.steps, name, [once(x) for x in getattr(state.steps, name)])
             memory = [{name: change(x) for name, x in layer.items()} for layer in state.steps.memory]
             state.steps.memory = memory
+        if state.revivable is not None:
+            state.revivable.change_rows(change)
 
 
 def state_of(cache: Cache | None) -> CacheState | None:

@@ -19,6 +19,7 @@ from ..reducer import Stage
 from .cache import FUNCTIONAL, CacheState, Lease, StepState, adopt, check_kind, extended, state_of
 from .features_made import MadeFeatures, record_of
 from .prompt_end import Generation, Hints, PromptLength, last_of_prompt
+from .revival_state import Step
 
 CURRENT: ContextVar["Call | None"] = ContextVar("vistok_call", default=None)
 
@@ -70,6 +71,7 @@ class Call:
     attended: dict[int, Any] = field(default_factory=dict)  # what attention modules were called with
     steps: StepState | None = None  # of a prompt whose later tokens choose what they attend to
     made: dict[Any, Any] = field(default_factory=dict)  # parts of it that layers share
+    step: Step | None = None  # of a call on a cache to which dropped tokens return
     expected: set[int] = field(default_factory=set)  # layers that have not yet asked what to attend to
     limits: list[int | None] | None = None  # how many tokens each layer's cache holds at most
     columns: list[Tensor | None] | None = None  # which entries of the cache are real, once it is shortened
@@ -86,7 +88,7 @@ class Call:
         self.cache = self.state = self.positions = self.deepstack = self.relative = None
         self.full_mask = self.whole_positions = None
         self.outputs, self.records, self.scores, self.derived, self.evicted = {}, {}, {}, {}, {}
-        self.measured, self.attended, self.made, self.steps = {}, {}, {}, None
+        self.measured, self.attended, self.made, self.steps, self.step = {}, {}, {}, None, None
         self.hints, self.last = Hints(), None
         for span in self.prompt.spans:
             span.record = span.deepstack = None

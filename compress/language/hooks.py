@@ -393,11 +393,15 @@ class ModelHooks(InModel):
             )
         if kept:
             planned = [layout.valid.shape[1] for layout in call.layouts] or [call.full] * len(call.entries)
+            if call.step is not None:
+                planned = call.step.added
             check_growth(self.host.name, self.host.attentions, cache, call.entries, planned)
         watch(None)
         change_attention(None)
         self._cache_stage.check(call)
         if not call.prefill:
+            if call.step is not None and kept:
+                self._cuts.revival.finish_step(call)
             return None
         call.cache = cache if kept else None
         if kept:
@@ -411,7 +415,7 @@ class ModelHooks(InModel):
             cache.reduction.skips = continues
             self._cache_stage.finish(call)
             if self._cuts is not None:
-                self._cuts.truncate(call)
+                self._cuts.finish(call, cache)
         if call.layouts[-1] is not call.start:
             output.last_hidden_state = _restored(output.last_hidden_state, call)
         call.release()

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.recycling import group_means
-from ..attention import Probe
+from ..attention import Probe, watch
 from ..families import Host
 from ..hosts import check_checkpointing, keywords, writes_cache
 from ..layout import Layout, compact, gather
 from ..reducer import LayerReducer, LayerSelection, SkipReducer
 from ..undo import Undo
+from .cache import ReducedDynamicCache
 from .call import Call, current
 from .eviction import evict
 from .layer_arguments import LayerArguments
 from .ranking import Ranking, Trace
+from .revival import Revival
 from .skipping import Skipping
 
 
@@ -64,6 +66,7 @@ class LayerCuts:
                 "beside which no other reducer works inside the model; attach it alone, or let it skip an "
                 "image's tokens only"
             )
+        self.revival = self._revival(compact_positions, evicting)
         evicting = evicting or self.truncates
         if evicting and not all(writes_cache(attention) for attention in host.attentions):
             raise TypeError(
@@ -85,6 +88,20 @@ class LayerCuts:
                 "second has no attention. Cut before different layers"
             )
 
+    def _revival(self, compact_positions: bool, evicting: bool) -> Revival | None:
+        """What lets tokens return, where the reducer wants that. Raises ValueError beside other reducers."""
+        reviving = [ranking for ranking in self.rankings if ranking.reducer.revives]
+        if not reviving:
+            return None
+        reducer = reviving[0].reducer
+        if len(self.rankings) > 1 or evicting:
+            raise ValueError(
+                f"{type(reducer).__name__} selects anew at every step, so no other reducer can act between "
+                "the layers or on the cache with it; attach it alone, or with reducers of pixels, tower or "
+                "features"
+            )
+        return Revival(self.host, reducer, reviving[0].cuts, compact_positions, self._trace)
+
     @property
     def truncates(self) -> bool:
         """Whether caches of layers before a cut are shortened, too."""
@@ -100,6 +117,8 @@ class LayerCuts:
                 undo.hook(layer, self._after(i))
         for part in (*self.rankings, *self.skipping):
             part.attach(undo)
+        if self.revival is not None:
+            self.revival.attach(undo)
 
     def start(self, call: Call, embeds: Tensor | None) -> None:
         """Plan a call; a prompt comes with its input embeddings [B, L', D].
@@ -110,9 +129,14 @@ class LayerCuts:
         for skipping in self.skipping:
             skipping.start(call)
         if not call.prefill:
+            if call.state.revivable is not None:
+                self.revival.start(call)
+                watch(self.revival.probes(call))
             return
         for ranking in self.rankings:
             ranking.start(call, embeds)
+        if self.revival is not None:
+            self.revival.start_prompt(call)
         if self._truncated and bool(call.answered.any()):
             names = [type(r.reducer).__name__ for r in self.rankings if r.truncated]
             raise NotImplementedError(
@@ -125,7 +149,7 @@ class LayerCuts:
         """Whether calls after this prompt leave out parts of layers, too."""
         return any(each.continues(call) for each in self.skipping)
 
-    def truncate(self, call: Call) -> None:
+    def _truncate(self, call: Call) -> None:
         """Cut the caches of layers before the last cut that asks for it to the tokens that it kept."""
         if not self._truncated:
             return
@@ -140,8 +164,15 @@ class LayerCuts:
             call.evicted[i] = gone.to(layout.valid.device)
         evict(call, (), self._trace)
 
+    def finish(self, call: Call, cache: ReducedDynamicCache) -> None:
+        """Record on the cache of a prompt what lets dropped tokens return, and cut the caches of layers that
+        are to hold only what stayed."""
+        if self.revival is not None:
+            cache.reduction.revivable = self.revival.finish(call)
+        self._truncate(call)
+
     def probes(self, call: Call) -> dict[nn.Module, Probe]:
-        """The attention probes of this call."""
+        """The attention probes of a prompt."""
         probes: dict[nn.Module, list[Probe]] = {}
         for ranking in self.rankings if call.prefill else ():
             for module, probe in ranking.probes(call).items():
@@ -165,15 +196,22 @@ class LayerCuts:
                     "replaced while a reducer is attached; replace it first, then attach"
                 )
             if not call.prefill:
+                if call.step is not None and i >= self.revival.cuts[0]:
+                    hidden, changed = self.revival.before(call, i, hidden, kwargs)
+                    return (hidden,), changed
                 changed = self._arguments.on_cache(call, i, hidden, kwargs)
                 return None if changed is None else ((hidden,), changed)
             check_checkpointing(module)
+            if self.revival is not None and i >= self.revival.cuts[0]:
+                self.revival.note_arguments(call, i, kwargs)
             adjusted = self._arguments.at_prefill(call, i, hidden, kwargs)
             for ranking in cutting:
                 # Row probes got this layer's or the previous one's queries with the current layout.
                 with call.timed():
                     selections = ranking.decide(call, i, hidden, adjusted)
                 if selections:
+                    if self.revival is not None:
+                        self.revival.note_dropped(call, i, hidden, selections)
                     hidden = self._cut(call, hidden, selections)
                     adjusted = self._arguments.at_prefill(call, i, hidden, kwargs)
             call.layouts.append(call.layout)

@@ -115,6 +115,8 @@ class LayerReducer(Reducer):
     wants_context: ClassVar[bool] = False  # whether `LayerTokens.context` is needed
     wants_decay: ClassVar[bool] = False  # whether `LayerTokens.decay` is needed, with rows = "raters"
     merges: ClassVar[bool] = False  # whether tokens go on in means
+    # whether every later token selects anew, by the attention in the layer before, from all of the prompt
+    revives: ClassVar[bool] = False
 
     @property
     def reads_attention(self) -> bool:

@@ -35,6 +35,7 @@ OTHERS = {"Random": Random(), "Cut2": Cut(k=2), "Cut3": Cut(k=3)}
 SETTINGS = {
     "dart": {"pruned_layer": 1},
     "fastv": {"k": 1},
+    "lazyllm": {"prune_layers": (1, 2), "prune_ratios": (0.3, 0.3)},
     "promptdistill": {"select_layers": (0, 1), "keep_tokens": (12, 8)},
     "sparsevlm": {"pruning_loc": (1, 2), "retained_tokens": (300, 110)},
     "pyramiddrop": {"layer_list": (1, 2), "image_token_ratio_list": (0.5, 0.25)},

@@ -97,6 +97,11 @@ def whole(model: hf.PreTrainedModel, inputs: Inputs, reducer: Reducer, **generat
         choosing_equals_masking(model, inputs, reducer, 0.5, 3e-5, **generate)
     elif isinstance(reducer, SkipReducer):
         skipping_equals_freezing(model, inputs, reducer, 0.5, 3e-5, **generate)
+    elif isinstance(reducer, LayerReducer) and reducer.revives:  # later tokens select anew
+        once = {**generate, "max_new_tokens": 1}
+        cutting_equals_masking(model, inputs, reducer, 0.5, 3e-5, **once)
+        with compress.attach(model, reducer, keep=0.5):
+            outputs(model, inputs, **generate)
     elif isinstance(reducer, LayerReducer) and reducer.merges:
         with compress.attach(model, reducer, keep=0.5) as session:
             outputs(model, inputs, **generate)
