@@ -48,9 +48,14 @@ def _speed(repeats: int, threads: int, device: str) -> dict[str, Any]:
 
     selected = selection.run([*selection.comparisons(), *merging.comparisons()], repeats, threads)
     table(selected.title, selection.HEADER, selected.table())
-    read = prefill.run([UniformGrid(), DivPrune()], repeats=repeats, threads=threads, device=device)
-    table(read.title, prefill.HEADER, read.table())
-    return {"selection": selected.record(), "prefill": read.record()}
+    record = {"selection": selected.record()}
+    for name, keeps, width in (("prefill", (0.5, 0.25, 0.1), 384), ("prefill_wide", (0.1,), 1024)):
+        read = prefill.run(
+            [UniformGrid(), DivPrune()], keeps, repeats=repeats, threads=threads, device=device, width=width
+        )
+        table(read.title, prefill.HEADER, read.table())
+        record[name] = read.record()
+    return record
 
 
 def _net_gain(

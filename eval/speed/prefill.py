@@ -106,17 +106,18 @@ class PrefillSpeed:
         return {"parameters": self.parameters, "tokens": self.tokens, "threads": self.threads, "runs": runs}
 
 
-def llava_shaped(device: str = "cpu") -> hf.LlavaForConditionalGeneration:
-    """A random LLaVA of about 26M parameters, most of them in 8 layers of width 384."""
+def llava_shaped(device: str = "cpu", width: int = 384) -> hf.LlavaForConditionalGeneration:
+    """A random LLaVA whose language model has 8 layers of that `width`, a multiple of 64: of about 27M
+    parameters by default, of 135M with 1024."""
     torch.manual_seed(0)
     text = {
         "model_type": "llama",
         "vocab_size": 32_000,
-        "hidden_size": 384,
-        "intermediate_size": 1024,
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
         "num_hidden_layers": 8,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
         "tie_word_embeddings": True,
     }
     vision = {
@@ -145,8 +146,10 @@ def run(
     tokens: int = 576,
     steps: int = 16,
     device: str = "cpu",
+    width: int = 384,
 ) -> PrefillSpeed:
-    """Time every reducer at every budget `repeats` times, full, short and attached in turn, after a warm-up.
+    """Time every reducer at every budget `repeats` times, full, short and attached in turn, after a warm-up,
+    in a language model of that `width`.
 
     Sets the number of threads of torch for the run only. Reducers of features only, because the prompt is
     shortened as they do it.
@@ -154,8 +157,8 @@ def run(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model, stock = llava_shaped(device), llava_shaped(device)
-        features = torch.randn(tokens, 384, device=device)
+        model, stock = llava_shaped(device, width), llava_shaped(device, width)
+        features = torch.randn(tokens, width, device=device)
         ids = torch.randint(3, 30_000, (9,), device=device)
         prompt = torch.cat([ids[:4], ids.new_full((tokens,), IMAGE_TOKEN), ids[4:]])[None]
         runs = [Prefill(reducer, keep) for reducer in reducers for keep in keeps]
