@@ -78,6 +78,10 @@ Steps = Annotated[int | None, Option("--steps", help="Steps of a stochastic deco
 Guidance = Annotated[
     float | None, Option("--guidance", help="Guidance scale of a stochastic decoder."), RECORDED
 ]
+Semantic = Annotated[
+    bool,
+    Option("--semantic", help="Compare pixels of semantic tokenizers too, whose pictures only look alike."),
+]
 _METRICS = Option("--metrics", help="Comma-separated; by default all that can be computed.", metavar="A,B,…")
 Subset = Annotated[int, Option("--kid-subset-size", min=2, help="Images per KID subset."), LOOSE]
 Seed = Annotated[
@@ -155,6 +159,7 @@ class ReconConfig:
         tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names, loose=True)
     ] = None
     files: Annotated[WeightFiles, LOOSE] = field(default_factory=WeightFiles)
+    semantic: Semantic = False
     kid_subset_size: Subset = 1000
     pfid: Annotated[bool, Option("--pfid", help="Also compute FID after perturbing the tokens.")] = False
     pfid_alpha: Annotated[
@@ -256,7 +261,10 @@ class FidConfig:
 
 KEEPS = (1.0, 0.5, 0.25, 0.1, 0.05)
 REDUCERS = Option(
-    "--reducers", help="Comma-separated names of `vistok list --reducers`; by default all.", metavar="A,B,…"
+    "--reducers",
+    help="Comma-separated names of `vistok list --reducers`; by default all. `eval vlm` also takes reducers that "
+    "act together, as tome:0.5+divprune:0.25.",
+    metavar="A,B,…",
 )
 Model = Annotated[
     str,

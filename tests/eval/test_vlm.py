@@ -298,6 +298,24 @@ def test_plans_name_every_setting_once():
             plan(names, keeps, positions, native=True)
 
 
+def test_reducers_that_act_together_are_named_with_their_budgets():
+    names = ("fastv", "tome:0.5+DivPrune:0.25", "divprune:0.1")
+    settings = plan(names, (0.5,), ("keep",), native=False, layers=4)
+    assert [setting.label for setting in settings[5:]] == ["tome 0.5 + divprune 0.25", "divprune 0.1"]
+    assert settings[5].reducers == (("tome", 0.5), ("divprune", 0.25)) and settings[5].keep == 0.25
+    only = plan(("tome:0.5+fastv:0.25",), (0.5,), ("keep",), native=False)
+    assert [setting.label for setting in only[4:]] == ["tome 0.5 + fastv 0.25"]
+    for text in (
+        "tome+divprune",
+        "tome:0.5+",
+        "tome:2+divprune:0.5",
+        "tome:x+divprune:0.5",
+        "no:0.5+tome:0.5",
+    ):
+        with pytest.raises(ValueError, match=r"tome:0\.5\+divprune:0\.25|no reducer|unknown"):
+            plan((text,), (0.5,), ("keep",), native=False)
+
+
 def test_the_line_of_python_attaches_what_was_measured(llava_next):
     for setting in (
         Setting("reducers", 0.25, (("divprune", 0.25),)),

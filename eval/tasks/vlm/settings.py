@@ -106,6 +106,25 @@ def checked_names(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(classes[reducer_class(name)] for name in names))
 
 
+def composition(text: str) -> tuple[tuple[str, float], ...]:
+    """Reducers that act together, from "tome:0.5+divprune:0.25": names with their budgets. Raises ValueError
+    for other text, unknown names and budgets outside (0, 1]."""
+    parts = []
+    for part in text.split("+"):
+        name, colon, budget = part.strip().partition(":")
+        try:
+            keep = float(budget)
+        except ValueError:
+            keep = 0.0
+        if not colon or not 0 < keep <= 1:
+            raise ValueError(
+                f"{part.strip()!r} of {text!r} is not a reducer with its budget; reducers that act together "
+                "are written as tome:0.5+divprune:0.25, with shares in (0, 1]"
+            )
+        parts.append((checked_names([name])[0], keep))
+    return tuple(parts)
+
+
 def plan(
     names: Sequence[str] | None,
     keeps: Sequence[float],
@@ -114,7 +133,8 @@ def plan(
     native: bool,
     layers: int | None = None,
 ) -> list[Setting]:
-    """The full model, then per budget (the largest first) the baselines and the named reducers.
+    """The full model, then per budget (the largest first) the baselines and the named reducers, and at last
+    the compositions among the names (see `composition`), which have budgets of their own.
 
     Reducers inside the language model run at one of several `positions`, which are about what enters it.
     `native` adds the processor's own budget; `layers` is the depth of the language model. Raises ValueError
@@ -126,7 +146,10 @@ def plan(
         raise ValueError(f"no positions were named; they are {', '.join(POSITIONS)}")
     if not keeps or not all(0 < keep <= 1 for keep in keeps):
         raise ValueError(f"keep is {', '.join(map(str, keeps)) or 'empty'}; it takes shares in (0, 1]")
-    ordered = list(dict.fromkeys([*BASELINES, *checked_names(names)]))
+    together = [name for name in names or () if "+" in name or ":" in name]
+    alone = [name for name in names or () if name not in together]
+    single = checked_names(alone) if alone or not together else []
+    ordered = list(dict.fromkeys([*BASELINES, *single]))
     settings = [FULL]
     for keep in sorted(set(keeps), reverse=True):
         if native and keep < 1:
@@ -135,4 +158,6 @@ def plan(
             inside = reducer_class(name).stage in (Stage.LAYER, Stage.CACHE)
             policies = dict.fromkeys(positions[:1] if inside else positions)
             settings += [Setting("reducers", keep, ((name, keep),), policy, layers) for policy in policies]
+    for parts in dict.fromkeys(composition(text) for text in together):
+        settings.append(Setting("reducers", min(keep for _, keep in parts), parts, "keep", layers))
     return settings
