@@ -29,8 +29,9 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """Attend over all of x [B, N, D]; return only the `rows` asked for (all by default)."""
+    def forward(self, x: Tensor, rows: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attend over all of x [B, N, D], or where `mask` (broadcast to [B, h, N, N]) is True; return only
+        the `rows` asked for (all by default)."""
         dim = x.shape[-1]
         if rows is None:
             query, key, value = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
@@ -39,7 +40,7 @@ class Attention(nn.Module):
             query = linear(x[:, rows], self.in_proj_weight[:dim], self.in_proj_bias[:dim])
             key, value = linear(x, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  [B, h, N, d]
-        out = F.scaled_dot_product_attention(split(query), split(key), split(value))
+        out = F.scaled_dot_product_attention(split(query), split(key), split(value), mask)
         return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
 
@@ -76,9 +77,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """[B, N, D] → [B, N, D], or only the `rows` of it."""
-        attended = self.attn(self.ln_1(x), rows)
+    def forward(self, x: Tensor, rows: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] → [B, N, D], or only the `rows` of it; `mask` as in `Attention`."""
+        attended = self.attn(self.ln_1(x), rows, mask)
         x = (x if rows is None else x[:, rows]) + attended
         return x + self.mlp(self.ln_2(x))
 
@@ -92,11 +93,11 @@ class Transformer(nn.ModuleList):
     def __init__(self, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(Block(dim, heads, mlp_ratio) for _ in range(depth))
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """[B, N, D] → [B, N or len(rows), D]."""
+    def forward(self, x: Tensor, rows: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] → [B, N or len(rows), D]; `mask` as in `Attention`."""
         last = len(self) - 1
         for depth, block in enumerate(self):
-            x = block(x, rows if depth == last else None)
+            x = block(x, rows if depth == last else None, mask)
         return x
 
 

@@ -1,11 +1,12 @@
 """Pictures of known objects with questions about them, to train and judge small vision-language models.
 
 A picture shows up to seven objects (colour, shape, material, size) and one or two signs with a printed code.
-`object_scene` makes a scene from its number, `render` draws it, `questions` asks about it, `patch_labels`
-reports what each patch shows, and `test_questions` yields the fixed test set. Nothing is stored: everything
-is a function of a split, a seed and an index.
+`object_scene` makes a scene from its number, `render` draws it, `caption` puts it into words, `questions`
+asks about it, `patch_labels` reports what each patch shows, and `test_questions` yields the fixed test set.
+Nothing is stored: everything is a function of a split, a seed and an index.
 """
 
+from .captions import CAPTION_WORDS, caption
 from .labels import LABELS, patch_labels
 from .layout import (
     COLOURS,
@@ -27,6 +28,7 @@ from .picture import render
 from .questions import CATEGORIES, VOCABULARY, Question, plural, questions, test_questions
 
 __all__ = [
+    "CAPTION_WORDS",
     "CATEGORIES",
     "COLOURS",
     "GRID_SIDE",
@@ -43,6 +45,7 @@ __all__ = [
     "Question",
     "SceneObject",
     "Sign",
+    "caption",
     "grid_cell",
     "object_scene",
     "patch_labels",

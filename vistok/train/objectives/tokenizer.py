@@ -34,7 +34,7 @@ class TokenizerObjective(Objective):
     def __init__(self, config: TrainConfig, device: torch.device, progress: bool) -> None:
         self.config, self.device, self.progress = config, device, progress
         self.tokenizer = self.model = self._tokenizer()
-        self.source = data.build(config.data, self.tokenizer.image_size, config.seed)
+        self.source = self._source()
         self.teacher = load(config.teacher, device=device) if config.teacher else None
         self._loss = ReconstructionLoss(config.loss, config.perceptual_weights).to(device)
         self.weights = dict(self._loss.weights)
@@ -112,6 +112,10 @@ class TokenizerObjective(Objective):
                 parameter.requires_grad_(False)
         return tokenizer.train()
 
+    def _source(self) -> data.Source:
+        """Where training pictures come from."""
+        return data.build(self.config.data, self.tokenizer.image_size, self.config.seed)
+
     def _pictures(self, count: int) -> Tensor:
         """The first `count` training pictures, [count, 3, H, W] in [0, 1]."""
         size = min(256, count)
@@ -138,10 +142,11 @@ class TokenizerObjective(Objective):
         if self.config.warm_start_images:
             self.tokenizer.fit_linear_path(self._pictures(self.config.warm_start_images))
 
-    def loss(self, batch: Tensor, step: int) -> dict[str, Tensor]:
+    def loss(self, batch: Any, step: int) -> dict[str, Tensor]:
         """The parts of the reconstruction loss (or of the teacher's), and PSNR in dB for the log."""
-        images = batch.float() / 255
-        output = self.model(images, **self._lengths(len(images)))
+        images, conditions = self._given(batch)
+        output = self.model(images, **self._lengths(len(images)), **conditions)
+        images = images if output.targets is None else output.targets
         losses = self._losses(images, output, step)
         figures = {}
         if self.teacher is None and output.images is not None:
@@ -152,12 +157,19 @@ class TokenizerObjective(Objective):
         self._reconstructions = (images, output.images) if self.adversary is not None else None
         return losses | figures
 
+    def _given(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The pictures of a batch [B, 3, H, W] in [0, 1], and what the model's forward gets beside them."""
+        return batch.float() / 255, {}
+
     def _lengths(self, batch: int) -> dict[str, Tensor]:
-        """Nested dropout: a log-uniform prefix length for the chosen images, full length for the others."""
+        """Nested dropout: a log-uniform prefix length for the chosen images, rounded up to one that the
+        tokenizer has, and full length for the others."""
         if not self.config.nested_dropout:
             return {}
         full = self.tokenizer.num_tokens
         prefix = torch.exp(torch.rand(batch) * math.log(full + 1)).long().clamp(1, full)
+        allowed = torch.tensor(self.tokenizer.prefix_lengths)
+        prefix = allowed[torch.searchsorted(allowed, prefix)]
         kept = torch.where(torch.rand(batch) < self.config.nested_dropout, prefix, full)
         return {"lengths": kept.to(self.device)}
 
@@ -186,13 +198,13 @@ class TokenizerObjective(Objective):
         return self._loss.discriminator_step(*self._reconstructions)[0]
 
     @torch.no_grad()
-    def extra_figures(self, batch: Tensor) -> dict[str, Tensor]:
+    def extra_figures(self, batch: Any) -> dict[str, Tensor]:
         """How the bits of a binary tokenizer are used."""
         quantizer = self.tokenizer.quantizer
         if quantizer.kind != "bits":
             return {}
         # Of the bits that `encode` gives; those of the forward pass are random and have more entropy.
-        return quantizer.usage(self.tokenizer.encode(batch.float() / 255).bits)
+        return quantizer.usage(self.tokenizer.encode(self._given(batch)[0]).bits)
 
     def fresh(self) -> Tokenizer:
         """The tokenizer that the run started from; it is not the published model any more."""
