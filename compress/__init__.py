@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .registry import list_reducers as list_reducers
     from .session import Session as Session
     from .session import attach as attach
+    from .video_budget import QuoTA as QuoTA
     from .vision.text_tower import TextTower as TextTower
 
 check_checkout(__file__, "compress")
@@ -23,6 +24,7 @@ _HOMES = {
     "list_reducers": "registry",
     "Press": "guests.kvpress",
     "TextTower": "vision.text_tower",
+    "QuoTA": "video_budget",
 }
 
 

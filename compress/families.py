@@ -72,7 +72,9 @@ class Family:
 @dataclass
 class Host:
     """The parts of one model: `core` merges features into embeddings, `lm` is the text backbone, `tower`
-    encodes the image, `media_ids` are its placeholder tokens (image, then video)."""
+    encodes the image, `media_ids` are its placeholder tokens (image, then video). `frame_reader` names the
+    reducer, if any, that compares the frames of videos, `media_sizes` how many pictures form each medium of
+    the prompts (see `Session.media_sizes`)."""
 
     model: nn.Module
     core: nn.Module
@@ -82,6 +84,8 @@ class Host:
     media_ids: dict[str, int]
     family: Family
     name: str
+    frame_reader: str | None = None
+    media_sizes: Sequence[int] | None = None
 
     @property
     def config(self) -> Any:
@@ -161,16 +165,23 @@ class Host:
         return rotary(hidden, positions)
 
     def grids(self, record: Record) -> list[Grid | None]:
-        """The layout of each item of a record."""
-        if self.family.grids is None:
-            return [None] * len(record.lengths)
-        grids = self.family.grids(self, record)
+        """The layout of each item of a record. Raises ValueError for a video without one where its frames
+        are compared."""
+        grids: list[Grid | None] = [] if self.family.grids is None else self.family.grids(self, record)
         if len(grids) != len(record.lengths):  # of releases that do not divide features by picture
-            return [None] * len(record.lengths)
-        return [
+            grids = [None] * len(record.lengths)
+        grids = [
             grid if grid is not None and grid.num_tokens == length else None
             for grid, length in zip(grids, record.lengths, strict=True)
         ]
+        if self.frame_reader is not None and record.modality == "video" and None in grids:
+            raise ValueError(
+                f"{self.frame_reader} compares the frames of a video, and how the "
+                f"{record.lengths[grids.index(None)]} tokens of this one are divided into frames is not "
+                f"known for {self.name}; have the attached model make the features itself from "
+                "pixel_values_videos, or use a reducer of pictures, such as divprune"
+            )
+        return grids
 
 
 # Layouts ----------------------------------------------------------------------------------------------------
@@ -187,7 +198,7 @@ def _square(host: Host, record: Record) -> list[Grid | None]:
 def _anyres(host: Host, record: Record) -> list[Grid | None]:
     """LLaVA-NeXT: the thumbnail, then the unpadded tiles with a newline per row."""
     sizes = record.arguments.get("image_sizes")
-    if record.modality == "video" or sizes is None:
+    if sizes is None:
         return [None] * len(record.lengths)
     vision = host.config.vision_config
     side = vision.image_size // vision.patch_size
@@ -198,12 +209,40 @@ def _anyres(host: Host, record: Record) -> list[Grid | None]:
     ]
 
 
+def _next_video(host: Host, record: Record) -> list[Grid | None]:
+    """LLaVA-NeXT-Video: frames are pooled in blocks; what fills no block at the edge is left out."""
+    if record.modality == "image":
+        return _anyres(host, record)
+    side = _tower_side(host) // host.config.spatial_pool_stride
+    return [_square_frames(length, side, separators=0) for length in record.lengths]
+
+
+def _onevision(host: Host, record: Record) -> list[Grid | None]:
+    """LLaVA-OneVision: frames are resampled to half their side, and a newline ends the video."""
+    if record.modality == "image":
+        return _anyres(host, record)
+    side = -(-_tower_side(host) // 2)
+    return [_square_frames(length, side, separators=1) for length in record.lengths]
+
+
+def _tower_side(host: Host) -> int:
+    """The side of the map of patches that the tower makes of a picture."""
+    vision = host.config.vision_config
+    return vision.image_size // vision.patch_size
+
+
+def _square_frames(length: int, side: int, separators: int) -> Grid | None:
+    frames = (length - separators) // side**2
+    return frames_grid(frames, side, side, video=True, separators=separators) if frames else None
+
+
 def _qwen(host: Host, record: Record) -> list[Grid | None]:
     grids = record.arguments.get(f"{record.modality}_grid_thw")
     if grids is None:
         return [None] * len(record.lengths)
     merge = host.config.vision_config.spatial_merge_size
-    return [_frames(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
+    is_video = record.modality == "video"
+    return [frames_grid(t, h // merge, w // merge, is_video) for t, h, w in torch.as_tensor(grids).tolist()]
 
 
 def _merged_by_image(host: Host, record: Record) -> list[Grid | None]:
@@ -213,7 +252,8 @@ def _merged_by_image(host: Host, record: Record) -> list[Grid | None]:
     if grids is None or merges is None:
         return [None] * len(record.lengths)
     pairs = zip(torch.as_tensor(grids).tolist(), torch.as_tensor(merges).tolist(), strict=True)
-    return [_frames(t, h // merge, w // merge) for (t, h, w), merge in pairs]
+    is_video = record.modality == "video"
+    return [frames_grid(t, h // merge, w // merge, is_video) for (t, h, w), merge in pairs]
 
 
 def _kimi(host: Host, record: Record) -> list[Grid | None]:
@@ -221,7 +261,7 @@ def _kimi(host: Host, record: Record) -> list[Grid | None]:
     if grids is None:
         return [None] * len(record.lengths)
     rows, columns = host.config.vision_config.merge_kernel_size
-    return [_frames(1, h // rows, w // columns) for _, h, w in torch.as_tensor(grids).tolist()]
+    return [frames_grid(1, h // rows, w // columns) for _, h, w in torch.as_tensor(grids).tolist()]
 
 
 def _shapes(host: Host, record: Record) -> list[Grid | None]:
@@ -233,17 +273,19 @@ def _shapes(host: Host, record: Record) -> list[Grid | None]:
     return [Grid.single(height // unit, width // unit) for height, width in torch.as_tensor(shapes).tolist()]
 
 
-def _frames(frames: int, height: int, width: int) -> Grid:
-    tokens = height * width
+def frames_grid(frames: int, height: int, width: int, video: bool = False, separators: int = 0) -> Grid:
+    """Frames of height × width tokens, one after the other, and `separators` behind the last."""
+    tokens, ends = height * width, torch.full((separators,), -1)
     return Grid(
-        tile=torch.arange(frames).repeat_interleave(tokens),
-        index=torch.arange(tokens).repeat(frames),
+        tile=torch.cat([torch.arange(frames).repeat_interleave(tokens), ends]),
+        index=torch.cat([torch.arange(tokens).repeat(frames), ends]),
         height=height,
         width=width,
         rows=1,
         cols=frames,
         thumbnail=None,
         first=0,
+        video=video,
     )
 
 
@@ -288,8 +330,8 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl_hybrid": Family(_square, readable=False),  # a token is one of each tower
     "janus": Family(_square),
     "llava_next": Family(_anyres),
-    "llava_next_video": Family(_anyres),
-    "llava_onevision": Family(_anyres),
+    "llava_next_video": Family(_next_video),
+    "llava_onevision": Family(_onevision),
     "qwen2_vl": Family(_qwen, pool=2, order="block"),
     "qwen2_5_vl": Family(_qwen, pool=2, order="window"),
     "qwen3_vl": Family(_qwen, pool=2, order="block"),

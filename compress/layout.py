@@ -1,5 +1,7 @@
 """Where the tokens of a batch of prompts are: visual tokens, their images, and shortened sequences."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .algorithms.grid import Grid
-from .families import Host, Record, tiled
+from .families import Host, Record, frames_grid, tiled
 from .hosts import check_beams
 
 
@@ -100,8 +102,10 @@ def find_spans(
         placeholder = (ids == host.media_ids[modality]) & real
         beams = max(1, len(lengths) // max(1, len(record.lengths)))
         grids = host.grids(record)
-        cursor = original = 0
+        cursor = original = medium = 0
         pictures: list[int] = []
+        sizes = host.media_sizes if modality == "image" else None
+        copies = beams if prompts is None else max(1, ids.shape[0] // prompts)  # rows of one prompt
         for row in range(ids.shape[0]):
             places = placeholder[row].nonzero().squeeze(1)
             taken, total = 0, 0
@@ -121,6 +125,16 @@ def find_spans(
             row_spans = _row_spans(
                 host, record, ids[row], places, lengths[cursor : cursor + taken], original, grids
             )
+            media = 0
+            if sizes is not None:
+                row_spans = joined_frames(host, row_spans, sizes[medium:])
+                media = len(row_spans)
+            elif host.frame_reader is not None and "video" not in host.media_ids and len(row_spans) > 1:
+                warnings.warn(
+                    f"{host.frame_reader} keeps pictures whole, and frames of videos enter {host.name} as "
+                    "pictures; set session.media_sizes to state which of them form a video",
+                    stacklevel=2,
+                )
             for number, span in enumerate(row_spans):
                 span.row, span.number = row, number
                 image[row, span.places] = len(spans)
@@ -128,6 +142,14 @@ def find_spans(
             cursor += taken
             if (row + 1) % beams == 0:
                 original += taken
+            if (row + 1) % copies == 0:
+                medium += media
+        if sizes is not None and medium < len(sizes):
+            raise ValueError(
+                f"media_sizes is {list(sizes)}, and the prompts hold pictures for the first {medium} of "
+                "these media; give one number per medium, in order: 1 for a picture, the number of frames "
+                "for a video"
+            )
         check_beams(ids.shape[0], prompts, pictures)
     return Prompt(image, spans)
 
@@ -175,6 +197,45 @@ def _row_spans(
             spans.append(Span(0, places[a:b], record, first, offset=a, grid=grid))
             start = i + 1
     return spans
+
+
+def joined_frames(host: Host, spans: list[Span], sizes: Sequence[int]) -> list[Span]:
+    """The pictures of a prompt with those that are frames of one video joined: the first `sizes[0]` of them,
+    the next `sizes[1]`, and so on.
+
+    Raises ValueError where media do not end with the prompt's pictures, and for frames of several tiles or
+    different sizes.
+    """
+    media, start = [], 0
+    for size in sizes:
+        if start >= len(spans):
+            break
+        frames, start = spans[start : start + size], start + size
+        media.append(frames[0] if size == 1 else _video(host, frames))
+    if start != len(spans):
+        raise ValueError(
+            f"media_sizes states {start} pictures for the media of a prompt that holds {len(spans)}; give "
+            "one number per medium, in order: 1 for a picture, the number of frames for a video"
+        )
+    return media
+
+
+def _video(host: Host, frames: list[Span]) -> Span:
+    first, grid = frames[0], frames[0].grid
+    layouts = {
+        None if each.grid is None else (each.grid.num_tiles, each.grid.height, each.grid.width)
+        for each in frames
+    }
+    whole = grid is not None and grid.num_tiles == 1 and len(grid.tile) == grid.tokens_per_tile
+    if len(layouts) > 1 or not whole:
+        raise ValueError(
+            f"media_sizes joins {len(frames)} pictures of {host.name} to a video, but they are not frames of "
+            "one tile each and of one size; give 1 for a picture"
+        )
+    places = torch.cat([frame.places for frame in frames])
+    items = len({frame.item for frame in frames})
+    grid = frames_grid(len(frames), grid.height, grid.width, video=True)
+    return Span(0, places, first.record, first.item, offset=first.offset, items=items, grid=grid)
 
 
 def _stretch(record: Record, places: Tensor, starts: list[int], first: int, start: int) -> Span:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -20,6 +20,7 @@ from .language.prepare import Prepared
 from .language.prompt_end import PromptLength
 from .reducer import (
     Budget,
+    FeatureReducer,
     PixelReducer,
     Positions,
     ProcessorReducer,
@@ -32,6 +33,7 @@ from .registry import reducer_by_name
 from .report.counts import Report, count
 from .report.explain import Explanation, explain
 from .undo import InModel, Undo
+from .video_budget import VideoBudget, with_video_budget
 from .vision import standalone
 from .vision.merging import VisionMerging
 
@@ -45,6 +47,7 @@ def attach(
     *,
     keep: Budget = None,
     positions: Positions = "keep",
+    video_budget: VideoBudget = "clip",
 ) -> Session:
     """Make a stock model use fewer visual tokens, until `detach` (or the end of a `with` block).
 
@@ -60,6 +63,10 @@ def attach(
     kept tokens "keep" their position ids, are renumbered ("compact"), stand at evenly spaced positions within
     the extent that their image had ("spread": along the sequence, or over rows and columns where positions
     have several planes; text keeps its own), or as the paper of each method does ("paper").
+    `video_budget`: reducers of features take the frames of a video as one image, whose budget is for the
+    whole "clip", or each "frame" as an image with that budget of its own (a fraction of a frame's tokens, a
+    count per frame), or frames with shares of the clip's budget by their relevance to the question (`QuoTA`).
+    Where videos enter as pictures (InternVL), `Session.media_sizes` states which pictures are frames of one.
 
     Weights and sources of the model stay as they are, and after `detach` its outputs are bit-identical.
     Logits and the last hidden state are returned at the length of the whole prompt, with zeros for dropped
@@ -80,7 +87,7 @@ def attach(
                 f"{item!r} is not a reducer; give a name from list_reducers(), an instance, or a press of "
                 "kvpress"
             )
-    stages = by_stage(reducers)
+    stages = with_video_budget(by_stage(reducers), video_budget)
     if not isinstance(model, nn.Module):
         inner = isinstance(getattr(model, "model", None), nn.Module)  # as in a pipeline
         hint = f": its .model, a {type(model.model).__name__}" if inner else ""
@@ -170,6 +177,24 @@ class Session(InModel):
     @trace.setter
     def trace(self, trace: dict[str, list[Tensor]] | None) -> None:
         self._settings.trace = trace
+
+    @property
+    def media_sizes(self) -> Sequence[int] | None:
+        """How many pictures of later prompts form each medium, in order, for models whose videos enter as
+        pictures, frame by frame (InternVL): 1 for a picture, the number of frames for a video. None: every
+        picture stands alone."""
+        return None if self.host is None else self.host.media_sizes
+
+    @media_sizes.setter
+    def media_sizes(self, sizes: Sequence[int] | None) -> None:
+        if self.host is None:
+            raise TypeError(f"a {type(self.model).__name__} has no prompts, so no media to size")
+        if sizes is not None and not (sizes and all(type(size) is int and size >= 1 for size in sizes)):
+            raise ValueError(
+                f"media_sizes is {sizes!r}; it takes one whole number per medium, in order: 1 for a picture, "
+                "the number of frames for a video, or None"
+            )
+        self.host.media_sizes = sizes
 
     @property
     def prompt_length(self) -> PromptLength:
@@ -289,6 +314,8 @@ class Session(InModel):
                     self.merging.earlier = EarlierCalls([self.model])
                 return
         self.host = resolve(self.model)
+        readers = (r for r in self.reducers if isinstance(r, FeatureReducer) and r.reads_frames)
+        self.host.frame_reader = next((type(reducer).__name__ for reducer in readers), None)
         self._hooks = ModelHooks(self.model, self.host, self._stages, self._settings)
         self._hooks.attach(self._undo)
         self.merging = self._hooks.merging

@@ -1,5 +1,6 @@
 """Where each visual token of an image comes from: the layout that position-aware reducers need."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -18,7 +19,8 @@ class Grid:
     LLaVA-NeXT, that shows no patch. The image is cut into `rows` × `cols` tiles, numbered row by row from
     `first`; `thumbnail` is the number of the tile that shows the whole image, or None where there is none.
     `image_size` (height, width in pixels) is known where padding was cut away from the stitched map of the
-    tiles. Raises ValueError for tokens that name no place of these tiles.
+    tiles. With `video` the tiles are the frames of a video, in order (one row of `cols`). Raises ValueError
+    for tokens that name no place of these tiles.
     """
 
     tile: Tensor
@@ -30,6 +32,7 @@ class Grid:
     thumbnail: int | None = None
     first: int = 0
     image_size: tuple[int, int] | None = None
+    video: bool = False
 
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.rows, self.cols) < 1:
@@ -294,3 +297,11 @@ def unpadded(
     if image_width / image_height > width / height:
         return *trimmed(image_height * (width / image_width), height), 0, width
     return 0, height, *trimmed(image_width * (height / image_height), width)
+
+
+def square_side(tokens: int) -> int:
+    """The side of a square map of `tokens`. Raises ValueError where they are not a square number."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"a frame has {tokens} tokens, which are not a square map; give a square number")
+    return side

@@ -102,6 +102,7 @@ class FeatureReducer(Reducer):
     merges: ClassVar[bool] = False  # whether kept tokens get new values
     wants_pixels: ClassVar[bool] = False  # whether `Image.encode` is needed, so that pixel values are kept
     reads_text: ClassVar[bool] = False  # whether the prompt's text decides, so that its end must be known
+    reads_frames: ClassVar[bool] = False  # whether frames of a video are compared, and pictures stay whole
     # Whether the tower is read token by token, so that the method can follow another one that selects.
     by_token: ClassVar[bool] = False
 

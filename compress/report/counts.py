@@ -14,17 +14,19 @@ from .accounting import llm_block_macs, skipped_macs
 if TYPE_CHECKING:
     from ..families import Host
     from ..language.call import Call
+    from ..layout import Layout, Span
 
 
 @dataclass(frozen=True)
 class ImageReport:
-    """Visual tokens of one image in one prompt: `tokens` it has, `layers` of them in each layer, `cache` in
-    each layer's cache."""
+    """Visual tokens of one image in one prompt: `tokens` it has, `layers` of them in each layer, and of a
+    video whose layout is known `frames` of those in the first layer in each frame."""
 
     row: int
     number: int
     tokens: int
     layers: list[int]
+    frames: list[int] | None = None
 
     @property
     def average(self) -> float:
@@ -89,7 +91,13 @@ def count(host: Host, call: Call, reducers: list[str]) -> Report:
             image = call.prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
             counted[id(layout)] = torch.bincount(image[image >= 0], minlength=len(call.prompt.spans)).tolist()
     images = [
-        ImageReport(span.row, span.number, len(span.places), [counted[id(layout)][i] for layout in layouts])
+        ImageReport(
+            span.row,
+            span.number,
+            len(span.places),
+            [counted[id(layout)][i] for layout in layouts],
+            _per_frame(layouts[0], span),
+        )
         for i, span in enumerate(call.prompt.spans)
     ]
     entering = [_lengths(layout.valid) for layout in layouts]
@@ -112,6 +120,15 @@ def count(host: Host, call: Call, reducers: list[str]) -> Report:
         call.seconds,
         {i: {part: sum(rows) for part, rows in parts.items()} for i, parts in call.skipped.items()},
     )
+
+
+def _per_frame(layout: Layout, span: Span) -> list[int] | None:
+    """How many tokens of each frame of a video are in a layer; None for pictures and unknown layouts."""
+    if span.grid is None or not span.grid.video:
+        return None
+    places = layout.index[span.row][layout.valid[span.row]]
+    tile = span.grid.tile[torch.isin(span.places, places).cpu()]
+    return torch.bincount(tile[tile >= 0], minlength=span.grid.cols).tolist()
 
 
 def _lengths(valid: torch.Tensor) -> list[int]:

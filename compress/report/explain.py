@@ -57,6 +57,11 @@ class Explanation:
 
         if self.grid is None:
             raise ValueError("the layout of this family's tokens is not known, so they cannot be drawn")
+        if self.grid.video:
+            raise ValueError(
+                f"a video of {self.grid.cols} frames cannot be drawn on one picture; `tile` has the frame of "
+                "each kept token and `boxes` its part of that frame"
+            )
         picture = load_image(image)
         lit = torch.zeros(picture.height, picture.width, dtype=torch.bool)
         for top, left, bottom, right in self.boxes.nan_to_num(0).tolist():
@@ -80,7 +85,7 @@ def _boxes(grid: Grid) -> Tensor:
     thumbnail = (
         torch.zeros_like(cut, dtype=torch.bool) if grid.thumbnail is None else grid.tile == grid.thumbnail
     )
-    boxes = torch.where(thumbnail[:, None], whole, tiled)
+    boxes = whole if grid.video else torch.where(thumbnail[:, None], whole, tiled)
     boxes[grid.tile < 0] = torch.nan
     return boxes
 

@@ -11,8 +11,10 @@ from functools import wraps
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..algorithms.grid import Grid
 from ..attention import attention_rows, column_sums, probing
 from ..earlier import EarlierCalls
 from ..families import FAMILIES, MEDIA, Host, Record
@@ -181,7 +183,7 @@ class FeatureRecorder:
         if isinstance(self.merging, PackedMerging):
             patches = self._packed_patches(span)
             return self._unknown(span) if patches is None else values.cpu()[0, patches]
-        if grid is None:
+        if grid is None or values.shape[1] != grid.tokens_per_tile * self.host.pool**2:  # frames are pooled
             return self._unknown(span)
         first = self._tiles(record)[span.item][0]
         if self.host.family.segment == "tiles":
@@ -236,7 +238,10 @@ class FeatureRecorder:
         chosen = getattr(self.host.config, "vision_feature_layer", None)
         if len(keys) == 1 and isinstance(chosen, int):
             states = output.hidden_states[chosen] if output.hidden_states is not None else None
-            if states is not None and len(states) == tiles[-1][1]:
+            frames = [grid for grid in self.host.grids(record) if grid is not None and grid.video]
+            patches = keys[0].shape[1] - (keys[0].shape[1] > math.isqrt(keys[0].shape[1]) ** 2)
+            resampled = any(grid.tokens_per_tile != patches for grid in frames)
+            if states is not None and len(states) == tiles[-1][1] and not resampled:
                 record.states = [states[a:b] for a, b in tiles]
                 record.keys = [keys[0][a:b] for a, b in tiles]
         if self.merging is not None:
@@ -277,7 +282,8 @@ class FeatureRecorder:
             if pool > 1:
                 side = math.isqrt(rows.shape[-1])
                 rows = rows.unflatten(-1, (side // pool, pool, side // pool, pool)).mean((3, 5)).flatten(-2)
-            return [rows[a:b] for a, b in tiles]
+            grids = self.host.grids(record)
+            return [_resampled(rows[a:b], grid) for (a, b), grid in zip(tiles, grids, strict=True)]
         if order == "images":  # one image after the other, each in raster order
             grids = self.host.grids(record)
             pieces = rows.split([length * pool * pool for length in record.lengths], -1)
@@ -312,6 +318,18 @@ class FeatureRecorder:
             window_size=tower.window_size,
             patch_size=tower.patch_size,
         )[0]
+
+
+def _resampled(rows: Tensor, grid: Grid | None) -> Tensor:
+    """Rows over the patches of frames [T, H, n] as means over the tokens that a video's layout has per frame:
+    of the patches of each token's block where blocks are whole, else of those that it overlaps."""
+    if grid is None or not grid.video or rows.shape[-1] == grid.tokens_per_tile:
+        return rows
+    side = math.isqrt(rows.shape[-1])
+    maps, block = rows.unflatten(-1, (side, side)), side // grid.height
+    if (side // block, side // block) == (grid.height, grid.width):  # what fills no block is left out
+        return F.avg_pool2d(maps, block).flatten(-2)
+    return F.adaptive_avg_pool2d(maps, (grid.height, grid.width)).flatten(-2)
 
 
 class _TowerRows:

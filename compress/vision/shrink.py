@@ -52,6 +52,10 @@ def encoder(host: Host, record: Record, span: Span) -> Callable[[Grid], list[Ten
             f"this {record.modality} cannot be encoded at a smaller size: {host.name} does not record the "
             f"layout of its {len(span.places)} tokens"
         )
+    if record.modality == "video" and host.family.order == "raster":
+        raise TypeError(
+            f"this video cannot be encoded at a smaller size: {host.name} pools its frames behind the tower"
+        )
     if record.groups is not None:
         raise ValueError(
             "tokens merge inside the tower, so a smaller picture cannot be encoded there; attach one of the "

@@ -22,7 +22,7 @@ from ...compress.algorithms.fold import prumerge, visionzip, visionzip_order
 from ...compress.algorithms.grid import Grid
 from ...compress.algorithms.important_diverse import important_and_diverse
 from ...compress.algorithms.select import cosine_distances, farthest_first, top_k
-from . import prune_in_model, prune_pixels
+from . import prune_in_model, prune_pixels, prune_video
 from .case import CannotBuild, Case, Outputs
 
 FAMILIES = ("prune",)
@@ -52,6 +52,8 @@ def run(case: Case) -> Outputs:
         "CDPruner": _cdpruner,
         "VisPruner": _vispruner,
         "in-LLM selectors": prune_in_model.select,
+        "EVS": prune_video.run_evs,
+        "VidCom2": prune_video.run_vidcom2,
     }
     for name, outputs in known.items():
         if algorithm.startswith(name):

@@ -304,11 +304,11 @@ def test_other_families_are_refused_by_name(name):
 
 
 @pytest.mark.skipif(BEFORE_5_18, reason="features of a video come frame by frame")
-def test_a_video_without_a_layout_is_refused():
+def test_a_video_with_pooled_frames_is_refused():
     model, _, inputs = fixture("llava_next_video")
     with (
         compress.attach(model, Downsample(), keep=0.5),
-        pytest.raises(TypeError, match="does not record the layout"),
+        pytest.raises(TypeError, match="pools its frames"),
         torch.no_grad(),
     ):
         model(**inputs(videos=(1,)))

@@ -5,7 +5,6 @@ from functools import cache, partial
 import pytest
 import reducer_matrix as matrix
 import torch
-from oracles import BEFORE_5_18
 from tiny_vlms import FIXTURES, tiny_vlm
 
 from vistok import compress
@@ -135,13 +134,6 @@ def test_features_without_attention_are_refused_with_advice(method):
             model(**inputs, mm_encoder_outputs={"image": given})
     with pytest.raises(ValueError, match=r"what scores\(image\) returns"):
         method().select(torch.randn(4, 8), None, 2)
-
-
-@pytest.mark.skipif(BEFORE_5_18, reason="features of a video come frame by frame")
-def test_pooled_videos_are_refused_where_attention_is_needed():
-    model, _, inputs = fixture("llava_next_video")
-    with compress.attach(model, FasterVLM(), keep=0.5), pytest.raises(ValueError, match="pooled frames"):
-        model(**inputs(videos=(1,)))
 
 
 @pytest.mark.parametrize("method", (*MERGING, TokenCorr))
