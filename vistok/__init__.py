@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .images import to_pil, to_tensor
     from .loading import create, load
+    from .optimise import optimise_tokens
     from .registry import list_tokenizers
     from .tokenizer import Tokenizer
     from .tokens import Tokens
@@ -26,10 +27,20 @@ _HOMES = {
     "create": "loading",
     "list_tokenizers": "registry",
     "load": "loading",
+    "optimise_tokens": "optimise",
     "to_pil": "images",
     "to_tensor": "images",
 }
-__all__ = ["Tokenizer", "Tokens", "create", "list_tokenizers", "load", "to_pil", "to_tensor"]
+__all__ = [
+    "Tokenizer",
+    "Tokens",
+    "create",
+    "list_tokenizers",
+    "load",
+    "optimise_tokens",
+    "to_pil",
+    "to_tensor",
+]
 
 
 def __getattr__(name: str) -> object:
