@@ -305,8 +305,13 @@ def test_reducers_that_act_together_are_named_with_their_budgets():
     assert settings[5].reducers == (("tome", 0.5), ("divprune", 0.25)) and settings[5].keep == 0.25
     only = plan(("tome:0.5+fastv:0.25",), (0.5,), ("keep",), native=False)
     assert [setting.label for setting in only[4:]] == ["tome 0.5 + fastv 0.25"]
+    mixed = plan(("pixelprune+fastv:0.25",), (0.5,), ("keep",), native=False)[-1]
+    assert mixed.label == "pixelprune + fastv 0.25" and mixed.keep == 0.25
+    assert mixed.python == "compress.attach(model, [compress.PixelPrune(), compress.FastV(keep=0.25)])"
+    with pytest.raises(ValueError, match=r"has no budget; write one .* as tome\+divprune:0\.25"):
+        plan(("tome+divprune",), (0.5,), ("keep",), native=False)
     for text in (
-        "tome+divprune",
+        "+divprune:0.5",
         "tome:0.5+",
         "tome:2+divprune:0.5",
         "tome:x+divprune:0.5",

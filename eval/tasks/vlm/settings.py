@@ -17,7 +17,7 @@ DOWNSAMPLING = ("downsample", "native")
 @dataclass(frozen=True)
 class Setting:
     """One way to answer: "full" is the stock model, "native" the processor's own budget, and "reducers" has
-    names with their budgets, shares of the visual tokens in (0, 1].
+    names with their budgets, shares of the visual tokens in (0, 1] or None for the method's own number.
 
     `keep` is the budget of "native", and the smallest of several reducers'. `layers` is the number of layers
     that published schedules are fitted to, where the model has too few for them; None: they stay.
@@ -25,7 +25,7 @@ class Setting:
 
     kind: Literal["full", "native", "reducers"]
     keep: float = 1.0
-    reducers: tuple[tuple[str, float], ...] = ()
+    reducers: tuple[tuple[str, float | None], ...] = ()
     positions: str = "keep"
     layers: int | None = None
 
@@ -38,7 +38,7 @@ class Setting:
             return "native"
         if len(self.reducers) == 1:
             return self.reducers[0][0]
-        return " + ".join(f"{name} {keep:g}" for name, keep in self.reducers)
+        return " + ".join(name if keep is None else f"{name} {keep:g}" for name, keep in self.reducers)
 
     @property
     def label(self) -> str:
@@ -106,22 +106,25 @@ def checked_names(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(classes[reducer_class(name)] for name in names))
 
 
-def composition(text: str) -> tuple[tuple[str, float], ...]:
-    """Reducers that act together, from "tome:0.5+divprune:0.25": names with their budgets. Raises ValueError
-    for other text, unknown names and budgets outside (0, 1]."""
-    parts = []
+def composition(text: str) -> tuple[tuple[str, float | None], ...]:
+    """Reducers that act together, from "pixelprune+tome:0.5+divprune:0.25": names with their budgets, or
+    alone where a method decides its own number. Raises ValueError for other text, unknown names, budgets
+    outside (0, 1] and where none is given."""
+    parts: list[tuple[str, float | None]] = []
     for part in text.split("+"):
         name, colon, budget = part.strip().partition(":")
         try:
-            keep = float(budget)
+            keep = float(budget) if colon else None
         except ValueError:
             keep = 0.0
-        if not colon or not 0 < keep <= 1:
+        if not name or (keep is not None and not 0 < keep <= 1):
             raise ValueError(
                 f"{part.strip()!r} of {text!r} is not a reducer with its budget; reducers that act together "
                 "are written as tome:0.5+divprune:0.25, with shares in (0, 1]"
             )
         parts.append((checked_names([name])[0], keep))
+    if all(keep is None for _, keep in parts):
+        raise ValueError(f"{text!r} has no budget; write one behind a reducer, as tome+divprune:0.25")
     return tuple(parts)
 
 
@@ -159,5 +162,6 @@ def plan(
             policies = dict.fromkeys(positions[:1] if inside else positions)
             settings += [Setting("reducers", keep, ((name, keep),), policy, layers) for policy in policies]
     for parts in dict.fromkeys(composition(text) for text in together):
-        settings.append(Setting("reducers", min(keep for _, keep in parts), parts, "keep", layers))
+        least = min(keep for _, keep in parts if keep is not None)
+        settings.append(Setting("reducers", least, parts, "keep", layers))
     return settings
