@@ -220,6 +220,7 @@ class CurvesConfig:
     ] = BASELINES
     metrics: Annotated[tuple[str, ...] | None, _METRICS, Setting(text=str | None, parse=names)] = None
     files: Annotated[WeightFiles, LOOSE] = field(default_factory=WeightFiles)
+    semantic: Semantic = False
     seed: Seed = 0
     batch_size: Batch = 32
     workers: Workers = 1
@@ -262,8 +263,8 @@ class FidConfig:
 KEEPS = (1.0, 0.5, 0.25, 0.1, 0.05)
 REDUCERS = Option(
     "--reducers",
-    help="Comma-separated names of `vistok list --reducers`; by default all. `eval vlm` also takes reducers that "
-    "act together, as tome:0.5+divprune:0.25.",
+    help="Comma-separated names of `vistok list --reducers`; by default all. `eval vlm` also takes reducers "
+    "that act together, as tome:0.5+divprune:0.25.",
     metavar="A,B,…",
 )
 Model = Annotated[

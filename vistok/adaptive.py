@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,10 @@ class PrefixTokenizer(Protocol):
     ordered: bool
     adaptive: bool
     label: str
+
+    @property
+    def prefix_lengths(self) -> Sequence[int]:
+        """Numbers of tokens of which prefixes decode, rising."""
 
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
         """Images [B, 3, H, W] in [0, 1] → tokens."""
@@ -48,12 +53,14 @@ def encode_to_quality(
 ) -> AdaptiveTokens:
     """Images [B, 3, H, W] in [0, 1] → per image the shortest prefix found that decodes to `target_psnr` dB.
 
-    For each image the lengths 1, 2, 4, … and at last all of `num_tokens` (every token by default) are tried
-    until one reaches the target; then follows a bisection between it and the one before, which did not. Each
-    step decodes one batch, and there are at most 2·log2(K) + 1 steps. Quality need not grow with length: the
-    returned prefix was decoded and reaches the target, and one token fewer was decoded and does not (nor did
-    any power of two before), but a shorter prefix that was not tried might. Where none of 1, 2, 4, …, K
-    reaches the target, the best of them is returned with `reached` False and a UserWarning.
+    Lengths are those of the tokenizer's `prefix_lengths` up to `num_tokens` (every token by default); most
+    tokenizers have all of 1, 2, 3, …, K. For each image the first, second, fourth, … and at last the longest
+    of these K lengths are tried until one reaches the target; then follows a bisection between it and the one
+    before, which did not. Each step decodes one batch, and there are at most 2·log2(K) + 1 steps. Quality
+    need not grow with length: the returned prefix was decoded and reaches the target, and the next shorter
+    one was decoded and does not (nor did any tried before), but a shorter prefix that was not tried might.
+    Where none of those tried reaches the target, the best of them is returned with `reached` False and a
+    UserWarning.
 
     `options` go to `decode`; a `generator` starts every decoding from the same state, so that lengths are
     compared under the same noise. PSNR is over all pixels and channels of an image with a peak of 1. Raises
@@ -71,13 +78,15 @@ def encode_to_quality(
     if not number or not 0 < target_psnr < math.inf:
         raise ValueError(f"target_psnr is {target_psnr!r}; it is a positive number of dB, such as 30")
     full = tokenizer.encode(images, num_tokens)
-    search = _Search(len(full), full.num_tokens, full.device)
+    allowed = [length for length in tokenizer.prefix_lengths if length <= full.num_tokens]
+    lengths = torch.tensor(allowed, device=full.device)
+    search = _Search(len(full), len(lengths), full.device)
     references = images.to(full.device)
     while bool((pending := search.pending()).any()):
-        trial = search.trial()
+        trial = search.trial()  # numbers of lengths, from 1
         # Noise may go to images by their place in the batch, so with a generator the batch stays whole.
         rows = (pending | ("generator" in options)).nonzero()[:, 0]
-        tokens = _cut(full[rows], trial[rows])
+        tokens = _cut(full[rows], lengths[trial[rows] - 1])
         psnr = torch.full_like(search.psnr, -math.inf)
         psnr[rows] = _psnr(_decode(tokenizer, tokens, options), references[rows])
         search.record(pending, trial, psnr, target_psnr)
@@ -89,11 +98,11 @@ def encode_to_quality(
             "the best prefix tried: lower target_psnr, or look at `reached`",
             stacklevel=3,
         )
-    return AdaptiveTokens(_cut(full, search.length), search.psnr, search.reached)
+    return AdaptiveTokens(_cut(full, lengths[search.length - 1]), search.psnr, search.reached)
 
 
 class _Search:
-    """The state of B searches over lengths 1..longest."""
+    """The state of B searches over the numbers 1..longest of lengths."""
 
     def __init__(self, batch: int, longest: int, device: torch.device) -> None:
         self.longest = longest

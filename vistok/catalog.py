@@ -14,10 +14,10 @@ T = TypeVar("T", bound=type)
 class Entry:
     """A published (or shipped) checkpoint.
 
-    `repo` is the hub repository, `file` the weights in it, `sha256` their digest where they ship with vistok
-    (no `repo`); `license` is that of the weights; `figures` are the paper's own numbers, `parameters`
-    millions of them. `verified` has the largest absolute errors of this configuration against recorded
-    outputs of the original; nothing was recorded where it is empty.
+    `repo` is the hub repository, `file` the weights in it (empty where none are published), `sha256` their
+    digest where they ship with vistok (no `repo`); `license` is that of the weights; `figures` are the
+    paper's own numbers, `parameters` millions of them. `verified` has the largest absolute errors of this
+    configuration against recorded outputs of the original; nothing was recorded where it is empty.
     """
 
     name: str

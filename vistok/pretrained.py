@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def load_pretrained(
         )
     published = entry is not None and config is None and fields == entry.config
     model = _build(family, fields, None if published else choices[0], located.weights)
+    choices = [replace(choice, tensors=family.rename_keys(choice.tensors)) for choice in choices]
     choice = _fitting(model, choices)
     family.check_variant({key: value.shape for key, value in choice.tensors.items()}, fields)
     _report(choice, choices, located.weights)
@@ -138,6 +140,11 @@ def _published(entry: Entry, hub_options: dict[str, Any]) -> checkpoint.Located:
         located = checkpoint.locate(Path(str(files("vistok.assets") / entry.file)))
         _check_digest(located.weights, entry)
         return located
+    if not entry.file:
+        raise FileNotFoundError(
+            f"no weights of {entry.name} are published ({entry.repo} has the code); create({entry.name!r}) "
+            f"builds it with fresh ones, and load({entry.name!r}, weights='path/to/weights') takes your own"
+        )
     if "://" in entry.repo:
         raise FileNotFoundError(
             f"the weights of {entry.name} are not on the hub; download {entry.file} as {entry.repo} "

@@ -55,6 +55,12 @@ class PretrainedModel(nn.Module):
         return None
 
     @classmethod
+    def rename_keys(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint under this family's keys; a family that is published in several layouts
+        renames those of the others."""
+        return dict(tensors)
+
+    @classmethod
     def check_variant(cls, shapes: Mapping[str, torch.Size], config: Mapping[str, Any]) -> None:
         """Raise ValueError for a checkpoint of another variant than `config` where that can be recognised."""
 

@@ -25,12 +25,14 @@ class TrainingOutput:
     """Result of a training forward: images as the decoder made them (not clamped) and the quantizer's losses.
 
     Without images, or with images that carry no gradient, the objective is the sum of `losses` (flow
-    matching, distillation).
+    matching, distillation). `targets` are what the images should be where that is not the input: images of
+    another size.
     """
 
     images: Tensor | None
     codes: Tensor
     losses: dict[str, Tensor]
+    targets: Tensor | None = None
 
 
 class Tokenizer(PretrainedModel):
@@ -43,17 +45,21 @@ class Tokenizer(PretrainedModel):
 
     catalog = TOKENIZERS
     ordered: ClassVar[bool] = False
-    """Whether any prefix of the tokens decodes to a whole image."""
+    """Whether prefixes of the tokens, of `prefix_lengths`, decode to a whole image."""
     adaptive: ClassVar[bool] = False
     """Whether `encode` gives images different numbers of tokens."""
     stochastic: ClassVar[bool] = False
     """Whether pictures are drawn from noise, in `steps`, with `guidance`."""
     conditions: ClassVar[tuple[str, ...]] = ()
     """The conditions that `decode` accepts beside tokens, such as ("text",) or ("class",)."""
+    encodes_conditions: ClassVar[bool] = False
+    """Whether `encode` takes the condition, too."""
     sized: ClassVar[bool] = False
     """Whether `decode` takes the `size` of the images, which tokens do not hold."""
     has_features: ClassVar[bool] = False
     """Whether the model also gives `features` for understanding."""
+    semantic: ClassVar[bool] = False
+    """Whether decoded pictures show the same content but not the same pixels, so that PSNR means nothing."""
     modality: ClassVar[str] = "image"
     """Kind of data: "image", "video" or "shape"."""
 
@@ -76,6 +82,15 @@ class Tokenizer(PretrainedModel):
     size_multiple: int | None = None
     """Sides of images are multiples of this, in pixels; None: images have one size only."""
     quantizer: Quantizer
+
+    @property
+    def prefix_lengths(self) -> Sequence[int]:
+        """Numbers of tokens that an image may have, rising, the last of them `num_tokens`.
+
+        An ordered tokenizer has all from 1, or as a family states: 1 and some of the others; without order
+        it is `num_tokens` alone.
+        """
+        return range(1 if self.ordered else self.num_tokens, self.num_tokens + 1)
 
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] → what the quantizer takes, [B, K, D]."""
@@ -135,9 +150,9 @@ class Tokenizer(PretrainedModel):
     ) -> Tokens | AdaptiveTokens:
         """Images [B, 3, H, W] in [0, 1] → tokens.
 
-        `num_tokens`: ordered tokenizers keep that many; fixed-length ones accept only their own number.
-        `target_psnr` (dB, ordered tokenizers): the shortest prefix that reaches it for each image, up to
-        `num_tokens`, with the quality reached: see `vistok.adaptive`.
+        `num_tokens`: ordered tokenizers keep that many, one of `prefix_lengths`; fixed-length ones accept
+        only their own number. `target_psnr` (dB, ordered tokenizers): the shortest prefix that reaches it for
+        each image, up to `num_tokens`, with the quality reached: see `vistok.adaptive`.
 
         Raises:
             ValueError: images of the wrong shape, type or size, with NaN or infinity, or outside [0, 1] by
@@ -277,7 +292,7 @@ class Tokenizer(PretrainedModel):
         if not torch.compiler.is_compiling():
             tokens.validate()
         if tokens.grid is None:
-            self.check_num_tokens(codes.shape[1])
+            self._check_lengths(codes.shape[1], tokens.lengths)
         elif self.size_multiple is None:
             raise ValueError(
                 f"{self.label} decodes one image size; these tokens have a grid of {tokens.grid}"
@@ -388,7 +403,24 @@ class Tokenizer(PretrainedModel):
             raise ValueError(
                 f"{self.label} takes 1 to {self.num_tokens} tokens per image; {num_tokens} was asked for"
             )
+        lengths = self.prefix_lengths
+        if num_tokens not in lengths:
+            below = max(length for length in lengths if length < num_tokens)
+            above = min(length for length in lengths if length > num_tokens)
+            raise ValueError(
+                f"{self.label} does not decode from a prefix of {num_tokens} tokens; the nearest that do "
+                f"have {below} and {above}"
+            )
         return num_tokens
+
+    def _check_lengths(self, count: int, lengths: Tensor | None) -> None:
+        """Raise ValueError unless the model takes images of `count` tokens, or of the first `lengths` [B] of
+        them."""
+        if not self.ordered or lengths is None or len(self.prefix_lengths) == self.num_tokens:
+            self.check_num_tokens(count)
+        elif not torch.compiler.is_compiling():
+            for length in lengths.unique().tolist():
+                self.check_num_tokens(length)
 
     # Companions ---------------------------------------------------------------------------------------------
 

@@ -207,7 +207,8 @@ def info(
 
 
 def _published_facts(entry: "Entry") -> dict[str, str]:
-    where = f"{entry.repo} ({entry.file})" if entry.repo else f"shipped with vistok ({entry.file})"
+    file = entry.file or "no weights are published"
+    where = f"{entry.repo} ({file})" if entry.repo else f"shipped with vistok ({file})"
     return {
         "family": entry.family,
         "paper": entry.paper,

@@ -106,6 +106,24 @@ def check_pair(images: Tensor, references: Tensor) -> None:
 
 
 METRICS = (
-    Metric("psnr", "PSNR", "dB", ".2f", "higher", make=lambda files, device: psnr, card=True, rank=1),
-    Metric("ssim", "SSIM", better="higher", make=lambda files, device: ssim, card=True, rank=2),
+    Metric(
+        "psnr",
+        "PSNR",
+        "dB",
+        ".2f",
+        "higher",
+        make=lambda files, device: psnr,
+        aligned=True,
+        card=True,
+        rank=1,
+    ),
+    Metric(
+        "ssim",
+        "SSIM",
+        better="higher",
+        make=lambda files, device: ssim,
+        aligned=True,
+        card=True,
+        rank=2,
+    ),
 )

@@ -1,6 +1,6 @@
 """The declaration of a metric, so that commands, tables and pages need no list of metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...plugins import modules_of, with_plugins
+from ...tokenizer import Tokenizer
 from ..options import WeightFiles
 
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +30,8 @@ class Metric:
         make: for a metric of an image and its reference, a function of the weight files and the
             device that returns the comparison: two float tensors [B, 3, H, W] in [0, 1] → [B]. It raises
             `WeightsMissing` where a network is not on this machine.
+        aligned: whether it compares what is at the same place in both images, which means nothing for the
+            pictures of a semantic tokenizer.
         card: whether a report shows it as a large figure.
         rank: its place in tables; metrics of other packages come after all of vistok's.
     """
@@ -41,6 +44,7 @@ class Metric:
     needs: str = ""
     option: str = ""
     make: Callable[[WeightFiles, torch.device], Compare] | None = None
+    aligned: bool = False
     card: bool = False
     rank: int = 1_000
 
@@ -61,6 +65,18 @@ def metrics() -> dict[str, Metric]:
 def pair_metrics() -> dict[str, Metric]:
     """The metrics of an image and its reference."""
     return {name: metric for name, metric in metrics().items() if metric.make is not None}
+
+
+def check_comparable(model: Tokenizer, names: Iterable[str], semantic: bool) -> None:
+    """Raise ValueError where one of these metrics means nothing for a tokenizer and is not asked for all the
+    same (`semantic`)."""
+    aligned = [name for name in names if described(name).aligned]
+    if model.semantic and aligned and not semantic:
+        raise ValueError(
+            f"{model.label} is a semantic tokenizer: its pictures show the same content, not the same "
+            f"pixels, so that {', '.join(aligned)} would compare what does not belong together; name other "
+            "metrics (--metrics clip,fid,codes), or give --semantic to compute these all the same"
+        )
 
 
 def described(name: str) -> Metric:

@@ -125,6 +125,7 @@ METRICS = (
         better="lower",
         needs="torchvision's AlexNet, the lpips package",
         make=lambda files, device: load_lpips("alex", _file(files.lpips, "alex"), device),
+        aligned=True,
         card=True,
         rank=3,
     ),
@@ -134,6 +135,7 @@ METRICS = (
         better="lower",
         needs="torchvision's VGG16, the lpips package",
         make=lambda files, device: load_lpips("vgg", _file(files.lpips, "vgg"), device),
+        aligned=True,
         card=True,
         rank=4,
     ),
@@ -143,6 +145,7 @@ METRICS = (
         better="lower",
         needs="the stlpips-pytorch package",
         make=lambda files, device: load_stlpips("alex", device=device),
+        aligned=True,
         rank=6,
     ),
     Metric(
@@ -151,6 +154,7 @@ METRICS = (
         better="lower",
         needs="the stlpips-pytorch package",
         make=lambda files, device: load_stlpips("vgg", device=device),
+        aligned=True,
         rank=7,
     ),
 )

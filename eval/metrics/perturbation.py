@@ -29,6 +29,7 @@ from ...quantizers import (
     MultiScaleBinaryQuantizer,
     MultiScaleVectorQuantizer,
     Quantizer,
+    SharedResidualQuantizer,
     VectorQuantizer,
 )
 from ...quantizers.composite import CompositeQuantizer
@@ -209,6 +210,14 @@ def _(quantizer: MultiScaleVectorQuantizer, count: int) -> Neighbours:
 def _(quantizer: MultiScaleBinaryQuantizer, count: int) -> Neighbours:
     flips = nearest_flips(quantizer.dim, count)
     return _Flipped((flips.long() << torch.arange(quantizer.dim)).sum(-1, keepdim=True))
+
+
+@neighbours.register
+def _(quantizer: SharedResidualQuantizer, count: int) -> Neighbours:
+    # Every depth is perturbed by itself, among the rows of the one codebook.
+    _check(count, quantizer.codebook_sizes[0])
+    rows = quantizer.rows.detach()
+    return _Listed(nearest_rows(rows, count).to(rows.device), columns=len(quantizer.codebook_sizes))
 
 
 @neighbours.register

@@ -25,7 +25,7 @@ from ..engine.instruments import Instruments, choose, fingerprint
 from ..engine.record import Clock, Record
 from ..engine.state import State
 from ..metrics.feature_sets import FeatureSet, compare, skipped, warn_of_few
-from ..metrics.metric import pair_metrics
+from ..metrics.metric import check_comparable, pair_metrics
 from ..metrics.summary import interval
 from ..options import BASELINES, CurvesConfig
 from . import codecs
@@ -130,6 +130,8 @@ class _Curves:
         loaded = [model.to(device).eval() for model in loaded]
         names = _names(loaded, config)
         _check_choices(names, loaded, config)
+        for model in loaded:
+            check_comparable(model, metrics, config.semantic)
         self.size = config.size or max(model.image_size for model in loaded)
         self.instruments = Instruments(metrics, config.files, device)
         self.skipped = dict(self.instruments.skipped)

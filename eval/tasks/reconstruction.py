@@ -27,7 +27,7 @@ from ..engine.state import State
 from ..metrics.codes import LARGEST_CODEBOOK, CodeStatistics
 from ..metrics.feature_sets import PARTS, FeatureSet, compare, skipped, warn_of_few
 from ..metrics.image import psnr
-from ..metrics.metric import pair_metrics
+from ..metrics.metric import check_comparable, pair_metrics
 from ..metrics.perturbation import ALPHAS, DELTAS, ChangedCodes, Perturbation, grid
 from ..metrics.summary import interval
 from ..options import ReconConfig
@@ -98,6 +98,7 @@ class _Reconstruction:
             raise ValueError(f"protocol is {config.protocol!r}; it is 'round', or 'titok' which truncates")
         self.dataset = open_dataset(config.data, split=config.split, column=config.column, limit=config.limit)
         self.model = (model or load(config.tokenizer, weights=config.weights)).to(device).eval()
+        check_comparable(self.model, metrics, config.semantic)
         self.size = config.size or self.model.image_size
         self.multiple = 1 if config.crop else _multiple(self.model)
         self.model.check_image_size(self.size, self.size, "give another --size")

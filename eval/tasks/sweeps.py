@@ -53,8 +53,9 @@ class TokenizerSweep:
             targets = self.targets or TARGETS
             self.settings = [(f"error {target:g}", target) for target in sorted(targets, reverse=True)]
         elif self.model.ordered:
-            lengths = self.lengths or [*_powers_below(full), full]
-            kept = sorted({length for length in lengths if length <= full})
+            powers = [length for length in _powers_below(full) if length in self.model.prefix_lengths]
+            lengths = self.lengths or [*powers, full]
+            kept = sorted({self.model.check_num_tokens(length) for length in lengths if length <= full})
             self.too_long = sorted({length for length in lengths if length > full})
             if not kept:
                 requested = ", ".join(map(str, lengths))

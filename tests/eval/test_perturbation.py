@@ -11,6 +11,8 @@ from tiny_tokenizers import CASES, codes_of, decode, lengths_of, pictures, share
 
 from vistok.eval.metrics import perturbation
 from vistok.eval.metrics.perturbation import Cell, Perturbation, grid
+from vistok.models.dualtoken.config import CodesConfig
+from vistok.models.dualtoken.network import DualQuantizer
 from vistok.quantizers import (
     BinaryQuantizer,
     FiniteScalarQuantizer,
@@ -36,6 +38,7 @@ QUANTIZERS = {
     "bits": lambda: BinaryQuantizer(9, 4),
     "product": lambda: ProductQuantizer([VectorQuantizer(300, 2), LookupFreeQuantizer(9)]),
     "residual": lambda: ResidualQuantizer([VectorQuantizer(300, 2), VectorQuantizer(256, 2)]),
+    "residual of one codebook": lambda: DualQuantizer(CodesConfig(n_embed=300, embed_dim=2, depth=3)),
 }
 
 

@@ -55,6 +55,34 @@ KARL = {
     "base_channels": 8,
     "base_codebook_size": 16,
 }
+SEED = {
+    "vit_depth": 2,
+    "vit_width": 32,
+    "vit_heads": 2,
+    "vit_mlp": 64,
+    "image_size": SIDE,
+    "patch": 8,
+    "num_query_token": COUNT,
+    "codebook": 64,
+    "codebook_dim": 8,
+    "qformer_width": 32,
+    "qformer_layers": 2,
+    "qformer_heads": 2,
+    "decode_depth": 1,
+}
+RAE = {
+    "encoder_hidden_size": 32,
+    "encoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 2,
+    "encoder_intermediate_size": 64,
+    "encoder_patch_size": 8,
+    "encoder_input_size": SIDE,
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 48,
+    "decoder_patch_size": 8,
+}
 CASES = {
     "mini": ("mini", MINI),
     "mini-refiner": ("mini", {**MINI, "refiner_width": 8}),
@@ -66,6 +94,23 @@ CASES = {
     "titok-patches": ("titok", {**VIT, **SINGLE, "vit_enc_patch_size": 8}),
     "tatitok-vq": ("tatitok", {**VIT, **SINGLE, **TEXT}),
     "tatitok-vae": ("tatitok", {**VIT, **SINGLE, **TEXT, "quantize_mode": "vae"}),
+    "textok-vae": (
+        "textok",
+        {
+            "image_size": SIDE,
+            "patch_size": 8,
+            "num_latent_tokens": COUNT,
+            "token_size": 4,
+            "encoder_width": 32,
+            "encoder_depth": 1,
+            "encoder_heads": 2,
+            "decoder_width": 32,
+            "decoder_depth": 1,
+            "decoder_heads": 2,
+            "text_length": 5,
+            "text_dim": 16,
+        },
+    ),
     "one-d-piece": ("one-d-piece", {**VIT, "use_l2_norm": True}),
     "gigatok": (
         "gigatok",
@@ -151,6 +196,102 @@ CASES = {
             "null_probability": 0.5,
         },
     ),
+    "seed-1": (
+        "seed",
+        {**SEED, "variant": "seed1", "reverse_tokens": 5, "reverse_layers": 2, "text_features_dim": 16},
+    ),
+    "seed-2": ("seed", {**SEED, "image_features_dim": 24, "renderer_text_dim": 16}),
+    "slotmllm": (
+        "slotmllm",
+        {
+            "hidden": 32,
+            "layers": 2,
+            "heads": 2,
+            "enc_width": 16,
+            "slots": COUNT,
+            "vis": 16,
+            "image_size": SIDE,
+            "patch": 8,
+            "cond": 16,
+            "blocks": 1,
+            "blk_heads": 2,
+            "down": (16, 4),
+            "rvq": 2,
+            "codes": 64,
+            "cdim": 8,
+            "render_size": SIDE,
+        },
+    ),
+    "dualtoken": (
+        "dualtoken",
+        {
+            "layer_recon": 2,
+            "layer_sem": 3,
+            "layer_shortcut": 1,
+            "vq_pix": {"n_embed": 64, "embed_dim": 8, "depth": 2},
+            "vq_sem": {"n_embed": 64, "embed_dim": 8, "depth": 2},
+            "vision": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "image_size": SIDE,
+                "patch_size": 8,
+            },
+            "text": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "vocab_size": 11,
+                "max_position_embeddings": 5,
+            },
+            "ddconfig": {
+                "attn_resolutions": (8,),
+                "ch": 32,
+                "ch_mult": (1, 1, 1),
+                "decoder_in_channels": 16,
+                "num_res_blocks": 1,
+                "resolution": SIDE,
+            },
+            "decoder_latent_shape": (8, 8),  # the tower's grid has 4×4 cells
+        },
+    ),
+    "detailflow": (
+        "detailflow",
+        {
+            "image_size": SIDE,
+            "num_latent_tokens": 8,
+            "group_size": 2,
+            "causal_num": 6,
+            "codebook_size": 64,
+            "codebook_embed_dim": 4,
+            "enc_patch_size": 8,
+            "dec_patch_size": 8,
+            "num_patches": 9,
+            "encoder_width": 32,
+            "encoder_layers": 2,
+            "encoder_heads": 2,
+            "encoder_mlp": 48,
+            "decoder_width": 48,
+            "decoder_layers": 2,
+            "decoder_heads": 3,
+            "decoder_mlp": 64,
+        },
+    ),
+    "rae-dinov2": (
+        "rae",
+        {
+            **RAE,
+            "encoder_type": "dinov2",
+            "encoder_patch_size": 7,
+            "encoder_input_size": 28,
+            "encoder_image_size": 35,
+            "statistics": True,
+        },
+    ),
+    "rae-siglip2": ("rae", {**RAE, "encoder_type": "siglip2", "encoder_image_size": SIDE}),
+    "rae-mae": ("rae", {**RAE, "encoder_type": "mae", "encoder_image_size": 24}),
     "karl-vqgan-vq": ("karl", {**KARL, "base": "vqgan", "quantize_latent": True}),
     "karl-vqgan": ("karl", {**KARL, "base": "vqgan", "quantize_latent": False}),
     "karl-vae-vq": ("karl", {**KARL, "base": "vae", "quantize_latent": True}),
@@ -191,6 +332,11 @@ def build(case, **changes):
             _LIVELIER[family](model)
     if case == "titok-stage1":
         model.attach_pixel_tokenizer(shared("maskgit-vqgan"))
+    if traits(case).semantic:
+        from tiny_renderers import tiny_pipeline  # diffusers takes seconds
+
+        width = model.renderer_options().get("image_width", 0)
+        model.attach_renderer(tiny_pipeline(model.renderer_kind, image_width=width), size=SIDE)
     return model
 
 
@@ -277,6 +423,45 @@ def _livelier_karl(model):
     model.halting_mlp[2].bias.fill_(math.log(3) - float(logits().quantile(0.66)))
 
 
+def _livelier_seed(model):
+    """Attend to the picture more, so that tokens depend on it."""
+    model.visual_encoder.patch_embed.proj.weight.mul_(10)
+    for layer in model.Qformer.bert.encoder.layer:
+        if hasattr(layer, "crossattention"):
+            layer.crossattention.output.dense.weight.mul_(100)
+    _spread_codes(model)
+
+
+def _livelier_dualtoken(model):
+    """Depend on the picture more, with codes where their residuals are."""
+    model.vision.embeddings.patch_embedding.weight.mul_(10)
+    model.postquant_pix.proj.weight.mul_(5)
+    latents = model.both_latents(2 * pictures(8, seed=9) - 1)
+    for quantizer, rows in zip(model.product.parts, latents, strict=True):
+        rows = rows.flatten(0, 1)
+        rows = torch.cat([rows, 0.3 * (rows - rows.roll(1, 0))])
+        rows = rows[torch.randperm(len(rows))[: len(quantizer.rows)]]
+        for book in quantizer.books():
+            book.weight[:-1] = rows
+
+
+def _livelier_slotmllm(model):
+    """Slots that differ and depend on the picture, and codes where their residuals are."""
+    from tiny_renderers import tiny_backbone
+
+    model.attach_backbone(tiny_backbone())
+    model.image_tokenizer.model.query_tokens.normal_()
+    for layer in model.qformer.bert.encoder.layer:
+        if hasattr(layer, "crossattention"):
+            layer.crossattention.self.value.weight.mul_(10)
+            layer.crossattention.output.dense.weight.mul_(20)
+    residual = model.quantize.project_in(model.latents(pictures(8, seed=9))).flatten(0, 1)
+    rows = torch.cat([residual, 0.3 * (residual - residual.roll(1, 0))])
+    rows = rows[torch.randperm(len(rows))[: model.config.codes]]
+    for layer in model.quantize.layers:
+        layer._codebook.embed[0] = rows
+
+
 _LIVELIER = {
     "titok": _livelier_titok,
     "one-d-piece": _livelier_titok,
@@ -286,6 +471,9 @@ _LIVELIER = {
     "maskgit-vqgan": _spread_codes,
     "flextok": _livelier_flextok,
     "karl": _livelier_karl,
+    "seed": _livelier_seed,
+    "slotmllm": _livelier_slotmllm,
+    "dualtoken": _livelier_dualtoken,
 }
 
 

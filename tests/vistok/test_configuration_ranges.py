@@ -12,7 +12,7 @@ from vistok.registry import families
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 FAMILIES = ["titok-vq", "titok-legacy", "tatitok-vae", "maskgit-vqgan", "instella", "flextok"]
-FAMILIES += ["karl-vqgan-vq", "karl-vae"]
+FAMILIES += ["karl-vqgan-vq", "karl-vae", "seed-1", "seed-2", "slotmllm", "dualtoken"]
 VALUES = [
     0,
     -1,

@@ -8,6 +8,7 @@ quantizer.usage(codes)                  # how much of the codebook, or of each b
 
 from .base import Quantized, Quantizer
 from .binary import BinaryQuantizer, bits_to_integers, integers_to_bits
+from .continuous import ContinuousLatents
 from .finite_scalar import FiniteScalarQuantizer
 from .gaussian import DiagonalGaussian, GaussianQuantizer
 from .lookup_free import LookupFreeQuantizer
@@ -15,11 +16,14 @@ from .multi_scale import MultiScaleBinaryQuantizer, MultiScaleVectorQuantizer
 from .perturbation import perturb, perturbation_ratio
 from .product import ProductQuantizer
 from .residual import ResidualQuantizer
+from .shared_residual import SharedResidualQuantizer
 from .usage import bit_entropy, codebook_usage, perplexity
+from .variational_residual import VariationalResidualQuantizer
 from .vector import VectorQuantizer
 
 __all__ = [
     "BinaryQuantizer",
+    "ContinuousLatents",
     "DiagonalGaussian",
     "FiniteScalarQuantizer",
     "GaussianQuantizer",
@@ -30,6 +34,8 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "ResidualQuantizer",
+    "SharedResidualQuantizer",
+    "VariationalResidualQuantizer",
     "VectorQuantizer",
     "bit_entropy",
     "bits_to_integers",
