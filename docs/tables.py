@@ -6,6 +6,7 @@ of `TRIED` take longer: they are written anew where the names in them are not th
 with `--all`.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -94,17 +95,33 @@ def _short(licence: str) -> str:
     return re.split(r"[;,]| \(", licence)[0]
 
 
-def reducers(short: bool = False) -> str:
-    """Every reducer; `short` leaves out what it does and the digits."""
+def reducers() -> str:
+    """Every reducer, with its paper, what was compared and what was measured (docs/measured.json)."""
+    measured = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))
+    columns = {
+        "accuracy": "{:.1f}",
+        "accuracy at 0.1": "{:.1f}",
+        "grounding": "{:.0f}",
+        "milliseconds": "{:.1f}",
+    }
     rows = []
     for row in catalog._reducers()[2]:
-        name, paper = f"`{row['name']}`", linked(row["paper"])
-        if short:
-            rows.append([name, row["stage"], paper, row["verified"]])
-        else:
-            rows.append([name, row["stage"], row["what it does"], paper, row["compared"] or "–"])
-    last = ["paper", "verified"] if short else ["what it does", "paper", "compared with the original"]
-    return markdown(["name", "stage", *last], rows)
+        own = measured.get(row["name"], {})
+        figures = [style.format(own[name]) if name in own else "–" for name, style in columns.items()]
+        compared_with = row["compared"] or "–"
+        name = f"`{row['name']}`"
+        rows.append([name, row["stage"], row["what it does"], linked(row["paper"]), *figures, compared_with])
+    header = ["name", "stage", "what it does", "paper", "accuracy at 0.25", "at 0.1", "grounding at 0.25"]
+    return markdown([*header, "ms per image", "compared with the original"], rows)
+
+
+def reducers_by_stage() -> str:
+    """The names of all reducers, stage by stage; ✓ behind those that were compared with the original."""
+    stages: dict[str, list[str]] = {}
+    for row in catalog._reducers()[2]:
+        stages.setdefault(row["stage"], []).append(f"`{row['name']}`{' ✓' if row['verified'] else ''}")
+    order = [stage for stage in ("pixels", "vision", "features", "layer", "cache") if stage in stages]
+    return markdown(["stage", "reducers"], [[stage, ", ".join(stages[stage])] for stage in order])
 
 
 def listed(rows_of: Callable[[], tuple[str, list[str], list[dict[str, Any]]]]) -> str:
@@ -133,7 +150,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tokenizers": tokenizers,
     "tokenizers, one per family": tokenizer_families,
     "reducers": reducers,
-    "reducers, short": lambda: reducers(short=True),
+    "reducers by stage": reducers_by_stage,
     "metrics": lambda: listed(catalog._metrics),
     "generators": lambda: listed(catalog._generators),
     "generators, compared": lambda: compared(
