@@ -240,4 +240,4 @@ def test_the_recipe_trains_and_continues(tmp_path):
     log = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8")
     assert "validation_psnr_wrong_captions" in log
     model = load(tmp_path / "run" / "model")
-    assert model.encode(torch.rand(1, 3, 60, 60), condition="small red matte cube top left").num_tokens == 8
+    assert model.encode(torch.rand(1, 3, 60, 60), condition="small red matte cube top left").num_tokens == 4
