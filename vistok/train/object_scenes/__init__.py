@@ -3,7 +3,8 @@
 A picture shows up to seven objects (colour, shape, material, size) and one or two signs with a printed code.
 `object_scene` makes a scene from its number, `render` draws it, `caption` puts it into words, `questions`
 asks about it, `patch_labels` reports what each patch shows, and `test_questions` yields the fixed test set.
-Nothing is stored: everything is a function of a split, a seed and an index.
+`video_scene` and `render_video` make short videos of such objects. Nothing is stored: everything is a
+function of a split, a seed and an index.
 """
 
 from .captions import CAPTION_WORDS, caption
@@ -26,6 +27,15 @@ from .layout import (
 )
 from .picture import render
 from .questions import CATEGORIES, VOCABULARY, Question, plural, questions, test_questions
+from .videos import (
+    VIDEO_CATEGORIES,
+    VIDEO_WORDS,
+    VideoScene,
+    render_video,
+    video_questions,
+    video_scene,
+    video_test_questions,
+)
 
 __all__ = [
     "CAPTION_WORDS",
@@ -40,11 +50,14 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "SPLITS",
+    "VIDEO_CATEGORIES",
+    "VIDEO_WORDS",
     "VOCABULARY",
     "ObjectScene",
     "Question",
     "SceneObject",
     "Sign",
+    "VideoScene",
     "caption",
     "grid_cell",
     "object_scene",
@@ -52,5 +65,9 @@ __all__ = [
     "plural",
     "questions",
     "render",
+    "render_video",
     "test_questions",
+    "video_questions",
+    "video_scene",
+    "video_test_questions",
 ]

@@ -1,6 +1,7 @@
 """Drawing a scene: shapes, materials, signs and a soft background."""
 
 import math
+from collections.abc import Collection
 from functools import cache
 
 import numpy as np
@@ -84,8 +85,9 @@ def _spread() -> np.ndarray:
     return np.clip(1 - np.abs(place - np.arange(5)), 0, 1).astype(np.float32)
 
 
-def render(scene: ObjectScene) -> np.ndarray:
-    """Draw a scene: uint8 [120, 120, 3], sRGB. The same scene gives the same picture (for one Pillow)."""
+def render(scene: ObjectScene, hidden: Collection[int] = ()) -> np.ndarray:
+    """Draw a scene without the objects whose numbers are `hidden`: uint8 [120, 120, 3], sRGB. The same scene
+    gives the same picture (for one Pillow), and what is not hidden looks the same without the others."""
     rng = np.random.default_rng((*scene.seed, 1))
     weights = _spread()
     coarse = 0.42 + 0.1 * rng.standard_normal(dtype=np.float32)
@@ -94,10 +96,12 @@ def render(scene: ObjectScene) -> np.ndarray:
     canvas = np.clip(weights @ (0.35 * fields + 0.65 * fields.mean(axis=0) + shade) @ weights.T, 0.15, 0.7)
     canvas = canvas.transpose(1, 2, 0).copy()
     canvas += 0.02 * rng.standard_normal((PICTURE_SIZE, PICTURE_SIZE, 1), dtype=np.float32)
-    for item in scene.objects:
+    for number, item in enumerate(scene.objects):
         cover, gain, gloss = _sprite(item.shape, item.radius, item.material)
         tint = np.asarray(COLOURS[item.colour], dtype=np.float32)
         tint = tint * (1 + 0.05 * rng.standard_normal(3, dtype=np.float32))
+        if number in hidden:
+            continue
         rows = slice(item.y - item.radius, item.y + item.radius + 1)
         columns = slice(item.x - item.radius, item.x + item.radius + 1)
         below = canvas[rows, columns]
