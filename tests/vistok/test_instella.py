@@ -593,3 +593,27 @@ def test_generator_cases_are_named_as_not_built(tmp_path):
     save_file(tensors, path.with_suffix(".safetensors"))
     with pytest.raises(CannotBuild, match=r"generators_tiny.*not in this version"):
         verify(path)
+
+
+def test_a_list_of_sizes_is_encoded_and_decoded_as_its_images_are_alone():
+    model = tiny_tokenizers.shared("instella")
+    multiple = model.size_multiple
+    sides = ((multiple, 2 * multiple), (2 * multiple, multiple), (multiple, 2 * multiple))
+    generator = torch.Generator().manual_seed(4)
+    images = [torch.rand(3, *size, generator=generator) for size in sides]
+    tokens = model.encode(images)
+    decoded = model.decode(tokens, size=list(sides))
+    assert [tuple(image.shape[1:]) for image in decoded] == list(sides)
+    for row, (image, size) in enumerate(zip(images, sides, strict=True)):
+        alone = model.encode(image[None])
+        assert torch.equal(tokens.bits[row], alone.bits[0])
+        torch.testing.assert_close(decoded[row], model.decode(alone, size=size)[0], rtol=1e-4, atol=1e-5)
+    again = model.reconstruct(images)
+    assert all(torch.equal(a, b) for a, b in zip(again, decoded, strict=True))
+    assert len(model.encode([])) == 0 and model.decode(model.encode([]), size=[]) == []
+    with pytest.raises(ValueError, match="2 sizes were given for 3 images"):
+        model.decode(tokens, size=list(sides[:2]))
+    with pytest.raises(ValueError, match=r"image 1 of the list is \[1, 3"):
+        model.encode([images[0], images[1][None]])
+    with pytest.raises(ValueError, match="multiples of"):
+        model.encode([images[0], images[1][:, :-1]])

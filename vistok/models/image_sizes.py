@@ -1,6 +1,6 @@
 """Batches of images of several sizes: what is accepted as a size, and which images share one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ def image_sizes(images: Sequence[Tensor]) -> list[Size]:
             got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"image {number} of the list is {got}; a list of images holds tensors [3, H, W]")
     return [tuple(image.shape[1:]) for image in images]
+
+
+def batches_by_size(
+    images: Sequence[Tensor], check: Callable[[Tensor], Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Images [3, H, W] of several sizes → a batch per size, of what `check` returns for each image [1, 3, H,
+    W], and the order [B] that puts the images of all batches back into theirs."""
+    rows = rows_by_size(image_sizes(images))
+    checked = [check(image[None]) for image in images]
+    batches = [torch.cat([checked[row] for row in places]) for places in rows.values()]
+    return batches, torch.tensor([row for places in rows.values() for row in places]).argsort()
 
 
 def read_size(size: int | Size) -> Size:

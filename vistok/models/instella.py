@@ -6,7 +6,7 @@ bits (`vistok.quantizers.BinaryQuantizer`); a second ViT draws mask tokens from 
 midway. There are no position embeddings but a rotary one over (token, row, column).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from ..quantizers import BinaryQuantizer, Quantized
 from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
 from ..tokens import Tokens
+from .image_sizes import Size, batches_by_size, image_sizes, in_order, read_sizes, rows_by_size
 from .ranges import LARGEST_SIZE, require_between, require_color, require_depths, require_sizes
 
 EPS = 1e-6
@@ -343,8 +344,9 @@ class InstellaDecoder(nn.Module):
 class Instella(Tokenizer):
     """The binary autoencoder; see the module. Tokens hold `bits`, bool [B, 128, 64].
 
-    Sides of images are multiples of 32 pixels at the published sizes, not necessarily equal. The bits do not
-    hold the size of their image: `decode(tokens, size=512)` decodes to any.
+    Sides of images are multiples of 32 pixels at the published sizes, not necessarily equal, and a list may
+    hold images of several sizes. The bits do not hold the size of their image: `decode(tokens, size=512)`
+    decodes to any, or to one per image.
     """
 
     config_class = InstellaConfig
@@ -403,11 +405,30 @@ class Instella(Tokenizer):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3) / 2 + 0.5
 
     @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor | Sequence[Tensor],
+        num_tokens: int | None = None,
+        *,
+        target_psnr: float | None = None,
+    ) -> Any:
+        """Images [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes, → tokens. Raises ValueError
+        as `Tokenizer.encode`."""
+        if not isinstance(images, list | tuple):
+            return super().encode(images, num_tokens, target_psnr=target_psnr)
+        if not images:
+            images = torch.empty(0, 3, self.image_size, self.image_size)
+            return super().encode(images, num_tokens, target_psnr=target_psnr)
+        batches, order = batches_by_size(images, self.check_images)
+        parts = [super(Instella, self).encode(b, num_tokens, target_psnr=target_psnr) for b in batches]
+        return Tokens.cat(parts)[order]
+
+    @torch.no_grad()
     def decode(
         self,
         tokens: Tokens | Tensor,
         *,
-        size: int | tuple[int, int] | None = None,
+        size: int | Size | list[Size] | None = None,
         condition: Any = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -416,18 +437,28 @@ class Instella(Tokenizer):
         """Tokens (or bare bits [B, K, D]) → images [B, 3, H, W] in [0, 1].
 
         `size`: side, or (height, width), in pixels; multiples of 32 for the published configuration, which
-        was trained for 512, 768 and 1024. Without it, squares of `image_size`. The other options are those of
-        stochastic decoders and refused.
+        was trained for 512, 768 and 1024. Without it, squares of `image_size`. A list holds one (height,
+        width) per image, and a list of images [3, H, W] comes back. The other options are those of stochastic
+        decoders and refused.
         """
-        self._grid(size)
+        sizes = read_sizes(size, len(tokens)) if isinstance(size, list) else [size]
+        for each in sizes:
+            self._grid(each)
         self.check_decoding(condition=condition, steps=steps, guidance=guidance)
         latents, _ = self.dequantize(tokens)
-        return self.pixels(latents, size=size).clamp(0, 1)
+        if not isinstance(size, list):
+            return self.pixels(latents, size=size).clamp(0, 1)
+        rows = rows_by_size(sizes)
+        parts = {each: self.pixels(latents[places], size=each).clamp(0, 1) for each, places in rows.items()}
+        return in_order(parts, rows)
 
-    def reconstruct(self, images: Tensor, num_tokens: int | None = None, **options: Any) -> Tensor:
-        """Images → tokens → images of the same size, or of another `size`."""
+    def reconstruct(
+        self, images: Tensor | Sequence[Tensor], num_tokens: int | None = None, **options: Any
+    ) -> Any:
+        """Images → tokens → images of the same size, or of another `size`; a list for a list."""
         tokens = self.encode(images, num_tokens)
-        return self.decode(tokens, **{"size": tuple(images.shape[2:])} | options)
+        size = tuple(images.shape[2:]) if isinstance(images, Tensor) else image_sizes(images)
+        return self.decode(tokens, **{"size": size} | options)
 
     def forward(self, images: Tensor, size: int | tuple[int, int] | None = None) -> TrainingOutput:
         """Training pass, by default at the images' own size."""

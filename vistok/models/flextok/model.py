@@ -32,7 +32,16 @@ from ...quantizers import FiniteScalarQuantizer
 from ...registry import Entry, register, register_family
 from ...tokenizer import Tokenizer, TrainingOutput
 from ...tokens import Tokens
-from ..image_sizes import Size, draw_by_size, image_sizes, in_order, read_size, read_sizes, rows_by_size
+from ..image_sizes import (
+    Size,
+    batches_by_size,
+    draw_by_size,
+    image_sizes,
+    in_order,
+    read_size,
+    read_sizes,
+    rows_by_size,
+)
 from .config import LICENSE, FlexTokConfig, KeptTokens, header_config
 from .network import (
     Conditions,
@@ -248,11 +257,8 @@ class FlexTok(Tokenizer):
         """Images [3, H, W] of several sizes → one batch of tokens in their order."""
         if not images:
             return self.encode(torch.empty(0, 3, self.image_size, self.image_size), num_tokens)
-        rows = rows_by_size(image_sizes(images))
-        checked = [self.check_images(image[None]) for image in images]
-        batches = (torch.cat([checked[row] for row in places]) for places in rows.values())
+        batches, order = batches_by_size(images, self.check_images)
         parts = [self.encode(batch, num_tokens, target_psnr=target_psnr) for batch in batches]
-        order = torch.tensor([row for places in rows.values() for row in places]).argsort()
         if target_psnr is None:
             return Tokens.cat(parts)[order]
         tokens = Tokens.cat([part.tokens for part in parts])[order]
