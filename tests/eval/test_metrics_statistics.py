@@ -1,5 +1,6 @@
 """Streamed feature statistics equal NumPy's over all features at once; Fréchet distances torch-fidelity's."""
 
+import dataclasses
 import io
 import math
 import re
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from vistok.eval.metrics import statistics as statistics_module
 from vistok.eval.metrics.statistics import PANEL, FeatureStatistics, Gaussian, frechet_distance
 from vistok.eval.speed import fid_statistics
 
@@ -241,7 +243,7 @@ def test_the_benchmark_prints_every_ratio_of_one_run(capsys):
     fid_statistics.main(["--dim", "64", "--batch-size", "16", "--repeats", "2"])
     printed = capsys.readouterr().out
     assert re.search(r"^\d+ threads", printed)
-    assert len(re.findall(r"ratio of clock time \d+\.\d", printed)) == 3
+    assert len(re.findall(r"ratio of clock time \d+\.\d", printed)) == 5  # one, and two of each distance
     differences = [float(number) for number in re.findall(r"relative difference +(\S+)", printed)]
     assert len(differences) == 2
     assert max(differences) < 1e-8
@@ -307,3 +309,74 @@ def test_arrays_that_declare_another_size_are_not_believed(tmp_path):
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3), count=-4)
     with pytest.raises(ValueError, match="count is not the number of images"):
         Gaussian.load(path)
+
+
+# ---- roots that are kept -----------------------------------------------------------------------------------
+
+
+def two_sides(seed=0, dim=24):
+    generator = torch.Generator().manual_seed(seed)
+    sides = []
+    for count in (500, 200):
+        statistics = FeatureStatistics(dim)
+        statistics.update(torch.randn(count, dim, generator=generator) * torch.rand(dim, generator=generator))
+        sides.append(statistics.gaussian())
+    return sides
+
+
+@pytest.mark.parametrize("count", [500, 10])  # with 10 images the covariance has no full rank
+def test_a_root_of_either_side_gives_the_distance_of_scipy(count):
+    real, fake = two_sides()
+    few = FeatureStatistics(24)
+    few.update(torch.randn(count, 24, generator=torch.Generator().manual_seed(3)))
+    fake = few.gaussian()
+    product = real.covariance.numpy() @ fake.covariance.numpy()
+    trace = np.sqrt(np.linalg.eigvals(product).astype(complex)).real.sum()
+    shift = float((real.mean - fake.mean).square().sum())
+    expected = shift + float(real.covariance.trace() + fake.covariance.trace()) - 2 * trace
+    for known in (None, real, fake):
+        sides = [dataclasses.replace(real), dataclasses.replace(fake)]
+        if known is not None:
+            sides[known is fake].root  # noqa: B018
+        assert frechet_distance(*sides) == pytest.approx(expected, rel=1e-6)
+    root = real.root
+    torch.testing.assert_close(root @ root.T, real.covariance)
+
+
+def test_the_root_of_a_file_is_kept_beside_it_and_checked(tmp_path, monkeypatch):
+    real, fake = two_sides()
+    real.save(tmp_path / "real.npz")
+    first = Gaussian.load(tmp_path / "real.npz")
+    expected = frechet_distance(first, fake)
+    first.root  # noqa: B018
+    kept = tmp_path / "real.npz.root.npy"
+    assert kept.is_file()
+    again = Gaussian.load(tmp_path / "real.npz")
+    monkeypatch.setattr(statistics_module, "_root", lambda covariance: pytest.fail("it was made again"))
+    assert torch.equal(again.root, first.root)
+    assert frechet_distance(again, fake) == pytest.approx(expected, rel=1e-9)
+    monkeypatch.undo()
+    other, _ = two_sides(seed=9)
+    whole = kept.read_bytes()
+    other.save(tmp_path / "real.npz")  # other statistics under the name
+    changed = Gaussian.load(tmp_path / "real.npz")
+    torch.testing.assert_close(changed.root @ changed.root.T, other.covariance)
+    for damage in (whole[:200], b"", b"PK", np.array([[None]], dtype=object).tobytes()):
+        kept.write_bytes(damage)
+        mended = Gaussian.load(tmp_path / "real.npz")
+        torch.testing.assert_close(mended.root @ mended.root.T, other.covariance)
+        assert len(kept.read_bytes()) == len(whole)
+
+
+def test_a_folder_that_cannot_be_written_to_keeps_no_root(tmp_path, monkeypatch):
+    real, fake = two_sides()
+    real.save(tmp_path / "real.npz")
+    loaded = Gaussian.load(tmp_path / "real.npz")
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(statistics_module, "atomic_write", refuse)
+    assert frechet_distance(loaded, fake) == pytest.approx(frechet_distance(real, fake), rel=1e-9)
+    loaded.root  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
