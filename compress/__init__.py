@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .registry import list_reducers as list_reducers
     from .session import Session as Session
     from .session import attach as attach
+    from .streaming import STC as STC
+    from .streaming import Stream as Stream
     from .video_budget import QuoTA as QuoTA
     from .vision.text_tower import TextTower as TextTower
 
@@ -25,6 +27,8 @@ _HOMES = {
     "Press": "guests.kvpress",
     "TextTower": "vision.text_tower",
     "QuoTA": "video_budget",
+    "STC": "streaming",
+    "Stream": "streaming",
 }
 
 

@@ -100,7 +100,7 @@ def attach(
             f"model is a compiled {type(model._orig_mod).__name__}, in which new hooks do not run; attach to "
             "the model first and compile it then, or use session.prepare(inputs)"
         )
-    model = _unwrapped(model)
+    model = unwrapped(model)
     session = Session(model, reducers, stages, keep, positions)
     try:
         session._attach()
@@ -110,7 +110,7 @@ def attach(
         raise
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a PEFT wrapper."""
     base = getattr(model, "get_base_model", None)
     return model if base is None else base()
@@ -125,7 +125,8 @@ def _anchor(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
-def _attached(model: nn.Module) -> Session | None:
+def attached_session(model: nn.Module) -> Session | None:
+    """The session that is attached to a model, if there is one."""
     reference = _ATTACHED.get(_anchor(model))
     return None if reference is None else reference()
 
@@ -328,7 +329,7 @@ class Session(InModel):
         anchor = _anchor(self.model)
 
         def forget() -> None:
-            if _attached(self.model) is self:
+            if attached_session(self.model) is self:
                 del _ATTACHED[anchor]
 
         self._undo.step(forget)

@@ -36,10 +36,12 @@ def vidcom2_scores(features: Tensor) -> tuple[Tensor, Tensor]:
     with a low sum are distinctive.
     """
     unit = F.normalize(features[..., stable_channels(features)], dim=-1, eps=1e-12)
-    return _nearness(unit, unit.mean((0, 1), keepdim=True)), _nearness(unit, unit.mean(1, keepdim=True))
+    video, frame = unit.mean((0, 1), keepdim=True), unit.mean(1, keepdim=True)
+    return kernel_nearness(unit, video), kernel_nearness(unit, frame)
 
 
-def _nearness(unit: Tensor, centre: Tensor) -> Tensor:
+def kernel_nearness(unit: Tensor, centre: Tensor) -> Tensor:
+    """The sum of Gaussian kernels of the widths `ALPHAS` between unit vectors [..., C] and a centre [...]."""
     distance = (unit - centre).square().sum(-1)
     return torch.stack([torch.exp(-distance / (2 * alpha)) for alpha in ALPHAS]).sum(0)
 

@@ -29,3 +29,12 @@ def vit_block_macs(n: int, C: int) -> int:
     12 n C² + 2 n² C.
     """
     return 12 * n * C * C + 2 * n * n * C
+
+
+def renewed_block_macs(n: int, C: int, hidden: int, renewed: int) -> int:
+    """Multiply-adds of one ViT block on `n` tokens, of which `renewed` have queries, values, outputs and an
+    MLP of width `hidden`, and the others only keys (STC); `renewed` = n is the whole block.
+
+    n C² + r (3 C² + 2 n C + 2 C M).
+    """
+    return n * C * C + renewed * (3 * C * C + 2 * n * C + 2 * C * hidden)
