@@ -149,9 +149,9 @@ def _decode(tokenizer: PrefixTokenizer, tokens: Tokens, options: dict[str, Any])
 
 
 def _psnr(images: Tensor, references: Tensor) -> Tensor:
-    """dB of each image [B, 3, H, W] in [0, 1] against its reference, inf where they are equal."""
+    """dB of each image [B, 3, H, W] (or video) in [0, 1] against its reference, inf where they are equal."""
     difference = images.to(_precision(images.device)) - references.to(_precision(images.device)).clamp(0, 1)
-    return -10 * difference.square().mean((1, 2, 3)).log10()
+    return -10 * difference.square().flatten(1).mean(1).log10()
 
 
 def _precision(device: torch.device) -> torch.dtype:

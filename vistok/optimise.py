@@ -86,8 +86,7 @@ def optimise_tokens(
 
 
 def _check(tokenizer: Tokenizer, steps: int, learning_rate: float) -> None:
-    if tokenizer.modality != "image":
-        raise ValueError(f"{tokenizer.label} tokenizes {tokenizer.modality}s; tokens of images are optimised")
+    tokenizer.require_modality("image", "the optimisation of tokens takes")
     if tokenizer.stochastic or tokenizer.adaptive:
         why = "are drawn from noise in steps" if tokenizer.stochastic else "choose how many tokens they take"
         raise ValueError(

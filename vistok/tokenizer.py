@@ -35,12 +35,23 @@ class TrainingOutput:
     targets: Tensor | None = None
 
 
+LAYOUTS = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W]", "shape": "[B, P, 3 or 6]"}
+"""Modality → the shape of a batch of it."""
+_AXES = {"image": 2, "video": 3}  # height, width, and frames
+_CONVERSIONS = {  # (modality of the inputs, modality that is taken) → what to do
+    ("image", "video"): "images.unsqueeze(1) makes each of them a video of one frame",
+    ("video", "image"): "videos.flatten(0, 1) makes each frame an image",
+}
+
+
 class Tokenizer(PretrainedModel):
-    """An image tokenizer: `encode`, `decode`, `reconstruct`, `from_pretrained`, `save_pretrained`.
+    """A tokenizer of images, or of another `modality`: `encode`, `decode`, `reconstruct`, `from_pretrained`,
+    `save_pretrained`.
 
     Images are [B, 3, H, W] floats in [0, 1]; tokens are `vistok.Tokens`. A family subclasses this with a
     `config` dataclass, a `quantizer`, and two methods: `latents` (images → [B, K, D]) and `pixels` ([B, K, D]
-    → images).
+    → images). Where the `modality` is "video", images are videos [B, T, 3, H, W] throughout; a family of
+    another modality has its own `check_inputs`.
     """
 
     catalog = TOKENIZERS
@@ -81,6 +92,8 @@ class Tokenizer(PretrainedModel):
     """Tokens per image, at full length."""
     size_multiple: int | None = None
     """Sides of images are multiples of this, in pixels; None: images have one size only."""
+    frame_multiple: int = 1
+    """Videos have one frame and a multiple of this many more."""
     quantizer: Quantizer
 
     @property
@@ -159,9 +172,11 @@ class Tokenizer(PretrainedModel):
                 more than a rounding (0.001); counts the model does not have; latents that are not finite.
         """
         if target_psnr is not None:
+            if self.modality not in _AXES:
+                raise ValueError(f"{self.label} codes {self.modality}s, which have no PSNR; give num_tokens")
             return encode_to_quality(self, images, target_psnr, num_tokens=num_tokens)
         count = self.check_num_tokens(num_tokens)
-        codes = self.quantizer.encode(self.check_latents(self.latents(self.check_images(images))))
+        codes = self.quantizer.encode(self.check_latents(self.latents(self.check_inputs(images))))
         tokens = self.as_tokens(codes)
         return tokens if count == tokens.num_tokens else tokens.prefix(count)
 
@@ -297,6 +312,11 @@ class Tokenizer(PretrainedModel):
             raise ValueError(
                 f"{self.label} decodes one image size; these tokens have a grid of {tokens.grid}"
             )
+        elif len(tokens.grid) != _AXES[self.modality]:
+            raise ValueError(
+                f"{self.label} decodes {self.modality}s, whose tokens have a grid of "
+                f"{_AXES[self.modality]} sides; these have {tokens.grid}"
+            )
         lengths = tokens.lengths
         if lengths is not None:
             lengths = lengths.to(self.device)
@@ -308,6 +328,22 @@ class Tokenizer(PretrainedModel):
 
     # Checks -------------------------------------------------------------------------------------------------
 
+    def require_modality(self, accepted: str, purpose: str) -> None:
+        """Raise ValueError unless this is a tokenizer of the `accepted` modality.
+
+        `purpose` has the subject and the verb of the message: "coding in tiles takes".
+        """
+        if self.modality != accepted:
+            raise ValueError(
+                f"{self.label} tokenizes {self.modality}s {LAYOUTS[self.modality]}; {purpose} a tokenizer "
+                f"of {accepted}s"
+            )
+
+    def check_inputs(self, inputs: Tensor) -> Tensor:
+        """Inputs of this model's modality in its dtype and on its device, or a ValueError that names what to
+        change."""
+        return self.check_videos(inputs) if self.modality == "video" else self.check_images(inputs)
+
     def check_images(self, images: Tensor) -> Tensor:
         """Images in this model's dtype and on its device, or a ValueError that names what to change."""
         fix = f"use vistok.to_tensor(images, size={self.image_size})"
@@ -317,38 +353,65 @@ class Tokenizer(PretrainedModel):
         self._check_range(images)
         return images.to(self.device, self.dtype)
 
+    def check_videos(self, videos: Tensor) -> Tensor:
+        """Videos [B, T, 3, H, W] in this model's dtype and on its device, or a ValueError that names what to
+        change."""
+        fix = f"use vistok.to_tensor(frames, size={self.image_size}).unsqueeze(0)"
+        self._check_kind(videos, fix)
+        self.check_num_frames(videos.shape[1])
+        self.check_image_size(videos.shape[3], videos.shape[4], fix)
+        self._check_range(videos)
+        return videos.to(self.device, self.dtype)
+
+    def check_num_frames(self, count: int) -> None:
+        """Raise ValueError unless the model takes videos of so many frames."""
+        step = self.frame_multiple
+        if count < 1 or (count - 1) % step:
+            accepted = ", ".join(str(1 + step * more) for more in range(4))
+            raise ValueError(
+                f"videos have {count} frames; {self.label} takes one and a multiple of {step} more: "
+                f"{accepted}, … frames"
+            )
+
     def check_pixels(self, images: Any, advice: str) -> None:
         """Raise ValueError, which ends in `advice`, unless images are [B, 3, H, W] floats in [0, 1] of any
-        size."""
+        size, and this is a tokenizer of images."""
+        self.require_modality("image", "coding in tiles takes")
         self._check_kind(images, advice)
         if not images.shape[2] or not images.shape[3]:
             raise ValueError(f"images of shape {list(images.shape)} have no pixels: {advice}")
         self._check_range(images)
 
     def _check_kind(self, images: Any, fix: str) -> None:
+        """Raise ValueError unless these are images, or videos, whatever their size and values."""
+        noun, layout = f"{self.modality}s", LAYOUTS[self.modality]
         if not isinstance(images, Tensor):
             raise ValueError(
-                f"images are a {type(images).__name__}; {self.label} takes a float tensor: {fix}"
+                f"{noun} are a {type(images).__name__}; {self.label} takes a float tensor: {fix}"
             )
-        if images.ndim != 4 or images.shape[1] != 3:
+        modality = _pixel_modality(images)
+        if modality is not None and modality != self.modality:
             raise ValueError(
-                f"images have shape {list(images.shape)}; {self.label} takes [B, 3, H, W]: {fix}"
+                f"{self.label} takes {noun} {layout}; these are {modality}s {LAYOUTS[modality]}: "
+                f"{_CONVERSIONS.get((modality, self.modality), fix)}"
             )
+        if modality is None:
+            raise ValueError(f"{noun} have shape {list(images.shape)}; {self.label} takes {layout}: {fix}")
         if not images.is_floating_point():
             raise ValueError(
-                f"images are {images.dtype}; {self.label} takes floats in [0, 1]: divide by 255, or {fix}"
+                f"{noun} are {images.dtype}; {self.label} takes floats in [0, 1]: divide by 255, or {fix}"
             )
         if images.is_meta or images.layout != torch.strided:
             kind = "have no values (they are on the meta device)" if images.is_meta else "are sparse"
-            raise ValueError(f"images {kind}; {self.label} takes dense tensors in memory: {fix}")
+            raise ValueError(f"{noun} {kind}; {self.label} takes dense tensors in memory: {fix}")
 
     def _check_range(self, images: Tensor) -> None:
         if images.numel() and not torch.compiler.is_compiling():
             low, high = (float(bound) for bound in images.aminmax())
             if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails too; resizing overshoots by a rounding
                 raise ValueError(
-                    f"images span [{low:.4g}, {high:.4g}]; {self.label} takes [0, 1] without NaN: undo any "
-                    "mean/std normalisation, clamp, or divide 8-bit values by 255"
+                    f"{self.modality}s span [{low:.4g}, {high:.4g}]; {self.label} takes [0, 1] without NaN: "
+                    "undo any mean/std normalisation, clamp, or divide 8-bit values by 255"
                 )
 
     def check_latents(self, latents: Tensor) -> Tensor:
@@ -381,13 +444,13 @@ class Tokenizer(PretrainedModel):
         multiple = self.size_multiple
         if multiple is None and (height, width) != (self.image_size, self.image_size):
             raise ValueError(
-                f"images are {height}×{width} pixels; {self.label} takes "
+                f"{self.modality}s are {height}×{width} pixels; {self.label} takes "
                 f"{self.image_size}×{self.image_size}: {fix}"
             )
         if multiple is not None and (height % multiple or width % multiple or not height or not width):
             raise ValueError(
-                f"images are {height}×{width} pixels; {self.label} takes sides that are multiples of "
-                f"{multiple}: {fix}"
+                f"{self.modality}s are {height}×{width} pixels; {self.label} takes sides that are multiples "
+                f"of {multiple}: {fix}"
             )
 
     def check_num_tokens(self, num_tokens: int | None) -> int:
@@ -405,11 +468,11 @@ class Tokenizer(PretrainedModel):
             )
         lengths = self.prefix_lengths
         if num_tokens not in lengths:
-            below = max(length for length in lengths if length < num_tokens)
-            above = min(length for length in lengths if length > num_tokens)
+            below = [length for length in lengths if length < num_tokens][-1:]
+            nearest = [*below, min(length for length in lengths if length > num_tokens)]
             raise ValueError(
-                f"{self.label} does not decode from a prefix of {num_tokens} tokens; the nearest that do "
-                f"have {below} and {above}"
+                f"{self.label} does not decode from a prefix of {num_tokens} tokens; the nearest "
+                f"{'that do have' if below else 'that does has'} {' and '.join(map(str, nearest))}"
             )
         return num_tokens
 
@@ -436,6 +499,12 @@ class Tokenizer(PretrainedModel):
         for module in self._companions.values():
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _pixel_modality(pixels: Tensor) -> str | None:
+    """The modality that a batch of pixels has by its shape, or None."""
+    of_axes = {axes + 2: name for name, axes in _AXES.items()}
+    return of_axes.get(pixels.ndim) if pixels.ndim > 2 and pixels.shape[-3] == 3 else None
 
 
 def require_whole(num_tokens: Any) -> None:

@@ -196,7 +196,7 @@ def info(
         raise ValueError(unknown_name(name))
     facts |= {
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
-        "image": f"{model.image_size}×{model.image_size}",
+        **({} if model.modality == "shape" else {model.modality: f"{model.image_size}×{model.image_size}"}),
         "tokens": _choice(model)
         + (", as many as an image needs for a target error" if model.adaptive else "")
         + (", any prefix decodes" if model.ordered else ""),

@@ -69,7 +69,8 @@ def pair_metrics() -> dict[str, Metric]:
 
 def check_comparable(model: Tokenizer, names: Iterable[str], semantic: bool) -> None:
     """Raise ValueError where one of these metrics means nothing for a tokenizer and is not asked for all the
-    same (`semantic`)."""
+    same (`semantic`), and for a tokenizer of anything but images."""
+    model.require_modality("image", "this evaluation takes")
     aligned = [name for name in names if described(name).aligned]
     if model.semantic and aligned and not semantic:
         raise ValueError(

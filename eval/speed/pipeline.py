@@ -97,6 +97,7 @@ def measure(
 
     A pass of the pipeline includes starting its workers. ValueError if no image can be read.
     """
+    model.require_modality("image", "this measurement takes")
     size = model.image_size
     preloaded = [batch.images for batch in batches(dataset, size, batch_size, workers=0)]
     count = sum(map(len, preloaded))

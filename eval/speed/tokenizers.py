@@ -101,6 +101,7 @@ def measure(
     device = torch.device(device)
     torch.manual_seed(0)
     model = create(name, **config).to(device).eval()
+    model.require_modality("image", "this measurement takes")
     images = torch.rand(batch_size, 3, model.image_size, model.image_size, device=device)
     plain = _baseline(model.family)
     special = getattr(plain, "variants", None)

@@ -75,6 +75,7 @@ def measure(
     """
     with needs("scipy", "eval", "rank correlation"):
         from scipy.stats import spearmanr
+    tokenizer.require_modality("image", "this measurement takes")
     if not (tokenizer.adaptive or tokenizer.ordered):
         raise ValueError(
             f"{tokenizer.label} gives every image {tokenizer.num_tokens} tokens; lengths differ with "

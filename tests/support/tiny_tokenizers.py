@@ -14,6 +14,7 @@ from vistok.models.grid import GridTokenizer
 from vistok.registry import families
 
 SIDE, COUNT = 32, 6
+FRAMES = 5  # of videos
 VIT = {
     "crop_size": SIDE,
     "vit_enc_model_size": "tiny",
@@ -33,6 +34,15 @@ MINI = {
     "heads": 2,
 }
 XQ = {"image_size": SIDE, "encoder_model": "tiny", "decoder_model": "tiny", "codebook_size": 64}
+SOFT = {
+    "image_size": SIDE,
+    "encoder_model": "tiny",
+    "decoder_model": "tiny",
+    "enc_patch_size": 8,
+    "dec_patch_size": 8,
+    "num_latent_tokens": COUNT,
+    "codebook_embed_dim": 4,
+}
 SCALES = {"num_latent_tokens": 9, "v_patch_nums": (1, 2, 3), "share_quant_resi": 2}
 KARL = {
     "image_size": SIDE,
@@ -292,6 +302,46 @@ CASES = {
     ),
     "rae-siglip2": ("rae", {**RAE, "encoder_type": "siglip2", "encoder_image_size": SIDE}),
     "rae-mae": ("rae", {**RAE, "encoder_type": "mae", "encoder_image_size": 24}),
+    "mingtok": (
+        "mingtok",
+        {
+            "low_level_encoder": {
+                "img_size": SIDE,
+                "patch_size": 8,
+                "depth": 2,
+                "embed_dim": 64,
+                "ffn_layer": "swiglu",
+                "out_dim": 8,
+            },
+            "semantic_decoder": {
+                "in_dim": 8,
+                "patch_size": 8,
+                "embed_dim": 128,
+                "decoder_depth": 2,
+                "ffn_layer": "swiglu",
+            },
+            "pixel_decoder": {"patch_size": 4, "decoder_depth": 2, "embed_dim": 64},
+            "scaling_factor": 2.5,
+            "mean": 0.3,
+        },
+    ),
+    "cvivit": (
+        "cvivit",
+        {
+            "dim": 32,
+            "codebook_size": 64,
+            "codebook_dim": 8,
+            "image_size": SIDE,
+            "patch_size": 8,
+            "spatial_depth": 1,
+            "temporal_depth": 1,
+            "dim_head": 16,
+            "heads": 2,
+            "frames": FRAMES,
+        },
+    ),
+    "softvq": ("softvq", {**SOFT, "codebook_size": 16, "num_codebooks": 2}),
+    "maetok": ("softvq", {**SOFT, "quantized": False, "masked": True, "enc_token_drop": 0.4}),
     "karl-vqgan-vq": ("karl", {**KARL, "base": "vqgan", "quantize_latent": True}),
     "karl-vqgan": ("karl", {**KARL, "base": "vqgan", "quantize_latent": False}),
     "karl-vae-vq": ("karl", {**KARL, "base": "vae", "quantize_latent": True}),
@@ -397,6 +447,18 @@ def _livelier_xqgan(model):
             branch.embedding.weight.copy_(latents.mean(0)[rows] + latents.std(0)[rows] * noise)
 
 
+def _livelier_softvq(model):
+    """Attend more, and begin with scales that are not near zero."""
+    model.encoder.model.patch_embed.proj.weight.mul_(10)
+    model.post_quant_conv.weight.mul_(10)
+    for block in [*model.encoder.model.blocks, *model.decoder.model.blocks]:
+        for scale in (block.ls1, block.ls2) if hasattr(block, "ls1") else ():
+            scale.gamma.fill_(1)
+        block.attn.proj.weight.mul_(10)
+    if model.config.quantized:
+        model.quantize.embedding.normal_()
+
+
 def _livelier_flextok(model):
     """Use all levels."""
     model.encoder.module_dict["enc_to_latents"].proj.weight.mul_(4)
@@ -462,7 +524,17 @@ def _livelier_slotmllm(model):
         layer._codebook.embed[0] = rows
 
 
+def _livelier_cvivit(model):
+    """Depend on the video more, with codes where its latents are."""
+    model.to_patch_emb_first_frame[2].weight.mul_(5)
+    model.to_patch_emb[2].weight.mul_(5)
+    compared = model.vq.compared(model.latents(inputs("cvivit", 8, seed=9))).flatten(0, 1)
+    model.vq.rows.copy_(compared[torch.randperm(len(compared))[: len(model.vq.rows)]])
+
+
 _LIVELIER = {
+    "cvivit": _livelier_cvivit,
+    "softvq": _livelier_softvq,
     "titok": _livelier_titok,
     "one-d-piece": _livelier_titok,
     "gigatok": _livelier_gigatok,
@@ -484,6 +556,13 @@ def pictures(count, seed=0, side=SIDE):
     """Blocky random pictures [count, 3, side, side]: unlike each other, unlike noise."""
     generator = torch.Generator().manual_seed(seed)
     return F.interpolate(torch.rand(count, 3, 4, 4, generator=generator), side)
+
+
+def inputs(case, count, seed=0):
+    """What a tokenizer of that case takes: pictures, or videos of FRAMES different pictures each."""
+    if traits(case).modality == "image":
+        return pictures(count, seed)
+    return pictures(max(count, 1) * FRAMES, seed).unflatten(0, (-1, FRAMES))[:count]
 
 
 def text_states(count):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_tokenizers import CASES, SIDE, codes_of, decode, options, shared, text_states
+from tiny_tokenizers import CASES, SIDE, codes_of, decode, options, shared, text_states, traits
 
 import vistok
 from vistok import Tokens
@@ -18,6 +18,7 @@ from vistok.packing import seal, varint
 from vistok.tile_layout import TileLayout
 from vistok.tiles import decode_tiles, encode_tiles
 
+OF_IMAGES = [case for case in CASES if traits(case).modality == "image"]
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 ASSETS = Path(str(files("vistok.assets")))
 PHOTOS = [ASSETS / f"{name}.jpg" for name in ("astronaut", "camera", "chelsea", "coffee")]
@@ -69,7 +70,7 @@ def test_a_photograph_of_1024_by_768_is_48_tiles_at_any_number_of_tokens():
     assert pictures.min() >= 0 and pictures.max() <= 1
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OF_IMAGES)
 def test_every_tokenizer_codes_a_picture_of_another_size(case):
     model = shared(case)
     tokens = model.encode_tiles([noise(3, 20, 40), noise(3, 33, 20, seed=1)], batch_size=3)
@@ -82,7 +83,7 @@ def test_every_tokenizer_codes_a_picture_of_another_size(case):
         torch.testing.assert_close(picture, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OF_IMAGES)
 def test_a_picture_of_the_own_size_is_coded_as_by_encode(case):
     model, picture = shared(case), noise(1, 3, SIDE, SIDE)
     tokens, plain = model.encode_tiles(picture), model.encode(picture)
@@ -464,3 +465,8 @@ def test_a_file_for_another_size_of_tile_is_one_line_of_advice(run, tmp_path):
     )
     status, _, err = run("decode", "odd.vtok")
     assert status == 1 and "tiles of 100×100 pixels; vistok-mini decodes 128×128" in err
+
+
+def test_tokenizers_of_videos_are_not_coded_in_tiles():
+    with pytest.raises(ValueError, match=r"cvivit tokenizes videos \[B, T, 3, H, W\]; coding in tiles takes"):
+        shared("cvivit").encode_tiles(noise(1, 3, SIDE, SIDE))

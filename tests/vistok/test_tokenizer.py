@@ -24,6 +24,7 @@ from tiny_tokenizers import (
     codes_of,
     decode,
     fresh,
+    inputs,
     lengths_of,
     options,
     pictures,
@@ -67,27 +68,27 @@ def model(case):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_images_become_tokens_become_images(case, model, count):
-    tokens = model.encode(pictures(count))
+    tokens = model.encode(inputs(case, count))
     assert len(tokens) == count
     assert tokens.num_tokens == max(lengths_of(tokens))
     assert tokens.num_tokens == model.num_tokens or (model.adaptive and tokens.num_tokens < model.num_tokens)
     assert tokens.codebook_sizes == model.quantizer.codebook_sizes
     tokens.validate()
     images = decode(model, case, tokens)
-    assert images.shape == (count, 3, SIDE, SIDE)
+    assert images.shape == inputs(case, count).shape
     assert images.min() >= 0
     assert images.max() <= 1
     assert not images.requires_grad
 
 
 def test_reconstruct_is_encode_then_decode(case, model):
-    images, given = pictures(2), options(case, 2)
+    images, given = inputs(case, 2), options(case, 2)
     tokens = model.encode(images, **({"condition": given["condition"]} if model.encodes_conditions else {}))
     assert torch.equal(model.reconstruct(images, **given), decode(model, case, tokens))
 
 
 def test_different_images_give_different_tokens_and_pictures(case, model):
-    tokens = model.encode(pictures(2))
+    tokens = model.encode(inputs(case, 2))
     assert not torch.equal(codes_of(tokens[0]), codes_of(tokens[1]))
     if case != "titok-stage1":  # with random weights the likeliest proxy codes hardly change
         images = decode(model, case, tokens)
@@ -95,18 +96,18 @@ def test_different_images_give_different_tokens_and_pictures(case, model):
 
 
 def test_an_empty_batch_stays_empty(case, model):
-    tokens = model.encode(torch.empty(0, 3, SIDE, SIDE))
+    tokens = model.encode(inputs(case, 0))
     assert (len(tokens), tokens.num_tokens) == (0, model.num_tokens)
-    assert decode(model, case, tokens).shape == (0, 3, SIDE, SIDE)
+    assert decode(model, case, tokens).shape == inputs(case, 0).shape
 
 
 def test_no_tokens_decode_to_no_images(case, model):
-    tokens = model.encode(pictures(1))[[]]
-    assert decode(model, case, tokens).shape == (0, 3, SIDE, SIDE)
+    tokens = model.encode(inputs(case, 1))[[]]
+    assert decode(model, case, tokens).shape == inputs(case, 0).shape
 
 
 def test_an_image_does_not_see_its_neighbours(case, model):
-    images = pictures(3)
+    images = inputs(case, 3)
     together, alone = model.encode(images), model.encode(images[1:2])
     assert_close_tokens(together[1], alone)
     states = {"condition": text_states(3)[1:2]} if "text" in model.conditions else {}
@@ -120,7 +121,7 @@ def test_an_image_does_not_see_its_neighbours(case, model):
 @pytest.mark.parametrize("case", HALF_PRECISION_FRIENDLY)
 def test_any_floating_dtype_gives_nearly_the_same_picture(case, models, dtype, tolerance):
     model = models(case)
-    images, tokens = pictures(2), model.encode(pictures(2))
+    images, tokens = inputs(case, 2), model.encode(inputs(case, 2))
     converted = copy.deepcopy(model).to(dtype)
     assert converted.dtype == dtype
     assert all(value.dtype == dtype for value in converted.state_dict().values() if value.is_floating_point())
@@ -137,8 +138,8 @@ def test_any_floating_dtype_gives_nearly_the_same_picture(case, models, dtype, t
 @pytest.mark.parametrize("case", HALF_PRECISION_FRIENDLY)
 def test_float64_model_finds_the_codes_of_the_float32_model(case, models):
     model = models(case)
-    exact = copy.deepcopy(model).double().encode(pictures(3).double())
-    assert_close_tokens(model.encode(pictures(3)), exact)
+    exact = copy.deepcopy(model).double().encode(inputs(case, 3).double())
+    assert_close_tokens(model.encode(inputs(case, 3)), exact)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -147,7 +148,7 @@ def test_float64_model_finds_the_codes_of_the_float32_model(case, models):
 )
 def test_encode_compiles_to_one_graph(case, models, backend):
     torch.compiler.reset()
-    model, images = models(case), pictures(2)
+    model, images = models(case), inputs(case, 2)
     assert torch.compile(model.encode, fullgraph=True, backend=backend)(images) == model.encode(images)
 
 
@@ -157,7 +158,7 @@ def test_encode_compiles_to_one_graph(case, models, backend):
 def test_decode_compiles_to_one_graph(case, models):
     torch.compiler.reset()
     model = models(case)
-    tokens = model.encode(pictures(2))
+    tokens = model.encode(inputs(case, 2))
     compiled = torch.compile(model.decode, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(tokens, **options(case, 2)), decode(model, case, tokens))
 
@@ -166,8 +167,8 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(case, model, tmp_path):
     loaded = saved_and_loaded(model, tmp_path)
     for name, companion in model._companions.items():
         loaded.add_companion(name, companion)
-    tokens = model.encode(pictures(2))
-    assert loaded.encode(pictures(2)) == tokens
+    tokens = model.encode(inputs(case, 2))
+    assert loaded.encode(inputs(case, 2)) == tokens
     assert torch.equal(decode(loaded, case, tokens), decode(model, case, tokens))
 
 
@@ -196,7 +197,7 @@ def training_options(case, count):
         shapes = ((count, 16, 32), (count, 32))
         return {"teacher": [torch.randn(shape, generator=generator) for shape in shapes]}
     if traits(case).semantic:
-        text, image = shared(case).embeddings(shared(case).encode(pictures(count)))
+        text, image = shared(case).embeddings(shared(case).encode(inputs(case, count)))
         return {"targets": 1 + (text if image is None else image)}
     return {"text": text_states(count)} if "text" in traits(case).conditions else {}
 
@@ -204,12 +205,13 @@ def training_options(case, count):
 def test_training_forward_sends_gradients_to_every_part(case, model):
     model = copy.deepcopy(model).train()
     torch.manual_seed(0)
-    output = model(pictures(4), **training_options(case, 4))
+    output = model(inputs(case, 4), **training_options(case, 4))
     loss = sum(output.losses.values())
     if not model.stochastic:  # which learns a velocity, and draws no picture
         loss = loss + output.images.square().mean()
         proxy = case == "titok-stage1"
-        assert output.images.shape == ((4, 1024, SIDE // 16, SIDE // 16) if proxy else (4, 3, SIDE, SIDE))
+        drawn = (4, 1024, SIDE // 16, SIDE // 16) if proxy else inputs(case, 4).shape
+        assert output.images.shape == drawn
     loss.backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     # The second learns from a teacher alone, the next two from a diffusion model, text encoders not at all.
@@ -233,7 +235,7 @@ ONE_PASS = [  # others sample the posterior, end at proxy codes or learn somethi
 
 @pytest.mark.parametrize("case", ONE_PASS)
 def test_training_forward_shows_what_encode_and_decode_give(case, models):
-    model, images = models(case), pictures(2)
+    model, images = models(case), inputs(case, 2)
     with torch.no_grad():
         output = model(images, **({"text": text_states(2)} if "text" in model.conditions else {}))
     tokens = model.encode(images)
@@ -242,13 +244,13 @@ def test_training_forward_shows_what_encode_and_decode_give(case, models):
 
 
 def test_flags_say_what_a_family_is_given_and_gives(case, model):
-    assert model.modality == "image"
+    assert model.modality in ("image", "video")
     if model.has_features:
-        features = model.features(pictures(2))
+        features = model.features(inputs(case, 2))
         assert features.ndim == 3 and len(features) == 2 and bool(features.isfinite().all())
     else:
         with pytest.raises(ValueError, match="no features"):
-            model.features(pictures(2))
+            model.features(inputs(case, 2))
     assert set(model.conditions) <= {"text", "class"}
     if model.size_multiple is not None:
         sides = (model.size_multiple, model.size_multiple * 2)
@@ -263,7 +265,7 @@ def test_flags_say_what_a_family_is_given_and_gives(case, model):
 
 
 def test_a_condition_is_taken_where_there_is_one_and_refused_elsewhere(case, model):
-    tokens = model.encode(pictures(1))
+    tokens = model.encode(inputs(case, 1))
     if model.encodes_conditions:
         assert model.decode(tokens, condition=text_states(1)).shape == (1, 3, SIDE, SIDE)
     elif "text" in model.conditions:
@@ -278,30 +280,47 @@ def test_a_condition_is_taken_where_there_is_one_and_refused_elsewhere(case, mod
 
 # ---- what a user gets wrong --------------------------------------------------------------------------------
 
-BAD_IMAGES = {
-    "integers": (torch.zeros(1, 3, SIDE, SIDE, dtype=torch.int64), ["torch.int64", "divide by 255"]),
-    "none, of the wrong size": (torch.zeros(0, 3, SIDE + 1, SIDE), [f"{SIDE + 1}×{SIDE}", "to_tensor"]),
-    "bytes": (torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), ["torch.uint8", "divide by 255"]),
-    "grey": (torch.zeros(1, 1, SIDE, SIDE), [f"[1, 1, {SIDE}, {SIDE}]", "[B, 3, H, W]", "to_tensor"]),
-    "alpha": (torch.zeros(1, 4, SIDE, SIDE), [f"[1, 4, {SIDE}, {SIDE}]", "to_tensor"]),
-    "unbatched": (torch.zeros(3, SIDE, SIDE), [f"[3, {SIDE}, {SIDE}]", "[B, 3, H, W]"]),
-    "wrong size": (torch.zeros(1, 3, SIDE + 1, SIDE), [f"{SIDE + 1}×{SIDE}", "to_tensor"]),
-    "not a number": (torch.full((1, 3, SIDE, SIDE), torch.nan), ["nan", "NaN"]),
-    "infinite": (torch.full((1, 3, SIDE, SIDE), torch.inf), ["inf", "[0, 1]"]),
-    "normalised": (torch.full((1, 3, SIDE, SIDE), -1.0), ["[-1, -1]", "mean/std"]),
-    "8-bit range": (torch.full((1, 3, SIDE, SIDE), 255.0), ["255", "divide"]),
-    "array": (torch.zeros(1, 3, SIDE, SIDE).numpy(), ["ndarray", "to_tensor"]),
-    "without values": (torch.zeros(1, 3, SIDE, SIDE, device="meta"), ["meta device", "to_tensor"]),
-    "sparse": (torch.zeros(1, 3, SIDE, SIDE).to_sparse(), ["sparse", "to_tensor"]),
-}
+
+def bad_inputs(modality):
+    """Kind of fault → inputs of that modality with it, and parts of the message."""
+    lead, other = ((1,), (1, 1)) if modality == "image" else ((1, 1), (1,))
+    layouts = {1: "[B, 3, H, W]", 2: "[B, T, 3, H, W]"}
+    layout, others = layouts[len(lead)], {1: "images", 2: "videos"}[len(other)]
+
+    def of(channels=3, height=SIDE, value=0.0, **options):
+        return torch.full((*lead, channels, height, SIDE), value, **options)
+
+    def shape(channels):
+        return str([*lead, channels, SIDE, SIDE])
+
+    return {
+        "integers": (of().long(), ["torch.int64", "divide by 255"]),
+        "none, of the wrong size": (of(height=SIDE + 1)[:0], [f"{SIDE + 1}×{SIDE}", "to_tensor"]),
+        "bytes": (of().byte(), ["torch.uint8", "divide by 255"]),
+        "grey": (of(1), [shape(1), layout, "to_tensor"]),
+        "alpha": (of(4), [shape(4), "to_tensor"]),
+        "unbatched": (torch.zeros(3, SIDE, SIDE), [f"[3, {SIDE}, {SIDE}]", layout]),
+        "of another modality": (
+            torch.zeros(*other, 3, SIDE, SIDE),
+            [layout, f"these are {others} {layouts[len(other)]}: "],
+        ),
+        "wrong size": (of(height=SIDE + 1), [f"{SIDE + 1}×{SIDE}", "to_tensor"]),
+        "not a number": (of(value=torch.nan), ["nan", "NaN"]),
+        "infinite": (of(value=torch.inf), ["inf", "[0, 1]"]),
+        "normalised": (of(value=-1.0), ["[-1, -1]", "mean/std"]),
+        "8-bit range": (of(value=255.0), ["255", "divide"]),
+        "array": (of().numpy(), ["ndarray", "to_tensor"]),
+        "without values": (of(device="meta"), ["meta device", "to_tensor"]),
+        "sparse": (of().to_sparse(), ["sparse", "to_tensor"]),
+    }
 
 
-@pytest.mark.parametrize("fault", BAD_IMAGES)
-def test_bad_images_are_refused_with_what_was_given_and_the_fix(model, fault):
-    images, said = BAD_IMAGES[fault]
+@pytest.mark.parametrize("fault", bad_inputs("image"))
+def test_bad_inputs_are_refused_with_what_was_given_and_the_fix(model, fault):
+    images, parts = bad_inputs(model.modality)[fault]
     with pytest.raises(ValueError) as raised:
         model.encode(images)
-    assert all(part in str(raised.value) for part in [*said, model.label])
+    assert all(part in str(raised.value) for part in [*parts, model.label])
 
 
 def test_latents_that_are_not_finite_name_the_image(models):
@@ -330,9 +349,10 @@ def test_numpy_integers_are_numbers_of_tokens(models, count):
 def test_weights_that_give_no_finite_latents_are_refused(case, model):
     model = copy.deepcopy(model)
     with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "encoder" in name).fill_(torch.inf)
+        parts = (p for name, p in model.named_parameters() if "encoder" in name or name.startswith("enc_"))
+        next(parts).fill_(torch.inf)
     with pytest.raises(ValueError, match="latents of image 0 of 1 hold NaN or infinity"):
-        model.encode(pictures(1))
+        model.encode(inputs(case, 1))
 
 
 def test_one_bad_pixel_is_enough(models):
@@ -344,19 +364,23 @@ def test_one_bad_pixel_is_enough(models):
 
 def test_the_suggested_conversion_is_accepted(model):
     pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()
-    assert len(model.encode(vistok.to_tensor(pixels, size=SIDE))) == 1
+    if model.modality == "video":
+        frames = vistok.to_tensor([pixels] * 3, size=SIDE)
+        assert len(model.encode(frames.unsqueeze(0))) == 1
+    else:
+        assert len(model.encode(vistok.to_tensor(pixels, size=SIDE))) == 1
 
 
 @pytest.mark.parametrize("case", FIXED_LENGTH)
 def test_fixed_length_tokenizers_refuse_another_count(case, models):
     model = models(case)
     count = model.num_tokens
-    assert model.encode(pictures(1), num_tokens=count).num_tokens == count
+    assert model.encode(inputs(case, 1), num_tokens=count).num_tokens == count
     message = f"exactly {count} tokens.*{count - 1} was asked"
     with pytest.raises(ValueError, match=message):
-        model.encode(pictures(1), num_tokens=count - 1)
+        model.encode(inputs(case, 1), num_tokens=count - 1)
     with pytest.raises(ValueError, match=message):
-        decode(model, case, model.encode(pictures(1)).prefix(count - 1))
+        decode(model, case, model.encode(inputs(case, 1)).prefix(count - 1))
 
 
 def test_fixed_length_tokenizers_refuse_ragged_tokens(models):
@@ -373,13 +397,13 @@ def test_fixed_length_tokenizers_refuse_ragged_tokens(models):
 def test_deterministic_decoders_refuse_steps_and_guidance(case, models, option):
     model = models(case)
     with pytest.raises(ValueError, match="one deterministic pass"):
-        model.decode(model.encode(pictures(1)), **options(case, 1), **option)
+        model.decode(model.encode(inputs(case, 1)), **options(case, 1), **option)
 
 
 @pytest.mark.parametrize("case", DETERMINISTIC)
 def test_deterministic_decoders_ignore_the_generator(case, models):
     model = models(case)
-    tokens, generator = model.encode(pictures(1)), torch.Generator().manual_seed(3)
+    tokens, generator = model.encode(inputs(case, 1)), torch.Generator().manual_seed(3)
     state = generator.get_state()
     images = model.decode(tokens, **options(case, 1), generator=generator)
     assert torch.equal(images, decode(model, case, tokens))
@@ -387,7 +411,7 @@ def test_deterministic_decoders_ignore_the_generator(case, models):
 
 
 def test_bare_codes_decode_like_tokens(case, model):
-    tokens = model.encode(pictures(1))  # of several images, padding would count
+    tokens = model.encode(inputs(case, 1))  # of several images, padding would count
     bare = model.decode(codes_of(tokens), **options(case, 1))
     assert torch.equal(bare, decode(model, case, tokens))
 
@@ -395,7 +419,7 @@ def test_bare_codes_decode_like_tokens(case, model):
 @pytest.mark.parametrize("code", [-1, 10**6])
 @pytest.mark.parametrize("case", ["mini", "titok-vq", "maskgit-vqgan", "flextok", "karl-vqgan-vq"])
 def test_codes_outside_the_codebook_are_refused(case, models, code):
-    codes = codes_of(models(case).encode(pictures(1))).clone()
+    codes = codes_of(models(case).encode(inputs(case, 1))).clone()
     codes[0, 1] = code
     with pytest.raises(ValueError, match=str(code)):
         models(case).decode(codes)
@@ -427,7 +451,7 @@ def test_latents_of_the_wrong_width_are_refused_by_name(models):
 
 
 def test_packed_tokens_decode_to_the_same_picture(case, model):
-    tokens = model.encode(pictures(2))
+    tokens = model.encode(inputs(case, 2))
     assert torch.equal(decode(model, case, Tokens.from_bytes(tokens.to_bytes())), decode(model, case, tokens))
 
 
@@ -441,6 +465,9 @@ PUBLISHED = {  # a name of each family, and the case that is like it
     "karl-vae-in100": "karl-vae",
     "seed-2": "seed-2",
     "slot-mllm": "slotmllm",
+    "mingtok-vision": "mingtok",
+    "cvivit-echopulse": "cvivit",
+    "softvq-l-64": "softvq",
 }
 
 
@@ -532,7 +559,7 @@ def ordered(request):
 
 def test_every_prefix_decodes_to_another_whole_picture(ordered):
     model = shared(ordered)
-    tokens = model.encode(pictures(2))
+    tokens = model.encode(inputs(ordered, 2))
     decoded = [decode(model, ordered, tokens.prefix(k)) for k in model.prefix_lengths]
     assert all(images.shape == (2, 3, SIDE, SIDE) for images in decoded)
     assert all((a - b).abs().max() > 1e-4 for a, b in pairwise(decoded))
@@ -540,21 +567,21 @@ def test_every_prefix_decodes_to_another_whole_picture(ordered):
 
 def test_encoding_to_k_tokens_is_the_prefix_of_the_full_code(ordered):
     model = shared(ordered)
-    full = model.encode(pictures(3))
+    full = model.encode(inputs(ordered, 3))
     for k in model.prefix_lengths:
-        assert model.encode(pictures(3), num_tokens=k) == full.prefix(k)
+        assert model.encode(inputs(ordered, 3), num_tokens=k) == full.prefix(k)
 
 
 @pytest.mark.parametrize("count", [0, -1, 9])
 def test_ordered_tokenizers_say_which_counts_they_take(ordered, count):
     model = shared(ordered)
     with pytest.raises(ValueError, match=f"1 to {model.num_tokens} tokens.*{count} was asked"):
-        model.encode(pictures(1), num_tokens=count)
+        model.encode(inputs(ordered, 1), num_tokens=count)
 
 
 def test_images_of_different_length_decode_as_they_do_alone(ordered):
     model = shared(ordered)
-    tokens = model.encode(pictures(3))
+    tokens = model.encode(inputs(ordered, 3))
     ragged = Tokens.cat([tokens[i].prefix(k) for i, k in enumerate([2, 5, 1])])
     assert Tokens.from_bytes(ragged.to_bytes()) == ragged
     alone = torch.cat([decode(model, ordered, tokens[i].prefix(k)) for i, k in enumerate([2, 5, 1])])
@@ -563,7 +590,7 @@ def test_images_of_different_length_decode_as_they_do_alone(ordered):
 
 def test_absent_tokens_have_no_influence(ordered):
     model = shared(ordered)
-    tokens = model.encode(pictures(1))
+    tokens = model.encode(inputs(ordered, 1))
     other = codes_of(tokens).clone()
     other[:, 3:] = (other[:, 3:] + 5) % 16
     lengths, told = torch.tensor([3]), options(ordered, 1)
@@ -582,7 +609,7 @@ def measured(model, images, tokens):
 
 
 def test_a_target_quality_is_reached_by_what_is_returned(ordered):
-    model, images = shared(ordered), pictures(2)
+    model, images = shared(ordered), inputs(ordered, 2)
     full = model.encode(images)
     target = float(measured(model, images, full).min()) - 0.01
     found = model.encode(images, target_psnr=target)
@@ -601,7 +628,7 @@ def test_who_chooses_lengths_takes_no_target_psnr(case, models):
 
 
 def test_an_unreachable_target_gives_the_best_prefix_and_a_warning(ordered):
-    model, images = shared(ordered), pictures(2)
+    model, images = shared(ordered), inputs(ordered, 2)
     with pytest.warns(UserWarning, match=f"2 of 2 images do not reach 60 dB.*{model.num_tokens} tokens"):
         found = model.encode(images, target_psnr=60)
     assert not found.reached.any()
@@ -991,9 +1018,9 @@ def test_folded_upsampling_is_nearest_upsampling_and_a_convolution(size):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_picture(case, models):
     model = models(case)
-    tokens = model.encode(pictures(2))
+    tokens = model.encode(inputs(case, 2))
     moved = copy.deepcopy(model).cuda()
-    found = moved.encode(pictures(2))  # pictures on the CPU are moved
+    found = moved.encode(inputs(case, 2))  # pictures on the CPU are moved
     assert found.device.type == "cuda"
     decoded = decode(moved, case, tokens).cpu()
     if case != "titok-stage1":

@@ -170,6 +170,9 @@ def test_what_is_not_a_shape_is_refused(model):
         ValueError, match="does not decode from a prefix of 5 tokens; the nearest that do have 3"
     ):
         model.encode(points, 5)
+    late = create("vat", **{**SMALL, "scales": (2, 8)})
+    with pytest.raises(ValueError, match="a prefix of 1 tokens; the nearest that does has 2"):
+        late.encode(points, 1)
     with pytest.raises(ValueError, match="no PSNR; give num_tokens"):
         model.encode(points, target_psnr=20.0)
     with pytest.raises(ValueError, match="resolution is 1; it is 2 to 512"):

@@ -63,10 +63,12 @@ class Skipped:
 
 
 def load_named(name: str, device: str, weights: Path | None = None) -> "Tokenizer":
-    """The tokenizer of a registry name, path or hub repository on the device of that name."""
+    """The tokenizer of pictures of a registry name, path or hub repository on the device of that name."""
     from ..loading import load
 
-    return load(name, device=named_device(device), weights=weights)
+    model = load(name, device=named_device(device), weights=weights)
+    model.require_modality("image", "this command works on picture files, so it takes")
+    return model
 
 
 def quality_options(target: float | None, target_psnr: float | None) -> dict[str, float]:

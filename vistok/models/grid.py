@@ -1,4 +1,4 @@
-"""What convolutional tokenizers share: images of any size are a row-major grid of tokens."""
+"""What tokenizers of a grid share: images, or videos, of any size are a row-major grid of tokens."""
 
 import dataclasses
 from math import isqrt
@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adaptive import AdaptiveTokens, encode_to_quality
 from ..tokenizer import Tokenizer
 from ..tokens import Tokens
 
 
 class GridTokenizer(Tokenizer):
-    """A tokenizer whose token is a square of `factor` pixels. A family sets `factor` and gives `latents` and
-    `draw`."""
+    """A tokenizer whose token is a square of `factor` pixels, of a video in some frames.
+
+    A family sets `factor` and gives `latents` and `draw`, or its own `pixels`.
+    """
 
     factor: int
 
@@ -44,16 +47,27 @@ class GridTokenizer(Tokenizer):
             )
         return num_tokens
 
+    def grid_of(self, images: Tensor) -> tuple[int, ...]:
+        """The sides of the grid that images fill: rows and columns, of a video after its steps in time."""
+        return images.shape[-2] // self.factor, images.shape[-1] // self.factor
+
     @torch.no_grad()
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
-        """Images [B, 3, H, W] in [0, 1], sides divisible by `factor` → a token per square of an image."""
-        codes = self.quantizer.encode(self.check_latents(self.latents(self.check_images(images))))
+    def encode(
+        self, images: Tensor, num_tokens: int | None = None, *, target_psnr: float | None = None
+    ) -> Tokens | AdaptiveTokens:
+        """Images [B, 3, H, W] in [0, 1], sides divisible by `factor` → a token per square of an image.
+
+        ValueError for images as in `Tokenizer.encode`, for another number of tokens than they have, and for a
+        target in dB, which chooses among prefixes.
+        """
+        if target_psnr is not None:
+            return encode_to_quality(self, images, target_psnr, num_tokens=num_tokens)
+        codes = self.quantizer.encode(self.check_latents(self.latents(self.check_inputs(images))))
         if num_tokens not in (None, codes.shape[1]):
             raise ValueError(
                 f"these images have {codes.shape[1]} tokens per image; {num_tokens} was asked for"
             )
-        sides = images.shape[2] // self.factor, images.shape[3] // self.factor
-        return dataclasses.replace(self.as_tokens(codes), grid=sides)
+        return dataclasses.replace(self.as_tokens(codes), grid=self.grid_of(images))
 
     @torch.no_grad()
     def decode(

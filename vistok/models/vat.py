@@ -147,22 +147,6 @@ class VAT(Tokenizer):
     # Shapes ↔ tokens ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(
-        self, points: Tensor, num_tokens: int | None = None, *, target_psnr: float | None = None
-    ) -> Tokens:
-        """Surface points [B, P, 3], with normals [B, P, 6], → tokens; the order of points does not matter.
-
-        Raises:
-            ValueError: points of another shape or type, outside [-1, 1] or not finite, normals that are not
-                of length 1, a number of tokens at which no scale ends, a target in dB.
-        """
-        if target_psnr is not None:
-            raise ValueError(f"{self.label} codes shapes, which have no PSNR; give num_tokens")
-        count = self.check_num_tokens(num_tokens)
-        codes = self.quantizer.encode(self.check_latents(self.latents(self.check_points(points))))
-        return self.as_tokens(codes) if count == self.num_tokens else self.as_tokens(codes).prefix(count)
-
-    @torch.no_grad()
     def decode(
         self,
         tokens: Tokens | Tensor,
@@ -252,8 +236,14 @@ class VAT(Tokenizer):
             planes |= dict(zip(rows, self.planes(latents), strict=True))
         return torch.stack([planes[row] for row in range(len(planes))])
 
-    def check_points(self, points: Tensor) -> Tensor:
-        """Points in this model's dtype and on its device, or a ValueError that names what to change."""
+    def check_inputs(self, points: Tensor) -> Tensor:
+        """Surface points [B, P, 3], with normals [B, P, 6], in this model's dtype and on its device; their
+        order does not matter.
+
+        Raises:
+            ValueError: points of another shape or type, outside [-1, 1] or not finite, normals that are not
+                of length 1.
+        """
         width = 6 if self.config.normals else 3
         shape = list(points.shape) if isinstance(points, Tensor) else type(points).__name__
         if not isinstance(shape, list) or len(shape) != 3 or shape[2] != width or not shape[1]:

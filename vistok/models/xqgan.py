@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from ..configuration import build
 from ..nn.cpu.linear import linear
+from ..nn.vit import EPSILON, ScaledViTBlock
 from ..quantizers import (
     MultiScaleBinaryQuantizer,
     MultiScaleVectorQuantizer,
@@ -30,9 +31,8 @@ from ..registry import Entry, register, register_family
 from ..tokenizer import Tokenizer, TrainingOutput
 from .ranges import require_between, require_depths, require_sizes
 
-SIZES = {"small": (384, 12, 6), "base": (768, 12, 12)}  # width, layers, heads
+SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, layers, heads
 PATCH = 16
-EPSILON = 1e-6  # of every layer norm
 TEN_SCALES = (1, 1, 2, 3, 3, 4, 5, 6, 8, 11)
 
 
@@ -109,42 +109,19 @@ class XQGANConfig:
         return build(cls, stated, "the configuration")
 
 
-class Block(nn.Module):
-    """A DINOv2 block: pre-norm attention and MLP, each scaled per channel."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, EPSILON), nn.LayerNorm(width, EPSILON)
-        self.attn, self.mlp = nn.Module(), nn.Module()
-        self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.ls1, self.ls2 = nn.Module(), nn.Module()
-        for scale in (self.ls1, self.ls2):
-            scale.gamma = nn.Parameter(torch.full((width,), 1e-5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] → [B, N, D]."""
-        rows = linear(self.norm1(x), self.attn.qkv.weight, self.attn.qkv.bias).chunk(3, -1)
-        heads = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in rows)
-        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        x = x + self.ls1.gamma * linear(attended, self.attn.proj.weight, self.attn.proj.bias)
-        hidden = F.gelu(linear(self.norm2(x), self.mlp.fc1.weight, self.mlp.fc1.bias))
-        return x + self.ls2.gamma * linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias)
-
-
 class ViT(nn.Module):
-    """The backbone: class token, position table and blocks; `patches` adds the patch embedding."""
+    """The backbone: class token, position table and blocks; `patch` pixels per side add the embedding of
+    patches."""
 
-    def __init__(self, size: str, grid: int, patches: bool) -> None:
+    def __init__(self, size: str, grid: int, patch: int | None = None) -> None:
         super().__init__()
         width, layers, heads = SIZES[size]
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + grid**2, width))
-        if patches:
+        if patch is not None:
             self.patch_embed = nn.Module()
-            self.patch_embed.proj = nn.Conv2d(3, width, PATCH, PATCH)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+            self.patch_embed.proj = nn.Conv2d(3, width, patch, patch)
+        self.blocks = nn.Sequential(*(ScaledViTBlock(width, heads, 4 * width) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, EPSILON)
 
     def with_class(self, rows: Tensor, positions: Tensor) -> Tensor:
@@ -169,7 +146,7 @@ class XQEncoder(nn.Module):
         width = SIZES[config.encoder_model][0]
         count, branches = config.num_latent_tokens, config.product_quant
         self.side, self.branches = config.v_patch_nums[-1], branches
-        self.model = ViT(config.encoder_model, config.image_size // PATCH, patches=True)
+        self.model = ViT(config.encoder_model, config.image_size // PATCH, PATCH)
         self.latent_tokens = nn.Parameter(0.02 * torch.randn(1, branches * count, width))
         if config.abs_pos_embed:
             levels = [0] * self.model.pos_embed.shape[1]
@@ -202,7 +179,7 @@ class XQDecoder(nn.Module):
         width, grid = SIZES[config.decoder_model][0], config.image_size // PATCH
         count = config.num_latent_tokens
         self.grid, self.side = grid, config.v_patch_nums[-1]
-        self.model = ViT(config.decoder_model, grid, patches=False)
+        self.model = ViT(config.decoder_model, grid)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.to_pixel = nn.Module()
         self.to_pixel.model = nn.Linear(width, 3 * PATCH**2)
@@ -276,6 +253,8 @@ class XQGAN(Tokenizer):
         """Everything follows from keys and shapes but what only training uses; codebooks are compared as unit
         vectors, as all published ones."""
         if "encoder.model.blocks.0.attn.qkv.weight" not in shapes or "decoder.mask_token" not in shapes:
+            return None
+        if len(shapes.get("quant_conv.weight", ())) != 4:  # SoftVQ-VAE has a linear layer
             return None
         return config if config and "enc_type" in config else _config_from_shapes(shapes)
 

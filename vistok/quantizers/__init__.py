@@ -9,6 +9,7 @@ quantizer.usage(codes)                  # how much of the codebook, or of each b
 from .base import Quantized, Quantizer
 from .binary import BinaryQuantizer, bits_to_integers, integers_to_bits
 from .continuous import ContinuousLatents
+from .cosine import CosineQuantizer
 from .finite_scalar import FiniteScalarQuantizer
 from .gaussian import DiagonalGaussian, GaussianQuantizer
 from .lookup_free import LookupFreeQuantizer
@@ -17,6 +18,7 @@ from .perturbation import perturb, perturbation_ratio
 from .product import ProductQuantizer
 from .residual import ResidualQuantizer
 from .shared_residual import SharedResidualQuantizer
+from .soft_vector import SoftVectorQuantizer
 from .usage import bit_entropy, codebook_usage, perplexity
 from .variational_residual import VariationalResidualQuantizer
 from .vector import VectorQuantizer
@@ -24,6 +26,7 @@ from .vector import VectorQuantizer
 __all__ = [
     "BinaryQuantizer",
     "ContinuousLatents",
+    "CosineQuantizer",
     "DiagonalGaussian",
     "FiniteScalarQuantizer",
     "GaussianQuantizer",
@@ -35,6 +38,7 @@ __all__ = [
     "Quantizer",
     "ResidualQuantizer",
     "SharedResidualQuantizer",
+    "SoftVectorQuantizer",
     "VariationalResidualQuantizer",
     "VectorQuantizer",
     "bit_entropy",

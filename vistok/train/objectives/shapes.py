@@ -99,11 +99,7 @@ class ShapesObjective(Objective):
         self.config, self.device = config, device
         fields = dict(config.tokenizer)
         self.model = create(fields.pop("name"), **fields)
-        if self.model.modality != "shape":
-            raise ValueError(
-                f"{self.model.label} tokenizes {self.model.modality}s; this objective trains a tokenizer of "
-                "shapes, such as vat"
-            )
+        self.model.require_modality("shape", "this objective trains")
         self.normals = self.model.config.normals
         self.weights = {"occupancy": 1.0, "kl": 1.0, "commitment": 1.0}
         self.data = _Samples(config)

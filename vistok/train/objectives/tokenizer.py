@@ -34,6 +34,7 @@ class TokenizerObjective(Objective):
     def __init__(self, config: TrainConfig, device: torch.device, progress: bool) -> None:
         self.config, self.device, self.progress = config, device, progress
         self.tokenizer = self.model = self._tokenizer()
+        self.model.require_modality("image", "this objective trains")
         self.source = self._source()
         self.teacher = load(config.teacher, device=device) if config.teacher else None
         self._loss = ReconstructionLoss(config.loss, config.perceptual_weights).to(device)
