@@ -2,12 +2,18 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...compress.algorithms import langdc, quota, slowfast
+from ...compress.algorithms.grid import best_resolution
+from ...compress.trained import m3, slowfast_layer
+from ...compress.trained.ldp import LDP, LDPConfig, LDPv2
+from ...extras import needs
+from . import streams
 from .case import Case, Outputs
 
 FAMILIES = ("compressors",)
@@ -85,7 +91,115 @@ def _slowfast_split(case: Case) -> Outputs:
         yield "image_fast", slowfast.spatial_means(case.array("image"), int(stride[1]))
 
 
+def _slowfast_layer(case: Case) -> Outputs:
+    with needs("transformers", None, "building a decoder layer"):
+        from transformers import DynamicCache, Qwen2Config
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+        from ...compress.hosts import cache_parameter
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps")
+    config = Qwen2Config(
+        **{name: case.config[name] for name in names},
+        rope_parameters={"rope_type": "default", "rope_theta": case.config["rope_theta"]},
+        attn_implementation="sdpa",
+    )
+    settings = slowfast_layer.SlowFastConfig(
+        layers=(0,),
+        cross_attn_implementation=case.config["cross_attn_implementation"],
+        cross_attn_gating_type=case.config["cross_attn_gating_type"],
+    )
+    sessions = []
+
+    def make() -> nn.Module:
+        layer = Qwen2DecoderLayer(config, 0)
+        sessions.append(slowfast_layer.SlowFast([layer], settings))
+        return layer
+
+    layer = case.build(make)
+    session = sessions[-1]
+    rotation = Qwen2RotaryEmbedding(config).to(case.device)
+    types, real = case.recorded("token_type"), case.recorded("attention_mask").bool()
+    slow_mask = case.recorded("cross_mask").bool()
+    x = case.array("x") * real[..., None]
+    slow = case.array("visual") * slow_mask[..., None]
+    cache = cache_parameter(layer.forward)
+
+    def run(hidden: Tensor, start: int = 0, **options: Any) -> Tensor:
+        places = torch.arange(start, start + hidden.shape[1], device=case.device)[None]
+        return layer(hidden, position_embeddings=rotation(hidden, places), **options)
+
+    causal = torch.ones(2 * x.shape[1:2], dtype=torch.bool, device=case.device).tril()
+    mask = (causal & real[:, None])[:, None]
+    session.trace = {}
+    with torch.no_grad():
+        with session.reading(slow, types, slow_mask):
+            yield "prefill_out", run(x, attention_mask=mask) * real[..., None]
+        yield "cross_context", session.trace["layer 0"]
+        yield "prefill_out_no_cross", run(x, attention_mask=mask) * real[..., None]
+        length, steps, past = int(real[0].sum()), case.array("decode_x"), DynamicCache()
+        with session.reading(slow[:1], types[:1, :length], slow_mask[:1]):
+            run(x[:1, :length], attention_mask=mask[:1, :, :length, :length], **{cache: past})
+            outputs = [
+                run(steps[:, [step]], length + step, attention_mask=None, **{cache: past})
+                for step in range(steps.shape[1])
+            ]
+        yield "decode_out", torch.cat(outputs, 1)
+
+
+# M3 ---------------------------------------------------------------------------------------------------------
+
+
+def _m3_pool(case: Case) -> Outputs:
+    tokens = case.array("x")
+    for scale in case.config["scales"]:
+        yield f"out_{scale}", m3.nested_pool(tokens, scale, exact=False)
+
+
+def _m3_anyres(case: Case) -> Outputs:
+    config = case.config
+    kind = config["mm_patch_merge_type"]
+    if kind not in ("spatial", "spatial_unpad") or config["image_aspect_ratio"] != "anyres":
+        raise case.refusal(
+            f"it merges {config['image_aspect_ratio']} tiles by {kind!r}; this version takes anyres and "
+            "spatial or spatial_unpad"
+        )
+    pixels = config["tower_image_size"]
+    pinpoints = [(height, width) for width, height in config["image_grid_pinpoints"]]
+    sizes = [(height, width) for width, height in config["image_sizes_wh"]]
+    unpads = kind == "spatial_unpad"
+    newline = case.array("image_newline") if unpads else None
+    features = case.array("features").split(config["tiles"])
+    table, ids = case.array("embed_tokens.weight"), case.recorded("input_ids")
+    real = case.recorded("attention_mask").bool()
+    for scale in config["scales"]:
+        rows = []
+        for number, (size, tiles) in enumerate(zip(sizes, features, strict=True)):
+            height, width = best_resolution(size, pinpoints)
+            grid = height // pixels, width // pixels
+            if len(tiles) > 1:
+                case.check_stated("tiles of a picture", [*grid[::-1]], config["grids_wh"][number])
+            pooled = m3.nested_pool(tiles, scale, exact=False)
+            visual = m3.merged_tiles(pooled, *grid, image_size=size if unpads else None, newline=newline)
+            own = ids[number][real[number]].long()
+            rows.append(langdc.spliced(table[own.clamp_min(0)], own, _PLACEHOLDER, visual))
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=case.device)
+        yield f"embeds_{scale}", padded
+        yield f"mask_{scale}", (torch.arange(padded.shape[1], device=case.device) < lengths[:, None]).int()
+
+
 # LangDC -----------------------------------------------------------------------------------------------------
+
+
+def _langdc_ldp(case: Case) -> Outputs:
+    kinds = {"ldp": LDP, "ldpv2": LDPv2}
+    kind = case.config["kind"]
+    if kind not in kinds:
+        raise case.refusal(f"its projector is {kind!r}; this version takes {', '.join(kinds)}")
+    states = case.array("x")
+    case.check_stated("tokens per frame", states.shape[1], case.config["side"] ** 2)
+    config = LDPConfig(case.config["mm_hidden_size"], case.config["hidden_size"])
+    yield "out", case.build(lambda: kinds[kind](config))(states)
 
 
 def _langdc_assemble(case: Case) -> Outputs:
@@ -195,6 +309,13 @@ def _channels(case: Case, name: str, values: Tensor) -> Tensor:
 COMPONENTS: dict[str, Callable[[Case], Outputs]] = {
     "quota_alloc": _quota,
     "slowfast_split": _slowfast_split,
+    "slowfast_layer": _slowfast_layer,
+    "m3_pool": _m3_pool,
+    "m3_anyres": _m3_anyres,
     "langdc_assemble": _langdc_assemble,
+    "langdc_ldp": _langdc_ldp,
+    "stc_cacher": streams.run_cacher,
+    "stc_pruner": streams.run_pruner,
+    "pvc_preprocess": streams.run_pvc,
 }
 """By the beginning of a case's name."""

@@ -303,6 +303,8 @@ def test_reducers_that_act_together_are_named_with_their_budgets():
     settings = plan(names, (0.5,), ("keep",), native=False, layers=4)
     assert [setting.label for setting in settings[5:]] == ["tome 0.5 + divprune 0.25", "divprune 0.1"]
     assert settings[5].reducers == (("tome", 0.5), ("divprune", 0.25)) and settings[5].keep == 0.25
+    everything = plan(None, (0.5,), ("keep",), native=False)
+    assert {"divprune 0.5", "lazyllm 0.5"} <= {setting.label for setting in everything}
     only = plan(("tome:0.5+fastv:0.25",), (0.5,), ("keep",), native=False)
     assert [setting.label for setting in only[4:]] == ["tome 0.5 + fastv 0.25"]
     mixed = plan(("pixelprune+fastv:0.25",), (0.5,), ("keep",), native=False)[-1]

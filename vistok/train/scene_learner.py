@@ -15,15 +15,8 @@ _POINTER_LAYER, _POINTER_WIDTH = 2, 64
 _FACT_LAYER = 4
 
 
-class SceneLearner(nn.Module):
-    """The losses of a vision-language model on batches of `SceneBatches`.
-
-    "answer" is the cross entropy of answer tokens. Auxiliary losses let the model learn from scratch:
-    "patches" asks of each visual token what it shows; "class_token" (only where the tower has one) asks of
-    each tile's class token which things the tile holds; "phrases" asks of the last word of each phrase, after
-    the second layer of the language model, which visual tokens show what it describes; "facts" asks it, after
-    the fourth layer, how many things it fits and what the one thing looks like. Their linear heads belong to
-    this module and are not part of the model.
+class SceneReader(nn.Module):
+    """A vision-language model on batches of `SceneBatches`, whose questions are read beside each other.
 
     Args:
         model: of `scenes_vlm` or `scenes_qwen`.
@@ -33,17 +26,6 @@ class SceneLearner(nn.Module):
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         super().__init__()
         self.model = model
-        width = model.config.text_config.hidden_size
-        self.patch_head = nn.Linear(width, sum(LABELS.values()))
-        self.pointer_query = nn.Linear(width, _POINTER_WIDTH)
-        self.pointer_key = nn.Linear(width, _POINTER_WIDTH)
-        self.pointer_none = nn.Parameter(torch.zeros(1))  # the score of "nothing fits"
-        self.fact_head = nn.Linear(width, sum(FACTS.values()))
-        self.class_head = None
-        if hasattr(model.config, "image_grid_pinpoints"):
-            self.class_head = nn.Linear(
-                model.config.vision_config.hidden_size, len(COLOURS) * (len(SHAPES) + 1)
-            )
         picture = np.zeros((PICTURE_SIZE, PICTURE_SIZE, 3), dtype=np.uint8)
         inputs = processor(text=[prompt(processor, "")], images=[picture], return_tensors="pt")
         ids = inputs["input_ids"]
@@ -61,6 +43,76 @@ class SceneLearner(nn.Module):
         self.register_buffer("is_visual", is_visual[:length], persistent=False)
         self.register_buffer("positions", positions, persistent=False)
 
+    def _prefix(self, visual_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompt before the question: token ids [P], which of them are visual [P], and positions [...,
+        P]."""
+        return self.prefix, self.is_visual, self.positions
+
+    def _states(self, features: Tensor, batch: dict[str, Tensor]) -> BaseModelOutputWithPast:
+        """The language model's states of prefix and text, [B, P + T, D] per layer."""
+        core = self.model.model
+        prefix, is_visual, positions = self._prefix(features.shape[1])
+        rows, length = len(features), len(prefix)
+        ids = torch.cat([prefix.expand(rows, -1), batch["text"]], dim=1)
+        embeddings = core.get_input_embeddings()(ids)
+        visual = torch.cat([is_visual, is_visual.new_zeros(batch["text"].shape[1])])
+        embeddings = embeddings.masked_scatter(visual[None, :, None], features.to(embeddings.dtype))
+        following = (positions.max() + 1 + batch["offset"]).expand(*positions.shape[:-1], rows, -1)
+        positions = positions.unsqueeze(-2).expand(*positions.shape[:-1], rows, length)
+        return core.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=_question_mask(batch["segment"], length, embeddings.dtype),
+            position_ids=torch.cat([positions, following], dim=-1),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+
+    def _answer_loss(self, states: BaseModelOutputWithPast, batch: dict[str, Tensor]) -> Tensor:
+        """Cross entropy of the answers' tokens."""
+        learned = batch["target"] != IGNORED
+        text = states.last_hidden_state[:, -batch["text"].shape[1] :]
+        return F.cross_entropy(self.model.lm_head(text[learned]).float(), batch["target"][learned])
+
+    def _right(self, features: Tensor, batch: dict[str, Tensor]) -> list[bool]:
+        """Whether the answer to each question of a batch of `question_batches` is right.
+
+        The most likely token is compared at every place of the right answer, which is what greedy decoding
+        finds where it is right.
+        """
+        target = batch["target"]
+        text = self._states(features, batch).last_hidden_state[:, -target.shape[1] :]
+        return ((self.model.lm_head(text).argmax(-1) == target) | (target == IGNORED)).all(dim=1).tolist()
+
+
+class SceneLearner(SceneReader):
+    """The losses of a vision-language model on batches of `SceneBatches`.
+
+    "answer" is the cross entropy of answer tokens. Auxiliary losses let the model learn from scratch:
+    "patches" asks of each visual token what it shows; "class_token" (only where the tower has one) asks of
+    each tile's class token which things the tile holds; "phrases" asks of the last word of each phrase, after
+    the second layer of the language model, which visual tokens show what it describes; "facts" asks it, after
+    the fourth layer, how many things it fits and what the one thing looks like. Their linear heads belong to
+    this module and are not part of the model.
+
+    Args:
+        model: of `scenes_vlm` or `scenes_qwen`.
+        processor: its processor.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        super().__init__(model, processor)
+        width = model.config.text_config.hidden_size
+        self.patch_head = nn.Linear(width, sum(LABELS.values()))
+        self.pointer_query = nn.Linear(width, _POINTER_WIDTH)
+        self.pointer_key = nn.Linear(width, _POINTER_WIDTH)
+        self.pointer_none = nn.Parameter(torch.zeros(1))  # the score of "nothing fits"
+        self.fact_head = nn.Linear(width, sum(FACTS.values()))
+        self.class_head = None
+        if hasattr(model.config, "image_grid_pinpoints"):
+            self.class_head = nn.Linear(
+                model.config.vision_config.hidden_size, len(COLOURS) * (len(SHAPES) + 1)
+            )
+
     def forward(self, batch: dict[str, Tensor], only_visual: bool = False) -> dict[str, Tensor]:
         """Return the scalars "answer", "phrases", "facts", "patches" and (see above) "class_token".
 
@@ -70,13 +122,12 @@ class SceneLearner(nn.Module):
         if only_visual:
             return self._visual_losses(features, class_tokens, batch)
         states = self._states(features, batch)
-        length, learned = len(self.prefix), batch["target"] != IGNORED
-        logits = self.model.lm_head(states.last_hidden_state[:, length:][learned]).float()
+        length = len(self.prefix)
         middle = states.hidden_states[_POINTER_LAYER]
         visual = middle[:, :length][:, self.is_visual]
         facts = self.fact_head(states.hidden_states[_FACT_LAYER][:, length:])
         return {
-            "answer": F.cross_entropy(logits, batch["target"][learned]),
+            "answer": self._answer_loss(states, batch),
             "phrases": self._phrase_loss(middle[:, length:], visual, batch["phrase"], batch["patches"]),
             "facts": _fact_loss(facts, batch["facts"]),
             **self._visual_losses(features, class_tokens, batch),
@@ -84,15 +135,9 @@ class SceneLearner(nn.Module):
 
     @torch.no_grad()
     def is_right(self, batch: dict[str, Tensor]) -> list[bool]:
-        """Whether the answer to each question of a batch of `question_batches` is right.
-
-        The most likely token is compared at every place of the right answer, which is what greedy decoding
-        finds where it is right.
-        """
-        features, _ = self._features(batch)
-        states = self._states(features, batch).last_hidden_state[:, len(self.prefix) :]
-        target = batch["target"]
-        return ((self.model.lm_head(states).argmax(-1) == target) | (target == IGNORED)).all(dim=1).tolist()
+        """Whether the answer to each question of a batch of `question_batches` is right, as greedy decoding
+        would give it."""
+        return self._right(self._features(batch)[0], batch)
 
     def compile(self) -> None:  # type: ignore[override]
         """Compile the vision tower and the language model; what is around them is small."""
@@ -120,24 +165,6 @@ class SceneLearner(nn.Module):
         if self.class_head is None:
             return features, None
         return features, core.vision_tower.post_layernorm(output.last_hidden_state[:, 0])
-
-    def _states(self, features: Tensor, batch: dict[str, Tensor]) -> BaseModelOutputWithPast:
-        """The language model's states of prefix and text, [B, P + T, D] per layer."""
-        core = self.model.model
-        rows, length = len(features), len(self.prefix)
-        ids = torch.cat([self.prefix.expand(rows, -1), batch["text"]], dim=1)
-        embeddings = core.get_input_embeddings()(ids)
-        visual = torch.cat([self.is_visual, self.is_visual.new_zeros(batch["text"].shape[1])])
-        embeddings = embeddings.masked_scatter(visual[None, :, None], features.to(embeddings.dtype))
-        positions = self.positions.unsqueeze(-2).expand(*self.positions.shape[:-1], rows, length)
-        following = (self.positions.max() + 1 + batch["offset"]).expand(*positions.shape[:-1], -1)
-        return core.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=_question_mask(batch["segment"], length, embeddings.dtype),
-            position_ids=torch.cat([positions, following], dim=-1),
-            use_cache=False,
-            output_hidden_states=True,
-        )
 
     def _phrase_loss(self, text: Tensor, visual: Tensor, phrase: Tensor, patches: Tensor) -> Tensor:
         """Cross entropy between where phrases point and the visual tokens [B, N] that they fit, or none."""

@@ -151,7 +151,7 @@ def plan(
         raise ValueError(f"keep is {', '.join(map(str, keeps)) or 'empty'}; it takes shares in (0, 1]")
     together = [name for name in names or () if "+" in name or ":" in name]
     alone = [name for name in names or () if name not in together]
-    single = checked_names(alone) if alone or not together else []
+    single = [] if together and not alone else checked_names(None if names is None else alone)
     ordered = list(dict.fromkeys([*BASELINES, *single]))
     settings = [FULL]
     for keep in sorted(set(keeps), reverse=True):

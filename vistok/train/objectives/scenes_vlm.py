@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,28 @@ class ScenesVlmConfig(RunConfig):
             )
 
 
+def numbered_batches(
+    data: Any, config: RunConfig, start: int, rank: int, world_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches `data[n]` of one process, made by the run's workers."""
+    batches = DataLoader(
+        data,
+        batch_size=None,
+        sampler=itertools.count(start * world_size + rank, world_size),
+        num_workers=config.workers,
+        worker_init_fn=worker_started if config.workers else None,
+    )
+    yield from start_workers(batches)
+
+
+def write_vlm(model: Any, processor: Any, folder: Path, dtype: str) -> None:
+    """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load."""
+    vlm = model.to(getattr(torch, dtype))
+    vlm.set_attn_implementation("sdpa")
+    vlm.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 class ScenesVlmObjective(Objective):
     """A vision-language model on scenes of known objects."""
 
@@ -74,15 +96,7 @@ class ScenesVlmObjective(Objective):
                 f"visual_steps is {self.config.visual_steps}, which leaves the language model without "
                 f"gradients, and {world_size} processes would wait for them; set visual_steps: 0"
             )
-        workers = self.config.workers
-        batches = DataLoader(
-            self.data,
-            batch_size=None,
-            sampler=itertools.count(start * world_size + rank, world_size),
-            num_workers=workers,
-            worker_init_fn=worker_started if workers else None,
-        )
-        yield from start_workers(batches)
+        yield from numbered_batches(self.data, self.config, start, rank, world_size)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """The losses of a step, of the tower alone in the first `visual_steps`."""
@@ -99,7 +113,4 @@ class ScenesVlmObjective(Objective):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load."""
-        vlm = model.model.to(getattr(torch, self.config.export_dtype))
-        vlm.set_attn_implementation("sdpa")
-        vlm.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        write_vlm(model.model, self.processor, folder, self.config.export_dtype)

@@ -1,0 +1,1 @@
+"""Compressors with trained weights: pooled and flexible projectors, and the layer that reads slow tokens."""
