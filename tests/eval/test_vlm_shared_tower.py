@@ -13,7 +13,7 @@ from vistok.eval.tasks.vlm.shared_tower import SharedTower, leaves_tower_alone
 
 ALONE = {
     *("averagepool", "divprune", "downsample", "fastv", "keynorm", "pyramiddrop", "random", "transprune"),
-    *("uniformgrid", "dart", "ima", "promptdistill", "sparsevlm", "cdpruner"),
+    *("uniformgrid", "dart", "ima", "promptdistill", "sparsevlm", "cdpruner", "lazyllm", "evs", "vidcom2"),
     *("h2o", "keyformer", "tokenselect", "recycledattention"),
 }
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORT_NAMES = {
     "accelerate": "accelerate",
+    "av": "av",
     "datasets": "datasets",
     "diffusers": "diffusers",
     "lpips": "lpips",
@@ -47,6 +48,7 @@ sys.meta_path[:] = map(Filtered, sys.meta_path)
 HINTS = [
     ("accelerate", "train", "import vistok.train.loop"),
     ("accelerate", "eval", "from vistok.eval.engine.passes import join; join(torch.device('cpu'))"),
+    ("av", "video", "from vistok.video_files import read_frames; read_frames('pyproject.toml')"),
     ("diffusers", "diffusers", "import vistok; vistok.create('flextok-d12-d12-in1k')"),
     ("lpips", "lpips", "from vistok.nn.lpips import build_lpips; build_lpips('alex', None)"),
     ("matplotlib", "eval", "from vistok.eval.report.charts import require; require()"),

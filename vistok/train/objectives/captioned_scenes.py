@@ -1,7 +1,6 @@
 """Training a tokenizer that reads captions, on scenes of known objects with captions made for them."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ...files import atomic_write
 from ...images import side_by_side, to_pil
 from ...tokenizer import Tokenizer
 from ..config import TrainConfig, check_ranges
 from ..object_scenes import PICTURE_SIZE, ObjectScene, caption, object_scene, render
-from ..workers import start as start_workers
-from ..workers import worker_started
+from .scenes_vlm import numbered_batches
 from .tokenizer import TokenizerObjective
 
 
@@ -104,15 +102,8 @@ class CaptionedScenesObjective(TokenizerObjective):
 
     def batches(self, start: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
         """ "images" uint8 [B, 3, H, W] and "captions", a list of B."""
-        workers = self.config.workers
-        batches = DataLoader(
-            _Batches(self.source, self.config.batch_size),
-            batch_size=None,
-            sampler=itertools.count(start * world_size + rank, world_size),
-            num_workers=workers,
-            worker_init_fn=worker_started if workers else None,
-        )
-        yield from start_workers(batches)
+        data = _Batches(self.source, self.config.batch_size)
+        return numbered_batches(data, self.config, start, rank, world_size)
 
     def _given(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         return batch["images"].float() / 255, self._text(batch["captions"])

@@ -1,7 +1,6 @@
 """Training a tokenizer of solids on procedural shapes, by which points are inside."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,15 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ...loading import create
 from ...tokenizer import Tokenizer
 from ..config import RunConfig, check_ranges
 from ..objective import Objective
 from ..shapes import shape
-from ..workers import start as start_workers
-from ..workers import worker_started
+from .scenes_vlm import numbered_batches
 
 NEAR = (0.02, 0.1)  # how far from the surface, as standard deviations, half of the queries lie
 
@@ -106,15 +104,7 @@ class ShapesObjective(Objective):
 
     def batches(self, start: int, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
         """ "points" [B, P, 6], "queries" [B, M, 3] and "inside" [B, M], 1 inside."""
-        workers = self.config.workers
-        batches = DataLoader(
-            self.data,
-            batch_size=None,
-            sampler=itertools.count(start * world_size + rank, world_size),
-            num_workers=workers,
-            worker_init_fn=worker_started if workers else None,
-        )
-        yield from start_workers(batches)
+        return numbered_batches(self.data, self.config, start, rank, world_size)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Binary cross entropy of inside and outside, and the quantizer's losses."""
