@@ -1,4 +1,5 @@
-"""Parity of DetailFlow's tokenizer: both networks, prefixes, corrected codes, preprocessing, resolutions."""
+"""Parity of DetailFlow's tokenizer: both networks, prefixes, corrected codes, preprocessing, resolutions;
+and of its generator."""
 
 import re
 from functools import partial
@@ -13,6 +14,7 @@ from ...images import adm_center_crop
 from ...models.detailflow import DetailFlow, DetailFlowConfig, ResolutionMap
 from .case import Case, Outputs
 from .fields import check_size
+from .llama import run_detailflow
 from .recorder import Recorder
 from .titok import margin
 
@@ -24,6 +26,9 @@ def run(case: Case) -> Outputs:
     """vistok's outputs for every recorded tensor, in the order they were made."""
     if not case.keys:
         yield from _resolutions(case)
+        return
+    if "tok_embeddings.weight" in case.keys:
+        yield from run_detailflow(case)
         return
     config = DetailFlowConfig.parse(case.config)
     model = case.build(lambda: DetailFlow(config))

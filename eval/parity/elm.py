@@ -1,10 +1,11 @@
-"""Parity of ELM's binary autoencoder."""
+"""Parity of ELM's binary autoencoder and its language model."""
 
 import torch
 from torch import Tensor
 
 from ...models.elm import ELM
 from .case import Case, Outputs
+from .llama import run_elm
 
 FAMILIES = ("elm",)
 
@@ -12,7 +13,8 @@ FAMILIES = ("elm",)
 def run(case: Case) -> Outputs:
     """vistok's outputs for every recorded tensor, in the order they were made."""
     if not any(key.startswith("encoder.blocks.") for key in case.keys):
-        raise case.refusal("it holds ELM's language model, which is not in this version")
+        yield from run_elm(case)
+        return
     keys = case.data["state_dict"]
     for key in [key for key in keys if key.startswith("generator.logsigma.")]:  # a head that nothing uses
         del keys[key]

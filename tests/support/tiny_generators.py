@@ -26,6 +26,36 @@ CASES = {
     "rar": ("rar", {**NETWORK, "guidance_scale_pow": 1.5}),
     "rar-grid": ("rar", {**NETWORK, "guidance_scale_pow": 0.0, "grid": (2, 3)}),
 }
+LLAMA = {
+    "tokenizer": TOKENIZER,
+    "dim": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "num_classes": CLASSES,
+    "multiple_of": 8,
+    "temperature": 1.3,
+    "cfg_scale": 3.0,
+}
+LLAMA_CASES = {
+    "detailflow-gpt": ("detailflow-gpt", {**LLAMA, "vocab_size": CODES, "block_size": 8, "group_size": 2}),
+    "detailflow-gpt-late": (
+        "detailflow-gpt",
+        {**LLAMA, "vocab_size": 40, "block_size": 16, "group_size": 4, "causal_num": 8, "top_k": 9},
+    ),
+    "elm-lm-1x6": (
+        "elm-lm",
+        {**LLAMA, "block_size": 9, "token_each": 1, "code_dim": 6, "cfg_schedule": "linear", "top_p": 0.8},
+    ),
+    "elm-lm-2x3": (
+        "elm-lm",
+        {**LLAMA, "block_size": 9, "token_each": 2, "code_dim": 3, "cfg_schedule": "log"},
+    ),
+    "elm-lm-3x2": (
+        "elm-lm",
+        {**LLAMA, "block_size": 9, "token_each": 3, "code_dim": 2, "cfg_schedule": "constant"},
+    ),
+}
+"""Generators of LLaMA blocks, whose configurations have another form."""
 
 
 def filled(model, seed=1):
@@ -35,6 +65,6 @@ def filled(model, seed=1):
 
 
 def build(name, **changes):
-    """A small generator of CASES."""
-    family, config = CASES[name]
+    """A small generator of CASES or LLAMA_CASES."""
+    family, config = {**CASES, **LLAMA_CASES}[name]
     return filled(create(family, **{**config, **changes}))

@@ -302,7 +302,7 @@ def test_a_configuration_of_another_family_is_named(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"family": "titok"}))
-    with pytest.raises(ValueError, match="unknown family 'titok'; this version has maskgit"):
+    with pytest.raises(ValueError, match=r"unknown family 'titok'; this version has .*maskgit"):
         generate.load(tmp_path)
 
 

@@ -54,7 +54,7 @@ class Generator(PretrainedModel):
         raise NotImplementedError
 
     def write(self, condition: Any, settings: Any, noise: Noise) -> Tensor:
-        """Write token indices int64 [B, K] for what `check_condition` returned.
+        """Write token indices int64 [B, K, …] for what `check_condition` returned.
 
         `settings` is the configuration with the arguments of `sample` in place of its published values.
         """
@@ -115,7 +115,8 @@ class Generator(PretrainedModel):
             return self.as_tokens(self.write(condition, settings, noise))
 
     def as_tokens(self, indices: Tensor) -> Tokens:
-        """Wrap token indices int64 [B, K] with the tokenizer's name, the codebook's size and the grid."""
+        """Wrap what `write` returned, here indices int64 [B, K], with the tokenizer's name, the codebook's
+        size and the grid."""
         return Tokens(
             indices=indices,
             tokenizer=self.config.tokenizer,
@@ -154,12 +155,7 @@ class Generator(PretrainedModel):
         name, own = getattr(tokenizer, "name", None), self.config.tokenizer
         if name and own and name != own:
             raise ValueError(f"{self.label} writes tokens of {own!r}; {name!r} cannot decode them")
-        sizes = tokenizer.quantizer.codebook_sizes
-        if sizes != (self.codebook_size,):
-            raise ValueError(
-                f"{self.label} writes codes of one codebook of {self.codebook_size}; {tokenizer.label} has "
-                f"codebook sizes {sizes}"
-            )
+        self.check_codes(tokenizer)
         if self.grid is not None and tokenizer.size_multiple is None:
             raise ValueError(
                 f"{self.label} writes a grid of {self.grid} tokens; {tokenizer.label} does not decode grids"
@@ -168,6 +164,15 @@ class Generator(PretrainedModel):
             raise ValueError(
                 f"{self.label} writes {self.num_tokens} tokens per image; {tokenizer.label} decodes "
                 f"{tokenizer.num_tokens}"
+            )
+
+    def check_codes(self, tokenizer: Any) -> None:
+        """Raise ValueError unless a tokenizer's codes are those that this generator writes."""
+        sizes = tokenizer.quantizer.codebook_sizes
+        if sizes != (self.codebook_size,):
+            raise ValueError(
+                f"{self.label} writes codes of one codebook of {self.codebook_size}; {tokenizer.label} has "
+                f"codebook sizes {sizes}"
             )
 
     def check_finite(self, finite: Tensor) -> None:
