@@ -11,6 +11,7 @@ try:
 
     from .commands.console import LogLines, show_warning
     from .commands.run_command import run_command
+    from .commands.sample import sample
     from .commands.tokens import decode, encode
     from .commands.train import train
     from .eval.commands import app as eval_app
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Visual tokens: images to few tokens and back.",
     pretty_exceptions_enable=False,
 )
-for command in (demo, list_, info, reconstruct, encode, decode, train, tune, verify):
+for command in (demo, list_, info, reconstruct, encode, decode, sample, train, tune, verify):
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(eval_app, name="eval")
 
