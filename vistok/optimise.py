@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pretrained_model import evaluating
 from .tokenizer import Tokenizer
 from .tokens import Tokens
 
@@ -127,11 +128,8 @@ def _quantized(tokenizer: Tokenizer, latents: Tensor) -> tuple[Tensor, Tensor]:
     if quantizer.kind == "latents":
         codes = quantizer.encode(latents)
         return quantizer.decode(codes), codes
-    training = quantizer.training
-    try:
-        result = quantizer.eval()(latents)  # in training mode some draw codes or move their codebook
-    finally:
-        quantizer.train(training)
+    with evaluating(quantizer):  # in training mode some draw codes or move their codebook
+        result = quantizer(latents)
     return result.latents, result.codes
 
 

@@ -1,7 +1,8 @@
 """A module that is built from a configuration, and loaded and saved with it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,3 +129,15 @@ class PretrainedModel(nn.Module):
         if self.weights_digest is not None:
             config["weights_digest"] = self.weights_digest
         checkpoint.save(folder, self.state_dict(), config)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; afterwards each part is in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

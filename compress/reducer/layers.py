@@ -228,12 +228,13 @@ def scaled_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
     Raises ValueError where `num_layers` has no room for them.
     """
-    scaled: list[int] = []
-    for layer in layers:
-        nearest = round(layer * num_layers / PUBLISHED_LAYERS)
-        scaled.append(max(nearest, scaled[-1] + 1 if scaled else 1))
-    if scaled and scaled[-1] >= num_layers:
+    if len(layers) >= num_layers:
         raise ValueError(
             f"{len(layers)} cuts do not fit a model of {num_layers} layers; give a schedule of its own"
         )
+    scaled: list[int] = []
+    for place, layer in enumerate(layers):
+        nearest = round(layer * num_layers / PUBLISHED_LAYERS)
+        last = num_layers - len(layers) + place  # what later cuts leave room for
+        scaled.append(min(max(nearest, scaled[-1] + 1 if scaled else 1), last))
     return tuple(scaled)

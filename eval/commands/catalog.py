@@ -74,7 +74,7 @@ def _generators() -> tuple[str, list[str], list[dict[str, Any]]]:
     rows = [
         {
             "name": entry.name,
-            "writes tokens of": entry.config["tokenizer"],
+            "writes tokens of": entry.config["tokenizer"] or "–",
             "M parameters": f"{entry.parameters:g}",
             "gFID": f"{entry.figures['gFID']:g}" if "gFID" in entry.figures else "–",
             "licence": _short(entry.license),

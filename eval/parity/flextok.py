@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...configuration import shorten
 from ...models.flextok.model import FlexTok, FlexTokConfig, patchify
+from . import flextok_ar
 from .case import Case, Outputs
 from .descriptions import number_after, numbers
 from .fields import check_size, whole
@@ -29,10 +30,7 @@ def run(case: Case) -> Outputs:
     elif case.records(*RECORDED):
         yield from components(case)
     elif case.records("(c2i|t2i|filter)_.*"):
-        raise case.refusal(
-            "it holds FlexTok's autoregressive generator, which this version does not have; it has the "
-            "tokenizers"
-        )
+        yield from flextok_ar.run(case)
     else:
         raise case.refusal("it holds neither weights of a FlexTok nor components that this version has")
 

@@ -56,6 +56,27 @@ LLAMA_CASES = {
     ),
 }
 """Generators of LLaMA blocks, whose configurations have another form."""
+FLEXTOK = {
+    "tokenizer": TOKENIZER,
+    "embed_dim": 32,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "codebook_size": CODES,
+    "num_tokens": 8,
+    "swiglu_hidden": 40,
+    "temperature": 1.3,
+    "guidance": 3.0,
+}
+PLAIN = {"pos_embed": "sincos1d", "qk_norm": False, "post_trunk_norm": True}
+ALL = {"pos_embed": "absolute", "qk_norm": True, "post_trunk_norm": False}
+ALL |= {"qkv_bias": True, "use_bias": True, "head_bias": True}
+FLEXTOK_CASES = {
+    "flextok-class": ("flextok-ar-class", {**FLEXTOK, **PLAIN, "num_classes": CLASSES}),
+    "flextok-class-all": ("flextok-ar-class", {**FLEXTOK, **ALL, "num_classes": CLASSES, "top_k": 9}),
+    "flextok-text": ("flextok-ar-text", {**FLEXTOK, **PLAIN, "text_dim": 12, "top_p": 0.8}),
+    "flextok-text-all": ("flextok-ar-text", {**FLEXTOK, **ALL, "text_dim": 12, "text_bias": True}),
+}
+"""FlexTok's generators with the fewest and with all options of the transformer."""
 
 
 def filled(model, seed=1):
@@ -65,6 +86,6 @@ def filled(model, seed=1):
 
 
 def build(name, **changes):
-    """A small generator of CASES or LLAMA_CASES."""
-    family, config = {**CASES, **LLAMA_CASES}[name]
+    """A small generator of CASES, LLAMA_CASES or FLEXTOK_CASES."""
+    family, config = {**CASES, **LLAMA_CASES, **FLEXTOK_CASES}[name]
     return filled(create(family, **{**config, **changes}))

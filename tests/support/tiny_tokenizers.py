@@ -145,6 +145,17 @@ CASES = {
     ),
     "imagefolder": ("xqgan", {**XQ, **SCALES, "codebook_embed_dim": 6, "product_quant": 2}),
     "xqgan-binary": ("xqgan", {**XQ, **SCALES, "codebook_embed_dim": 6, "lfq": True}),
+    "kl16-vae": (
+        "kl16",
+        {
+            "embed_dim": 4,
+            "ch": 32,
+            "ch_mult": (1, 1, 2, 2),
+            "num_res_blocks": 1,
+            "z_channels": 6,
+            "image_size": SIDE,
+        },
+    ),
     "elm": (
         "elm",
         {

@@ -27,6 +27,7 @@ def test_tokens_of_every_family_get_nearer_to_a_picture(case):
     model, images, target = shared(case), pictures(2), pictures(2, seed=7)
     options = {"text": text_states(2)} if "text" in model.conditions else {}
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [part.training for part in model.modules()]
     result = vistok.optimise_tokens(
         model, squared_error(target), images, steps=6, learning_rate=0.3, **options
     )
@@ -39,6 +40,7 @@ def test_tokens_of_every_family_get_nearer_to_a_picture(case):
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert [part.training for part in model.modules()] == modes
 
 
 @pytest.mark.parametrize("case", ["mini", "titok-vq", "one-d-piece"])

@@ -3,17 +3,16 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from .. import configuration
-from ..pretrained_model import PretrainedModel
+from ..pretrained_model import PretrainedModel, evaluating
 from ..tokens import Tokens
 from .noise import ImageNoise, Noise
 from .registry import GENERATORS
@@ -33,7 +32,7 @@ class Generator(PretrainedModel):
     """Arguments of `sample` → the fields of the configuration with their published values. An argument that
     is not among them does not apply to the family."""
     codebook_size: int
-    """Codes that a token may have."""
+    """Codes that a token may have, in families that write codes."""
     num_tokens: int
     """Tokens per image."""
     grid: tuple[int, ...] | None = None
@@ -50,11 +49,11 @@ class Generator(PretrainedModel):
 
     def logits(self, indices: Tensor, condition: Any) -> Tensor:
         """Logits over the codebook for tokens int64 [B, …] of images with this condition, for training and
-        parity; each family documents the rows."""
+        parity; each family documents the rows. Families of continuous tokens have `velocity` in its place."""
         raise NotImplementedError
 
     def write(self, condition: Any, settings: Any, noise: Noise) -> Tensor:
-        """Write token indices int64 [B, K, …] for what `check_condition` returned.
+        """Write token indices int64 [B, K, …], or latents [B, K, C], for what `check_condition` returned.
 
         `settings` is the configuration with the arguments of `sample` in place of its published values.
         """
@@ -111,7 +110,7 @@ class Generator(PretrainedModel):
             raise ValueError("noise and a generator were given; give one of them")
         if noise is None:
             noise = ImageNoise(len(condition), generator, self.device)
-        with _evaluating(self):
+        with evaluating(self):
             return self.as_tokens(self.write(condition, settings, noise))
 
     def as_tokens(self, indices: Tensor) -> Tokens:
@@ -182,18 +181,6 @@ class Generator(PretrainedModel):
                 f"the logits of {self.label} hold NaN or infinity, so no token can be chosen; values may "
                 f"overflow in {self.dtype}: load with dtype='float32', or check the weights"
             )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout in the block, whatever mode the module is in."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _require_number(name: str, value: Any) -> None:

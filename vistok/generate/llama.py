@@ -294,7 +294,7 @@ class LlamaGenerator(ClassGenerator):
         return codes
 
 
-def choose(logits: Tensor, settings: LlamaConfig, noise: Noise) -> Tensor:
+def choose(logits: Tensor, settings: Any, noise: Noise) -> Tensor:
     """Draw codes int64 [B, …] from logits [B, …, V]; the likeliest at temperature 0."""
     if settings.temperature == 0:
         return logits.argmax(-1)

@@ -1,6 +1,6 @@
 """The random draws of a sampler: one stream per image, so that a picture does not depend on its batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,10 +10,13 @@ _SMALLEST = 1e-20  # below which no logarithm is taken
 
 
 class Noise(Protocol):
-    """The random numbers of a sampler; a recorded stream has the same method."""
+    """The random numbers of a sampler; a recorded stream has the method that its family draws with."""
 
     def gumbel(self, *shape: int) -> Tensor:
         """The next standard Gumbel draws of every image, float32 [B, *shape]."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """The next standard normal draws of every image, float32 [B, *shape]."""
 
 
 class ImageNoise:
@@ -55,10 +58,17 @@ class ImageNoise:
 
     def gumbel(self, *shape: int) -> Tensor:
         """The next standard Gumbel draws of every image, float32 [B, *shape]."""
+        return gumbel(self._draws(torch.rand, shape))
+
+    def normal(self, *shape: int) -> Tensor:
+        """The next standard normal draws of every image, float32 [B, *shape]."""
+        return self._draws(torch.randn, shape)
+
+    def _draws(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         if not self.streams:
             return torch.empty(0, *shape, device=self.device)
-        draws = [torch.rand(shape, generator=stream, device=stream.device) for stream in self.streams]
-        return gumbel(torch.stack([draw.to(self.device) for draw in draws]))
+        draws = [draw(shape, generator=stream, device=stream.device) for stream in self.streams]
+        return torch.stack([each.to(self.device) for each in draws])
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -202,9 +202,8 @@ class MaskGITVQGAN(GridTokenizer):
         cls, shapes: Mapping[str, torch.Size], config: dict[str, Any] | None
     ) -> dict[str, Any] | None:
         """Recognised by its residual levels; what shapes do not show is as published."""
-        return (
-            {} if "encoder.down.0.block.0.conv1.weight" in shapes and "latent_tokens" not in shapes else None
-        )
+        own = {"encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight"}
+        return {} if own <= shapes.keys() and "latent_tokens" not in shapes else None
 
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] → [B, H/16 · W/16, 256], row by row."""
