@@ -209,7 +209,9 @@ def test_a_recipe_names_its_objective(tmp_path):
     path.write_text("objective: line\nslope: 2\nsteps: 10\nbatch_size: 4\n")
     assert recipe.read(path) == LineConfig(slope=2.0, steps=10, batch_size=4)
     path.write_text("objective: curve\nslope: 2\n")
-    with pytest.raises(ValueError, match="objective is 'curve'; it is one of .*scenes_vlm, .*tokenizer, line"):
+    with pytest.raises(
+        ValueError, match=r"objective is 'curve'; it is one of .*scenes_vlm, .*tokenizer, line"
+    ):
         recipe.read(path)
 
 
