@@ -316,8 +316,12 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def with_preset(values: Mapping[str, Any], presets: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
-    """The fields of a configuration in which a `preset` such as "GPT-L" stands for dim, n_layer and n_head.
+def with_preset(
+    values: Mapping[str, Any],
+    presets: Mapping[str, tuple[int, ...]],
+    fields: Sequence[str] = ("dim", "n_layer", "n_head"),
+) -> dict[str, Any]:
+    """The fields of a configuration in which a `preset` such as "GPT-L" stands for `fields`.
 
     Raises ValueError for an unknown preset.
     """
@@ -327,7 +331,7 @@ def with_preset(values: Mapping[str, Any], presets: Mapping[str, tuple[int, int,
     name = values.pop("preset")
     if not isinstance(name, str) or name not in presets:
         raise ValueError(f"preset is {name!r}; it takes {', '.join(presets)}")
-    return {**dict(zip(("dim", "n_layer", "n_head"), presets[name], strict=True)), **values}
+    return {**dict(zip(fields, presets[name], strict=True)), **values}
 
 
 def stated_config(family: str, is_own: bool, config: Mapping[str, Any] | None) -> dict[str, Any] | None:

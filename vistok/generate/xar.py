@@ -23,7 +23,7 @@ from ..tokens import Tokens
 from .cache import KeyValueCache
 from .classes import ClassGenerator
 from .layers import apply_linear
-from .llama import rotate, rotation_table
+from .llama import rotate, rotation_table, with_preset
 from .noise import Noise
 from .published import require_settings
 from .registry import GENERATORS
@@ -36,6 +36,9 @@ LAST_TIME = 0.04  # of the last noisy step
 FEWEST_STEPS = 3
 PRESETS = {"B": (768, 8, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
 """Names of published sizes → width, layers and heads of the encoder and of the decoder."""
+PRESET_FIELDS = [
+    f"{part}_{field}" for part in ("encoder", "decoder") for field in ("embed_dim", "depth", "num_heads")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,19 +232,8 @@ class XAR(ClassGenerator):
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> XARConfig:
         """Read field names, with a `preset` in place of the transformer's sizes."""
-        values = dict(values)
-        if "preset" in values:
-            name = values.pop("preset")
-            if not isinstance(name, str) or name not in PRESETS:
-                raise ValueError(f"preset is {name!r}; it takes {', '.join(PRESETS)}")
-            fields = ("embed_dim", "depth", "num_heads")
-            sizes = {
-                f"{part}_{field}": size
-                for part in ("encoder", "decoder")
-                for field, size in zip(fields, PRESETS[name], strict=True)
-            }
-            values = {**sizes, **values}
-        return build(XARConfig, values, cls.family)
+        both = {name: sizes * 2 for name, sizes in PRESETS.items()}  # encoder and decoder
+        return build(XARConfig, with_preset(values, both, PRESET_FIELDS), cls.family)
 
     @classmethod
     def recognise(

@@ -260,8 +260,8 @@ class TexTok(Tokenizer):
         without its caption, on both sides."""
         features = self.text_features(text, len(images))
         if features is not None and self.training:
-            told = torch.rand(len(images), device=features.mask.device) >= self.config.text_dropout
-            features = TextFeatures(features.states, features.mask & told[:, None])
+            kept = torch.rand(len(images), device=features.mask.device) >= self.config.text_dropout
+            features = TextFeatures(features.states, features.mask & kept[:, None])
         quantized = self.quantizer(self.latents(images, features))
         decoded = self.pixels(quantized.latents, text=features)
         return TrainingOutput(decoded, quantized.codes, quantized.losses)
